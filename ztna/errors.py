@@ -1,0 +1,66 @@
+"""Errors that a person or a caller may meet, and the exit code that each kind gives.
+
+Every message says what was wrong, where, and what to do about it. A parser of network bytes
+raises only `RemoteProtocolError`; a caller that breaks an interface of ours gets
+`LocalProtocolError`.
+"""
+
+
+class ZtnaError(Exception):
+    """Root of the tree. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(ZtnaError):
+    """The command line is wrong. Code 2 is click's own for this."""
+
+    exit_code = 2
+
+
+class ConfigError(ZtnaError):
+    """A configuration file is missing, unreadable or wrong; the message names path and line."""
+
+    exit_code = 3
+
+
+class IdentityError(ZtnaError):
+    """A certificate, key or CA is missing, unreadable, expired, or not what it must be."""
+
+    exit_code = 4
+
+
+class RefusedError(ZtnaError):
+    """The other side or the policy refused: no right, wrong role, wrong trust domain."""
+
+    exit_code = 5
+
+
+class UnreachableError(ZtnaError):
+    """The other side does not answer, or its name does not resolve."""
+
+    exit_code = 6
+
+
+class SystemSetupError(ZtnaError):
+    """The machine lacks something: a privilege, a device, a free port, a kernel feature."""
+
+    exit_code = 7
+
+
+class SessionClosedError(ZtnaError):
+    """The session is gone; the message carries who closed it and why."""
+
+    exit_code = 6
+
+
+class RemoteProtocolError(ZtnaError):
+    """Bytes from the network break the protocol. The only error that a parser of them raises."""
+
+    exit_code = 8
+
+
+class LocalProtocolError(ZtnaError):
+    """Our own code broke an interface: a bug of ours, never the peer's doing."""
+
+    exit_code = 70
