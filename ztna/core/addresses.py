@@ -1,0 +1,37 @@
+"""Virtual addresses: each IPv4 address of the system has an IPv6 twin (docs/protocol.md section 2).
+
+One table serves both families: what is known of an IPv4 address holds for its twin.
+"""
+
+import ipaddress
+
+# Our choice: a unique local prefix (RFC 4193) that spells 'ztna', in the 96-bit form of RFC 6052
+# section 2.2, so that the IPv4 address can be read in the last 32 bits.
+TWIN_PREFIX = ipaddress.IPv6Network("fd7a:746e:6100::/96")
+_PREFIX_BYTES = TWIN_PREFIX.network_address.packed[:12]
+
+
+def twin(address: ipaddress.IPv4Address) -> ipaddress.IPv6Address:
+    """The IPv6 twin of a virtual IPv4 address."""
+    return ipaddress.IPv6Address(_PREFIX_BYTES + address.packed)
+
+
+def twin_network(network: ipaddress.IPv4Network) -> ipaddress.IPv6Network:
+    """The IPv6 twins of a whole range."""
+    return ipaddress.IPv6Network((twin(network.network_address), 96 + network.prefixlen))
+
+
+def packed_pair(address: ipaddress.IPv4Address) -> tuple[bytes, bytes]:
+    """Both forms as they stand in packet headers."""
+    return address.packed, twin(address).packed
+
+
+def source_and_destination(packet: bytes, offset: int = 0) -> tuple[bytes, bytes] | None:
+    """Addresses of the IP header that starts at offset, by position alone: no other field is
+    judged. None when it is neither IPv4 nor IPv6, or too short."""
+    version = packet[offset] >> 4 if len(packet) > offset else 0
+    if version == 4 and len(packet) >= offset + 20:
+        return packet[offset + 12 : offset + 16], packet[offset + 16 : offset + 20]
+    if version == 6 and len(packet) >= offset + 40:
+        return packet[offset + 8 : offset + 24], packet[offset + 24 : offset + 40]
+    return None

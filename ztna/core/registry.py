@@ -1,0 +1,221 @@
+"""The intermediate's knowledge: who is connected, who wants and who provides which service.
+
+A `Client` is one control session whose certificate was verified. The registry decides
+registrations by the policy, keeps which connector serves which agent, and owns the addresses that
+clients may send from. `core.relay` reads it for each batch.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import attrs
+
+from ztna.core.identity import Identity, Role
+from ztna.core.policy import Policy
+from ztna.core.wire import MAX_SERVICE_ID, Feature, Refusal
+from ztna.errors import LocalProtocolError
+
+# Our choice: far more than one machine's services, few enough that one identity cannot fill tables.
+MAX_SERVICES = 256
+# Destinations that an agent may use with one service: its two virtual addresses, or what seed
+# clients pick by themselves.
+MAX_DESTINATIONS = 16
+MAX_SERVICE_NUMBER = 0xFFFF
+
+
+@attrs.define(eq=False)
+class AgentRoute:
+    """An agent's right to one service, and the connector that serves it.
+
+    destinations: addresses that the agent sent packets to; only from these may answers come.
+    """
+
+    service_id: str
+    number: int
+    provider: "Client | None" = None
+    destinations: set[bytes] = attrs.Factory(set)
+
+
+@attrs.define(eq=False)
+class Client:
+    """One verified control session.
+
+    key: what the driver knows the session by.
+    features: agreed by Hello; empty for clients that never said it.
+    speaks_control: whether it said Hello.
+    addresses: source addresses that its packets may carry, packed.
+    """
+
+    key: int
+    identity: Identity
+    max_size: int
+    features: frozenset[Feature] = frozenset()
+    speaks_control: bool = False
+    addresses: frozenset[bytes] = frozenset()
+    routes: dict[str, AgentRoute] = attrs.Factory(dict)
+    routes_by_number: dict[int, AgentRoute] = attrs.Factory(dict)
+    provides: dict[str, int] = attrs.Factory(dict)
+    serves: int = 0
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether packets of it go to services (else it provides them)."""
+        return self.identity.role is Role.AGENT
+
+
+@attrs.frozen
+class Registration:
+    """Outcome of a 0x10 or 0x11: the service's number, or why not."""
+
+    service_id: str
+    number: int = 0
+    refusal: Refusal | None = None
+    reason: str = ""
+
+
+@attrs.define
+class Registry:
+    """All clients and services of one intermediate."""
+
+    policy: Policy
+    max_services: int = MAX_SERVICES
+    _clients: dict[Identity, Client] = attrs.Factory(dict)
+    _by_address: dict[bytes, Client] = attrs.Factory(dict)
+    _providers: dict[str, list[Client]] = attrs.Factory(dict)
+    _numbers: dict[str, int] = attrs.Factory(dict)
+    _next_number: Iterator[int] = attrs.Factory(lambda: itertools.count(1))
+
+    @property
+    def clients(self) -> list[Client]:
+        """All connected clients."""
+        return list(self._clients.values())
+
+    def add(self, client: Client) -> Client | None:
+        """Take in a client; return the one of the same identity that it replaces."""
+        replaced = self._clients.get(client.identity)
+        if replaced is not None:
+            self.remove(replaced)
+        self._clients[client.identity] = client
+        for address in client.addresses:
+            self._claim(client, address)
+        return replaced
+
+    def remove(self, client: Client) -> None:
+        """Forget a client that is gone; those it served get another connector when they send."""
+        if self._clients.get(client.identity) is not client:
+            return
+        del self._clients[client.identity]
+        for address in client.addresses:
+            del self._by_address[address]
+        for route in client.routes.values():
+            if route.provider is not None:
+                route.provider.serves -= 1
+        for service_id in client.provides:
+            self._providers[service_id].remove(client)
+            if not self._providers[service_id]:
+                del self._providers[service_id]
+        if client.provides:
+            for other in self._clients.values():
+                for route in other.routes.values():
+                    if route.provider is client:
+                        route.provider = None
+
+    def owner_of(self, address: bytes) -> Client | None:
+        """The client whose packets may carry this source address."""
+        return self._by_address.get(address)
+
+    def bind_address(self, client: Client, address: bytes) -> bool:
+        """Give a client without an address the first one that it uses and nobody owns (seed)."""
+        if client.speaks_control or address in self._by_address or client.addresses:
+            return False
+        client.addresses = frozenset([address])
+        self._claim(client, address)
+        return True
+
+    def assign_addresses(self, client: Client, addresses: frozenset[bytes]) -> None:
+        """Set the tunnel addresses of a client. Raises LocalProtocolError if another has one."""
+        for address in client.addresses:
+            del self._by_address[address]
+        client.addresses = addresses
+        for address in addresses:
+            self._claim(client, address)
+
+    def register(self, client: Client, service_id: str) -> Registration:
+        """Answer a client that wants (agent) or provides (connector) a service."""
+        if not 1 <= len(service_id.encode()) <= MAX_SERVICE_ID:
+            return Registration(service_id, 0, Refusal.MALFORMED, "malformed service id")
+        judge = self.policy.may_reach if client.is_agent else self.policy.may_provide
+        decision = judge(client.identity, service_id)
+        if not decision.allowed:
+            self.withdraw(client, service_id)
+            return Registration(service_id, 0, Refusal.NOT_AUTHORISED, decision.reason)
+        held = client.routes if client.is_agent else client.provides
+        if service_id not in held and len(held) >= self.max_services:
+            words = f"{client.identity} has {self.max_services} services already"
+            return Registration(service_id, 0, Refusal.LIMIT, words)
+        number = self._number_of(service_id)
+        if number is None:
+            return Registration(service_id, 0, Refusal.LIMIT, "all service numbers are taken")
+        if client.is_agent:
+            if service_id not in client.routes:
+                route = AgentRoute(service_id, number)
+                client.routes[service_id] = client.routes_by_number[number] = route
+        elif service_id not in client.provides:
+            client.provides[service_id] = number
+            self._providers.setdefault(service_id, []).append(client)
+        return Registration(service_id, number, None, decision.reason)
+
+    def withdraw(self, client: Client, service_id: str) -> None:
+        """Take one service from a client, as when the policy no longer allows it."""
+        route = client.routes.pop(service_id, None)
+        if route is not None:
+            client.routes_by_number.pop(route.number)
+            if route.provider is not None:
+                route.provider.serves -= 1
+        if client.provides.pop(service_id, None) is not None:
+            self._providers[service_id].remove(client)
+            if not self._providers[service_id]:
+                del self._providers[service_id]
+            for other in self._clients.values():
+                held = other.routes.get(service_id)
+                if held is not None and held.provider is client:
+                    held.provider = None
+
+    def provider_for(self, route: AgentRoute) -> Client | None:
+        """The connector that serves a route: the same one while it is there, so that flows stay;
+        else the one that serves the fewest."""
+        if route.provider is None:
+            providers = self._providers.get(route.service_id)
+            if not providers:
+                return None
+            route.provider = min(providers, key=lambda client: client.serves)
+            route.provider.serves += 1
+        return route.provider
+
+    def statistics(self) -> dict[str, int]:
+        """Sizes of the tables."""
+        return {
+            "clients": len(self._clients),
+            "agents": sum(client.is_agent for client in self._clients.values()),
+            "addresses": len(self._by_address),
+            "services_provided": len(self._providers),
+            "service_numbers": len(self._numbers),
+        }
+
+    def _claim(self, client: Client, address: bytes) -> None:
+        owner = self._by_address.setdefault(address, client)
+        if owner is not client:
+            raise LocalProtocolError(f"{address.hex()} belongs to {owner.identity}")
+
+    def _number_of(self, service_id: str) -> int | None:
+        """Numbers are the same for all sessions, so that a relayed message needs no rewriting.
+
+        They are given only for services that the policy allowed and never taken back.
+        """
+        number = self._numbers.get(service_id)
+        if number is None:
+            number = next(self._next_number)
+            if number > MAX_SERVICE_NUMBER:
+                return None
+            self._numbers[service_id] = number
+        return number
