@@ -1,0 +1,285 @@
+"""A laboratory network in the kernel: public hosts, NAT gateways, hosts behind them.
+
+    lab.host("agent", "10.1.0.2") -- gateway -- router -- lab.public_host("relay", ...)
+
+Every member is a network namespace, and every link a point-to-point veth to a router (the public
+one, or a gateway), with host routes. So each packet, also between two hosts of one LAN, crosses a
+forward hook, where `block` drops it. All verbs are synchronous, as building takes milliseconds and
+programs run beside us; `open_kernel_lab` is the same thing for trio. Nothing outlives the lab, and
+the next lab removes what a killed one left.
+"""
+
+import contextlib
+import ipaddress
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import attrs
+import trio
+
+from ztna.errors import SystemSetupError
+from ztna.nat import netns
+from ztna.nat.netns import Namespace, supported
+
+__all__ = ["Gateway", "Host", "KernelLab", "open_kernel_lab", "port_restricted_cone", "supported"]
+
+# RFC 5737: addresses for documentation, so never on a machine's own networks.
+_PUBLIC_ROUTER = "198.51.100.1"
+
+_lab_numbers = itertools.count(1)
+
+NatRules = Callable[[str], str]
+"""The gateway's WAN address -> ruleset for `nft -f`; the outer interface is `wan`."""
+
+
+def port_restricted_cone(wan_address: str) -> str:
+    """Most home routers: endpoint-independent mapping that preserves ports where it can, and
+    address-and-port-dependent filtering (RFC 4787 sections 4.1, 4.2, 5)."""
+    # In both directions: either side's packets keep a mapping alive (RFC 4787 section 4.3).
+    learn = "\n  ".join(
+        f"meta l4proto udp ct direction {direction} update {update}"
+        for direction in ("original", "reply")
+        for inner in [f"ct {direction} ip saddr . ct {direction} proto-src"]
+        for update in (f"@out {{ {inner} : udp sport }}", f"@bind {{ udp sport : {inner} }}")
+    )
+    return f"""
+table ip natlab {{
+ map bind {{ type inet_service : ipv4_addr . inet_service; flags dynamic,timeout; timeout 120s;
+  size 65535; }}
+ map out {{ type ipv4_addr . inet_service : inet_service; flags dynamic,timeout; timeout 120s;
+  size 65535; }}
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname != "wan" return
+  meta l4proto udp snat ip to {wan_address} : ip saddr . udp sport map @out
+  meta l4proto udp udp sport @bind snat ip to {wan_address} random
+  snat ip to {wan_address}
+ }}
+ chain learn {{ type filter hook postrouting priority srcnat + 10;
+  oifname != "wan" return
+  meta l4proto != udp return
+  {learn}
+ }}
+ # Without this a peer's early packet to the gateway itself takes the mapping's place in conntrack.
+ chain input {{ type filter hook input priority filter;
+  iifname "wan" ct state new meta l4proto {{ udp, tcp }} drop
+ }}
+ chain forward {{ type filter hook forward priority filter;
+  iifname "wan" ct state new ct status ! dnat drop
+ }}
+}}
+"""
+
+
+_BLOCK_RULES = """
+table inet lab {
+ set blocked { type ipv4_addr . ipv4_addr; }
+ chain forward { type filter hook forward priority filter - 10;
+  ip saddr . ip daddr @blocked drop
+ }
+}
+"""
+
+
+@attrs.define(eq=False)
+class _Router:
+    """A namespace that forwards between point-to-point links."""
+
+    namespace: Namespace
+    address: str
+    _links: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.namespace.set_sysctl("net/ipv4/ip_forward", "1")
+        self.namespace.nft(_BLOCK_RULES)
+
+    def attach(self, namespace: Namespace, interface: str, address: str) -> str:
+        """Give the namespace an interface with the address and a default route through us;
+        return the name of our end."""
+        end = f"link{next(self._links)}"
+        self.namespace.ip(
+            f"link add {end} type veth peer name {interface} netns {namespace.name}",
+            f"addr add {self.address}/32 dev {end}",
+            f"link set {end} up",
+        )
+        for side, name in ((self.namespace, end), (namespace, interface)):
+            # A lost ARP request costs 50 ms instead of the first second of a test.
+            side.set_sysctl(f"net/ipv4/neigh/{name}/retrans_time_ms", "50")
+        namespace.ip(
+            f"addr add {address}/32 dev {interface}",
+            f"link set {interface} up",
+            f"route add {self.address}/32 dev {interface}",
+            f"route add default via {self.address} dev {interface}",
+        )
+        self.namespace.ip(f"route add {address}/32 dev {end}")
+        return end
+
+
+@attrs.define(eq=False)
+class Host:
+    """One machine of the lab, with one interface towards its router."""
+
+    namespace: Namespace
+    address: str
+    interface: str
+    _router: _Router
+    _router_end: str
+
+    def popen(self, *args: str | Path, **options: object) -> subprocess.Popen[str]:
+        """Start a program on this host; see Namespace.popen."""
+        return self.namespace.popen(*args, **options)
+
+    def run(
+        self, *args: str | Path, deadline: float = 30, check: bool = True, text: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program on this host to its end; see Namespace.run."""
+        return self.namespace.run(*args, deadline=deadline, check=check, text=text)
+
+    def block(self, peer: str) -> None:
+        """Drop, at the next router, all between this host and an IPv4 address."""
+        self._change_blocks("add", peer)
+
+    def unblock(self, peer: str) -> None:
+        """Undo `block`."""
+        self._change_blocks("delete", peer)
+
+    def pull_cable(self) -> None:
+        """Take the carrier away, as an unplugged cable does."""
+        self._router.namespace.ip(f"link set {self._router_end} down")
+
+    def plug_cable(self) -> None:
+        """Undo `pull_cable`, and wait for the carrier."""
+        self._router.namespace.ip(
+            f"link set {self._router_end} up",
+            f"route replace {self.address}/32 dev {self._router_end}",
+        )
+        self.wait_running()
+
+    def wait_running(self) -> None:
+        """Wait for the carrier on both ends of the link."""
+        self._router.namespace.wait_running(self._router_end)
+        self.namespace.wait_running(self.interface)
+
+    @contextlib.contextmanager
+    def capture(self, path: Path, expression: str = "") -> Iterator[None]:
+        """Write what crosses the host's interface to a pcap file, by an expression of tcpdump."""
+        program = shutil.which("tcpdump") or "/usr/sbin/tcpdump"
+        words = [program, "--immediate-mode", "-U", "-n", "-Z", "root", "-i", self.interface]
+        try:
+            process = self.popen(*words, "-w", path, *expression.split(), stderr=subprocess.PIPE)
+        except FileNotFoundError as error:
+            raise SystemSetupError("missing program: tcpdump (scripts/setup tcpdump)") from error
+        assert process.stderr is not None
+        try:
+            if "listening on" not in (words_back := process.stderr.readline()):
+                raise SystemSetupError(f"tcpdump: {words_back.strip()}")
+            yield
+        finally:
+            process.terminate()
+            process.communicate(timeout=5)
+
+    def _change_blocks(self, verb: str, peer: str) -> None:
+        pairs = f"{{ {self.address} . {peer}, {peer} . {self.address} }}"
+        self._router.namespace.nft(f"{verb} element inet lab blocked {pairs}")
+
+
+@attrs.define(eq=False)
+class Gateway:
+    """A NAT gateway: a host on the outside (interface `wan`), a router on the inside."""
+
+    outside: Host
+    inside: _Router
+    network: ipaddress.IPv4Network
+
+    def load(self, rules: NatRules) -> None:
+        """Put other NAT behaviour in place; existing mappings are forgotten."""
+        self.outside.namespace.nft("add table ip natlab\ndelete table ip natlab")
+        self.outside.namespace.nft(rules(self.outside.address))
+
+
+@attrs.define(eq=False)
+class KernelLab:
+    """The whole network. A context manager: leaving it removes everything."""
+
+    _number: int = attrs.field(factory=lambda: next(_lab_numbers))
+    _namespaces: dict[str, Namespace] = attrs.field(factory=dict)
+    _public: _Router = attrs.field(init=False)
+
+    def __enter__(self) -> Self:
+        if reason := supported():
+            raise SystemSetupError(reason)
+        netns.cleanup_stale()
+        try:
+            self._public = _Router(self._add("router"), _PUBLIC_ROUTER)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every process of the lab and remove its namespaces."""
+        netns.close_all(self._namespaces.values())
+        self._namespaces.clear()
+
+    def public_host(self, name: str, address: str) -> Host:
+        """A host with a public address."""
+        return self._attached(name, address, "eth0", self._public)
+
+    def gateway(
+        self,
+        name: str,
+        wan_address: str,
+        lan_network: str,
+        rules: NatRules = port_restricted_cone,
+        behind: Gateway | None = None,
+    ) -> Gateway:
+        """A NAT gateway. The first address of `lan_network` is its own; `behind` makes it the
+        inner one of two, as with a carrier's NAT."""
+        network = ipaddress.IPv4Network(lan_network)
+        router = self._public if behind is None else behind.inside
+        outside = self._attached(name, wan_address, "wan", router)
+        gateway = Gateway(outside, _Router(outside.namespace, str(network[1])), network)
+        gateway.load(rules)
+        return gateway
+
+    def host(self, name: str, address: str, behind: Gateway) -> Host:
+        """A host in the LAN of a gateway."""
+        if ipaddress.IPv4Address(address) not in behind.network:
+            raise ValueError(f"{address} is not in the gateway's LAN, {behind.network}")
+        return self._attached(name, address, "eth0", behind.inside)
+
+    def _attached(self, name: str, address: str, interface: str, router: _Router) -> Host:
+        namespace = self._add(name)
+        end = router.attach(namespace, interface, address)
+        host = Host(namespace, address, interface, router, end)
+        host.wait_running()
+        return host
+
+    def _add(self, name: str) -> Namespace:
+        if not re.fullmatch(r"[a-z0-9-]+", name) or name in self._namespaces:
+            raise ValueError(f"name of a lab's member: lower case, and only once: {name!r}")
+        namespace = Namespace.create(netns.new_name(f"{self._number}-{name}"))
+        self._namespaces[name] = namespace
+        return namespace
+
+
+@contextlib.asynccontextmanager
+async def open_kernel_lab() -> AsyncIterator[KernelLab]:
+    """A KernelLab for trio; its verbs stay synchronous, and programs run beside the event loop.
+
+    To wait for one, use `trio.run_process(host.namespace.command(...))`.
+    """
+    lab = KernelLab()
+    await trio.to_thread.run_sync(lab.__enter__)
+    try:
+        yield lab
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(lab.close)
