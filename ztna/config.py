@@ -1,0 +1,320 @@
+"""The configuration of a node: the classes of its JSON file, and what they must agree on.
+
+A key's meaning stands once, here: its type (`ztna.config_types`) says what is allowed and its
+description goes into the JSON schema. `ztna.config_load` reads files, environment and flags
+into these classes; `check_config` then judges what concerns several keys.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import attrs
+
+from ztna.config_json import show
+from ztna.config_structure import Described, Problem, means, schema_of
+from ztna.config_types import (
+    Endpoint,
+    Flag,
+    Host,
+    InterfaceName,
+    Ip,
+    Ipv4,
+    Ipv4Range,
+    Mtu,
+    PathValue,
+    Port,
+    Ports,
+    ServiceId,
+    ServiceIdOrAny,
+    Transports,
+    Who,
+)
+from ztna.core.identity import Role
+from ztna.core.policy import PolicyRule
+
+SYSTEM_FOLDER = Path("/etc/ztna")
+DEFAULT_PORT = 4433
+DEFAULT_P2P_PORT = 4434
+# docs/protocol.md section 2.
+DEFAULT_SERVICE_RANGE = IPv4Network("10.100.0.0/24")
+DEFAULT_TUNNEL_RANGE = IPv4Network("10.100.64.0/18")
+
+
+def default_state_dir() -> Path:
+    """/var/lib/ztna as root, else the user's state folder (XDG Base Directory 0.8)."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/ztna")
+    given = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(given) if Path(given).is_absolute() else Path.home() / ".local/state"
+    return base / "ztna"
+
+
+@attrs.frozen
+class IdentityFiles:
+    """Where a node's certificate, private key and CA stand, PEM each."""
+
+    cert: PathValue = attrs.field(
+        metadata=means("This node's certificate, PEM; relative to this file's folder.")
+    )
+    key: PathValue = attrs.field(
+        metadata=means("The certificate's private key, PEM; relative to this file's folder.")
+    )
+    ca: PathValue = attrs.field(
+        metadata=means("The deployment's CA certificate, PEM; relative to this file's folder.")
+    )
+
+
+@attrs.frozen
+class IntermediateAddress:
+    """Where a client finds the intermediate."""
+
+    host: Host = attrs.field(metadata=means("Host name or IP address of the intermediate."))
+    port: Port = attrs.field(metadata=means("UDP port of the intermediate."), default=DEFAULT_PORT)
+    server_name: Host = attrs.field(
+        metadata=means("Name that the intermediate's certificate must hold; the host if absent."),
+        default=attrs.Factory(lambda self: self.host, takes_self=True),
+    )
+
+
+@attrs.frozen
+class TunConfig:
+    """The agent's tunnel interface."""
+
+    name: InterfaceName = attrs.field(
+        metadata=means('"utun" for a free tunnel interface, or the name of one.'), default="utun"
+    )
+    mtu: Mtu = attrs.field(metadata=means("Largest IP packet in bytes."), default=1280)
+    address: Ipv4 | None = attrs.field(
+        metadata=means("This agent's tunnel address, only where the intermediate gives none."),
+        default=None,
+    )
+
+
+@attrs.frozen
+class AgentService:
+    """A service that the agent wants to reach. Empty `port` or `protocol` means any."""
+
+    id: ServiceId = attrs.field(metadata=means("The service's id, as in the policy."))
+    virtual_ip: Ipv4 = attrs.field(
+        metadata=means("Address under which applications here reach the service.")
+    )
+    port: Ports = attrs.field(
+        metadata=means("Port or ports of the service; any if absent."), default=()
+    )
+    protocol: Transports = attrs.field(
+        metadata=means("Protocol or protocols of the service; both if absent."), default=()
+    )
+
+
+@attrs.frozen
+class AgentConfig:
+    """Configuration of an agent."""
+
+    intermediate: IntermediateAddress = attrs.field(
+        metadata=means("The intermediate to connect to.")
+    )
+    identity: IdentityFiles = attrs.field(metadata=means("Who this node is."))
+    services: tuple[AgentService, ...] = attrs.field(
+        metadata=means("The services to reach; at least one.")
+    )
+    tun: TunConfig = attrs.field(metadata=means("The tunnel interface."), factory=TunConfig)
+    service_range: Ipv4Range = attrs.field(
+        metadata=means(
+            "The range of all services' virtual addresses; all of it is routed into the tunnel."
+        ),
+        default=DEFAULT_SERVICE_RANGE,
+    )
+    state_dir: PathValue = attrs.field(
+        metadata=means("Folder for what outlives a restart."), factory=default_state_dir
+    )
+
+
+@attrs.frozen
+class P2pConfig:
+    """How other nodes reach this connector directly."""
+
+    listen_port: Port = attrs.field(
+        metadata=means("UDP port for direct sessions."), default=DEFAULT_P2P_PORT
+    )
+
+
+@attrs.frozen
+class ConnectorService:
+    """A service that the connector provides. Empty `port` or `protocol` means any."""
+
+    id: ServiceId = attrs.field(metadata=means("The service's id, as in the policy."))
+    backend: Endpoint = attrs.field(
+        metadata=means('The application, "host:port"; IPv6 in brackets: "[::1]:8080".')
+    )
+    virtual_ip: Ipv4 | None = attrs.field(
+        metadata=means("Address under which agents reach the service; any in the range if absent."),
+        default=None,
+    )
+    port: Ports = attrs.field(
+        metadata=means("Port or ports that agents may use; any if absent."), default=()
+    )
+    protocol: Transports = attrs.field(
+        metadata=means("Protocol or protocols of the service; both if absent."), default=()
+    )
+
+
+@attrs.frozen
+class ConnectorConfig:
+    """Configuration of a connector."""
+
+    intermediate: IntermediateAddress = attrs.field(
+        metadata=means("The intermediate to connect to.")
+    )
+    identity: IdentityFiles = attrs.field(metadata=means("Who this node is."))
+    services: tuple[ConnectorService, ...] = attrs.field(
+        metadata=means("The services provided here; at least one.")
+    )
+    p2p: P2pConfig = attrs.field(metadata=means("Direct sessions."), factory=P2pConfig)
+    service_range: Ipv4Range = attrs.field(
+        metadata=means("The range of all services' virtual addresses."),
+        default=DEFAULT_SERVICE_RANGE,
+    )
+    state_dir: PathValue = attrs.field(
+        metadata=means("Folder for what outlives a restart."), factory=default_state_dir
+    )
+
+
+@attrs.frozen
+class _PolicyRuleKeys:
+    """What the keys of a `PolicyRule` may hold."""
+
+    who: Who = attrs.field(
+        metadata=means('"agent/NAME" or "connector/NAME"; "*" as NAME means all of them.')
+    )
+    services: tuple[ServiceIdOrAny, ...] = attrs.field(
+        metadata=means('Ids of the services that the agent may reach; "*" means all.'), default=()
+    )
+    provides: tuple[ServiceIdOrAny, ...] = attrs.field(
+        metadata=means('Ids of the services that the connector may provide; "*" means all.'),
+        default=(),
+    )
+
+
+@attrs.frozen
+class IntermediateConfig:
+    """Configuration of an intermediate."""
+
+    identity: IdentityFiles = attrs.field(metadata=means("Who this node is."))
+    bind: Ip = attrs.field(
+        metadata=means('Local address to listen on; "::" for IPv6 too.'), default=IPv4Address(0)
+    )
+    port: Port = attrs.field(metadata=means("UDP port to listen on."), default=DEFAULT_PORT)
+    external_ip: Ip | None = attrs.field(
+        metadata=means("Address that clients see this node under."), default=None
+    )
+    policy: tuple[PolicyRule, ...] = attrs.field(
+        metadata=means(
+            "Who may reach and who may provide which service; what no rule allows is refused."
+        ),
+        default=(),
+    )
+    service_range: Ipv4Range = attrs.field(
+        metadata=means("The range of all services' virtual addresses."),
+        default=DEFAULT_SERVICE_RANGE,
+    )
+    tunnel_range: Ipv4Range = attrs.field(
+        metadata=means("The range that agents' tunnel addresses are given from."),
+        default=DEFAULT_TUNNEL_RANGE,
+    )
+    state_dir: PathValue = attrs.field(
+        metadata=means("Folder for what outlives a restart."), factory=default_state_dir
+    )
+    plain_relay: Flag = attrs.field(
+        metadata=means("Whether packets that are not encrypted end to end are relayed."),
+        default=True,
+    )
+
+
+AnyConfig = AgentConfig | ConnectorConfig | IntermediateConfig
+CLASSES: Mapping[Role, type[AnyConfig]] = {
+    Role.AGENT: AgentConfig,
+    Role.CONNECTOR: ConnectorConfig,
+    Role.INTERMEDIATE: IntermediateConfig,
+}
+DESCRIBED: Described = {PolicyRule: _PolicyRuleKeys}
+
+
+def default_file(role: Role) -> Path:
+    """Where a role's configuration stands unless told otherwise."""
+    return SYSTEM_FOLDER / f"{role}.json"
+
+
+def config_schema(role: Role) -> dict[str, object]:
+    """The JSON schema (draft 2020-12) of a role's configuration file."""
+    cls = CLASSES[role]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"ztna {role} configuration",
+        **schema_of(cls, DESCRIBED),
+    }
+
+
+def check_config(config: AnyConfig) -> list[Problem]:
+    """What is wrong although every single value is fine; in the order of the keys."""
+    if isinstance(config, IntermediateConfig):
+        problems = [*_check_policy(config.policy)]
+        if config.service_range.overlaps(config.tunnel_range):
+            text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
+            problems.append(Problem(("tunnel_range",), f"{text}; the two must be apart"))
+        if (address := config.external_ip) and (address.is_unspecified or address.is_multicast):
+            text = f"{address} is no address of a node; give the one that clients reach, or none"
+            problems.append(Problem(("external_ip",), text))
+        return problems
+    problems = [*_check_services(config.services, config.service_range)]
+    if isinstance(config, AgentConfig):
+        address4 = config.tun.address
+        if address4 is not None and address4 in config.service_range:
+            text = f"{address4} lies in service_range {config.service_range}"
+            problems.append(Problem(("tun", "address"), f"{text}; take one outside of it"))
+    return problems
+
+
+def _check_policy(rules: Sequence[PolicyRule]) -> Iterator[Problem]:
+    for number, rule in enumerate(rules):
+        wanted, other = ("services", "provides")
+        if rule.who.startswith(f"{Role.CONNECTOR}/"):
+            wanted, other = other, wanted
+        granted = {"services": rule.services, "provides": rule.provides}
+        if granted[other]:
+            yield Problem(
+                ("policy", number, other),
+                f'{show(rule.who)} cannot have "{other}"; it has "{wanted}"',
+            )
+        if not granted[wanted]:
+            yield Problem(
+                ("policy", number),
+                f'the rule for {show(rule.who)} grants nothing; name service ids in "{wanted}"',
+            )
+
+
+def _check_services(
+    services: Sequence[AgentService] | Sequence[ConnectorService], service_range: IPv4Network
+) -> Iterator[Problem]:
+    if not services:
+        yield Problem(("services",), "names no service; at least one is needed")
+    ids: dict[str, int] = {}
+    addresses: dict[IPv4Address, int] = {}
+    for number, service in enumerate(services):
+        first = ids.setdefault(service.id, number)
+        if first != number:
+            text = f"{show(service.id)} is already the id of $.services[{first}]"
+            yield Problem(("services", number, "id"), text)
+        address = service.virtual_ip
+        if address is None:
+            continue
+        path = ("services", number, "virtual_ip")
+        first = addresses.setdefault(address, number)
+        if first != number:
+            yield Problem(path, f"{address} already belongs to $.services[{first}]")
+        elif address not in service_range:
+            yield Problem(path, f"{address} is outside service_range {service_range}")
+        elif address in {service_range.network_address, service_range.broadcast_address}:
+            text = f"{address} is the network or broadcast address of {service_range}"
+            yield Problem(path, f"{text}; take one between")
