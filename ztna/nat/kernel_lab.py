@@ -13,7 +13,6 @@ import contextlib
 import ipaddress
 import itertools
 import re
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import trio
 
 from ztna.errors import SystemSetupError
 from ztna.nat import netns
+from ztna.nat.capture import capture
 from ztna.nat.netns import Namespace, supported
 
 __all__ = ["Gateway", "Host", "KernelLab", "open_kernel_lab", "port_restricted_cone", "supported"]
@@ -164,23 +164,9 @@ class Host:
         self._router.namespace.wait_running(self._router_end)
         self.namespace.wait_running(self.interface)
 
-    @contextlib.contextmanager
-    def capture(self, path: Path, expression: str = "") -> Iterator[None]:
-        """Write what crosses the host's interface to a pcap file, by an expression of tcpdump."""
-        program = shutil.which("tcpdump") or "/usr/sbin/tcpdump"
-        words = [program, "--immediate-mode", "-U", "-n", "-Z", "root", "-i", self.interface]
-        try:
-            process = self.popen(*words, "-w", path, *expression.split(), stderr=subprocess.PIPE)
-        except FileNotFoundError as error:
-            raise SystemSetupError("missing program: tcpdump (scripts/setup tcpdump)") from error
-        assert process.stderr is not None
-        try:
-            if "listening on" not in (words_back := process.stderr.readline()):
-                raise SystemSetupError(f"tcpdump: {words_back.strip()}")
-            yield
-        finally:
-            process.terminate()
-            process.communicate(timeout=5)
+    def capture(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Write what crosses the host's interface to a pcap file, while the context lasts."""
+        return capture(self.namespace, self.interface, path)
 
     def _change_blocks(self, verb: str, peer: str) -> None:
         pairs = f"{{ {self.address} . {peer}, {peer} . {self.address} }}"
