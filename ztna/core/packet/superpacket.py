@@ -2,7 +2,7 @@
 
 A super-packet is one IP packet that stands for several (TSO, USO; virtio 1.2 section 5.1.6). Its
 header is the one that every segment shares. `core.vnet` and `core.offload` ask `judge_untrusted`
-before they believe a header, and `build` writes the header of a run of segments anew: nothing
+before they believe a header, and `build_run` writes the header of a run of segments anew: nothing
 that the other side says about lengths and checksums is used.
 """
 
@@ -142,7 +142,7 @@ def rebuild_header(
     return data
 
 
-def build(
+def build_run(
     header: SharedHeader,
     first: int,
     segment_size: int,
