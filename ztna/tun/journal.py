@@ -1,0 +1,154 @@
+"""What was changed on an interface, on disk before it is changed, so that a crash can be undone.
+
+Order: `write` (temporary file, lock, fsync, rename, fsync of the folder) -> the changes are made
+-> they are undone -> `Journal.discard`. The file is locked while its writer lives; a lock that can
+be taken means that the writer died, and `abandoned` hands its record to `netlink.repair`.
+
+A tunnel interface that its descriptor created vanishes with the process, and everything on it too.
+The journal matters for one that the operator made beforehand, which stays.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import cattrs
+import structlog
+
+from ztna.errors import SystemSetupError
+
+log = structlog.get_logger()
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NAMESPACE = Path("/proc/thread-self/ns/net")
+_CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+
+
+@attrs.frozen
+class LinkSettings:
+    """Settings of an interface as they were before. Units: mtu and gso_max_size bytes, queue
+    packets; None where the kernel has no such setting."""
+
+    up: bool
+    mtu: int
+    queue: int | None
+    gso_max_size: int | None
+    addr_gen_mode: int | None
+    sysctls: dict[str, str]
+
+
+@attrs.frozen
+class Record:
+    """What is changed: on which interface of which namespace and boot, what is added to it, and
+    how it was before. addresses: "10.100.64.5/18"; routes: "10.100.0.0/24"."""
+
+    interface: str
+    index: int
+    namespace: int
+    boot_id: str
+    addresses: tuple[str, ...]
+    routes: tuple[str, ...]
+    before: LinkSettings
+
+    @property
+    def here(self) -> bool:
+        """Whether it speaks of this boot and this network namespace."""
+        return self.boot_id == boot_id() and self.namespace == namespace()
+
+
+@attrs.define(eq=False)
+class Journal:
+    """A record on disk and the lock on it."""
+
+    record: Record
+    path: Path
+    fd: int
+
+    def discard(self) -> None:
+        """Forget the record: all is undone."""
+        self.path.unlink(missing_ok=True)
+        _sync_folder(self.path.parent)
+        self.release()
+
+    def release(self) -> None:
+        """Drop the lock and keep the file: it could not be undone now."""
+        os.close(self.fd)
+
+
+def boot_id() -> str:
+    """Names the kernel's run: nothing that was changed before it started is left."""
+    return _BOOT_ID.read_text().strip()
+
+
+def namespace() -> int:
+    """Names the network namespace of the calling thread."""
+    return _NAMESPACE.stat().st_ino
+
+
+def write(state_dir: Path, record: Record) -> Journal:
+    """Put the record on disk, locked. Raises SystemSetupError where state_dir cannot be written."""
+    # '/' is the only character of an interface's name that a file's name cannot hold.
+    path = state_dir / f"tun-{record.namespace:x}-{record.interface}.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(fd, json.dumps(_CONVERTER.unstructure(record), indent=1).encode())
+            os.fsync(fd)
+            temporary.rename(path)
+            _sync_folder(state_dir)
+        except OSError:
+            os.close(fd)
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise SystemSetupError(
+            f"the state folder {state_dir} cannot be written ({error.strerror}): create it for "
+            f"this user, or name another one (state_dir)"
+        ) from error
+    return Journal(record, path, fd)
+
+
+def abandoned(state_dir: Path) -> Iterator[Journal]:
+    """The records whose writers died, locked by us now; the caller discards or releases each."""
+    for path in sorted(state_dir.glob("tun-*.json")):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            log.warning("state file cannot be opened", path=str(path), error=error.strerror)
+            continue
+        if not _lock(fd, path):
+            os.close(fd)
+            continue
+        try:
+            text = path.read_text()
+            record = _CONVERTER.structure(json.loads(text), Record)
+        except (OSError, ValueError, TypeError, cattrs.BaseValidationError) as error:
+            # Written whole or not at all, so this is not our writing: nothing can be undone by it.
+            log.warning("state file is not ours, set aside", path=str(path), error=str(error))
+            path.rename(path.with_suffix(".unreadable"))
+            os.close(fd)
+            continue
+        yield Journal(record, path, fd)
+
+
+def _lock(fd: int, path: Path) -> bool:
+    """Lock the file, unless its writer lives or it was replaced meanwhile."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
