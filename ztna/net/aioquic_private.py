@@ -42,7 +42,21 @@ _CONTEXT_NAMES = (
     "_client_handle_certificate_verify",
     "_client_handle_finished",
 )
-_CONNECTION_NAMES = ("_initialize", "_is_client")
+_CONNECTION_NAMES = (
+    "_initialize",
+    "_is_client",
+    # aioquic_state.py
+    "_close_event",
+    "_close_pending",
+    "_datagrams_pending",
+    "_local_max_streams_bidi",
+    "_local_max_streams_uni",
+    "_loss",
+    "_peer_cid",
+    "_remote_max_datagram_frame_size",
+    "_state",
+    "_streams",
+)
 
 
 def check() -> list[str]:
