@@ -9,6 +9,7 @@ All times are aware datetimes in UTC.
 import datetime
 import os
 import stat
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Credentials:
 
 def connector_dns_name(identity: Identity) -> str:
     """The DNS name in a connector's certificate, which agents expect of it."""
-    return f"{identity.name.lower()}.connector.{identity.trust_domain}"
+    return f"{identity.name}.connector.{identity.trust_domain}"
 
 
 def renew_at(certificate: x509.Certificate) -> datetime.datetime:
@@ -167,14 +168,14 @@ def verify_chain(
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """All certificates of a PEM file, at least one. Raises IdentityError."""
     try:
-        return x509.load_pem_x509_certificates(_read(path))
+        return x509.load_pem_x509_certificates(read_file(path))
     except MALFORMED as error:
         raise IdentityError(f"{path} holds no certificate in PEM: {error}") from error
 
 
 def read_private_key(path: Path) -> PrivateKey:
     """The key of a PEM file that nobody but its owner can read. Raises IdentityError."""
-    pem = _read(path, private=True)
+    pem = read_file(path, private=True)
     try:
         key = serialization.load_pem_private_key(pem, password=None)
     except TypeError as error:
@@ -203,6 +204,22 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
         raise IdentityError(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_public(path: Path, data: bytes) -> None:
+    """Write certificates or a request, replacing the file at once if it is there: that is a
+    renewal. Raises IdentityError."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        Path(name).replace(path)
+    except OSError as error:
+        raise IdentityError(f"cannot write {path}: {error.strerror}") from error
+
+
 def private_key_pem(key: PrivateKey) -> bytes:
     """PKCS 8, not encrypted: the file's mode protects it."""
     return key.private_bytes(
@@ -217,7 +234,9 @@ def certificate_pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(c.public_bytes(serialization.Encoding.PEM) for c in certificates)
 
 
-def _read(path: Path, *, private: bool = False) -> bytes:
+def read_file(path: Path, *, private: bool = False) -> bytes:
+    """A file's bytes. private: only if nobody but its owner has a right to it. Raises
+    IdentityError."""
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

@@ -75,30 +75,26 @@ def verify_peer(
     server_name: the DNS name or IP address that the server was asked by; None for a client.
     now: aware, UTC.
     """
-    _check_dates(certificate, now)
-    if certificate.serial_number in denied_serials:
+    if side is PeerSide.SERVER and server_name is None:
+        raise LocalProtocolError("a server is verified by the name that it was asked by")
+    try:
+        _check_dates(certificate, now)
+        _check_serial(certificate, side, denied_serials)
+        _check_chain(certificate, chain, credentials, now)
+        _check_usage(certificate, side)
+        identity = _check_identity(certificate, credentials, side, expected_roles)
+        if server_name is not None:
+            _check_name(certificate, chain, credentials, server_name, now)
+        return VerifiedPeer(identity, certificate.serial_number, certificate.not_valid_after_utc)
+    except pki.MALFORMED as error:
         raise PeerRefusedError(
-            AlertKind.CERTIFICATE_REVOKED,
-            f"the {side.value}'s certificate (serial {certificate.serial_number:x}) is denied",
-        )
-    _check_chain(certificate, chain, credentials, now)
-    _check_usage(certificate, side)
-    identity = _check_identity(certificate, credentials, side, expected_roles)
-    if side is PeerSide.SERVER:
-        if server_name is None:
-            raise LocalProtocolError("a server is verified by the name that it was asked by")
-        _check_name(certificate, chain, credentials, server_name, now)
-    return VerifiedPeer(identity, certificate.serial_number, certificate.not_valid_after_utc)
+            AlertKind.BAD_CERTIFICATE, f"the {side.value}'s certificate is malformed: {error}"
+        ) from error
 
 
 def _check_dates(certificate: x509.Certificate, now: datetime.datetime) -> None:
     """The chain check looks at dates too, but does not say which end is wrong."""
-    try:
-        not_before, not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    except pki.MALFORMED as error:
-        raise PeerRefusedError(
-            AlertKind.BAD_CERTIFICATE, f"the certificate's dates are malformed: {error}"
-        ) from error
+    not_before, not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > not_after:
         raise PeerRefusedError(
             AlertKind.CERTIFICATE_EXPIRED,
@@ -108,6 +104,14 @@ def _check_dates(certificate: x509.Certificate, now: datetime.datetime) -> None:
         raise PeerRefusedError(
             AlertKind.CERTIFICATE_EXPIRED,
             f"the certificate is not valid before {not_before:%Y-%m-%d %H:%M} UTC",
+        )
+
+
+def _check_serial(certificate: x509.Certificate, side: PeerSide, denied_serials: Set[int]) -> None:
+    if certificate.serial_number in denied_serials:
+        raise PeerRefusedError(
+            AlertKind.CERTIFICATE_REVOKED,
+            f"the {side.value}'s certificate (serial {certificate.serial_number:x}) is denied",
         )
 
 
@@ -181,15 +185,10 @@ def _check_name(
     server_name: str,
     now: datetime.datetime,
 ) -> None:
-    subject: verification.Subject
     try:
-        subject = x509.IPAddress(ipaddress.ip_address(server_name))
-    except ValueError:
-        subject = x509.DNSName(server_name)
-    try:
-        pki.chain_policy(credentials.roots, now).build_server_verifier(subject).verify(
-            certificate, list(chain)
-        )
+        pki.chain_policy(credentials.roots, now).build_server_verifier(
+            _subject(server_name)
+        ).verify(certificate, list(chain))
     except (verification.VerificationError, ValueError) as error:
         names = pki.alternative_names(certificate)
         held = [
@@ -201,3 +200,11 @@ def _check_name(
             f"the server's certificate is not for {server_name} but for "
             f"{', '.join(held[:4]) or 'no name'}",
         ) from error
+
+
+def _subject(server_name: str) -> verification.Subject:
+    """An address is compared with the certificate's addresses, never with its DNS names."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(server_name))
+    except ValueError:
+        return x509.DNSName(server_name)
