@@ -16,17 +16,15 @@ import attrs
 
 from ztna.config import (
     DESCRIBED,
-    AgentConfig,
-    ConnectorConfig,
+    AnyConfig,
     IdentityFiles,
-    IntermediateConfig,
     check_config,
 )
 from ztna.config_json import Document, JsonPath, format_path, read_document
 from ztna.config_structure import Problem, StructureError, scalar_keys, structure
 from ztna.errors import ConfigError
 
-C = TypeVar("C", AgentConfig, ConnectorConfig, IntermediateConfig)
+C = TypeVar("C", bound=AnyConfig)
 
 
 @attrs.frozen
@@ -70,16 +68,13 @@ def build_config(
     check_files: bool = True,
 ) -> C:
     """As `load_config`, from a document that is already read."""
-    layered = [*_from_environment(cls, os.environ if environment is None else environment)]
-    layered += overrides
+    variables = os.environ if environment is None else environment
+    layered: list[Override] = [*_from_environment(cls, variables), *overrides]
     value: object = {} if document is None else copy.deepcopy(document.value)
     if isinstance(value, dict):
         for override in layered:
             _put(value, override.path, copy.deepcopy(override.value))
-    problems = [
-        Problem(path, f"this key stands twice (again in line {line}); keep one")
-        for path, line in (document.duplicates if document else ())
-    ]
+    problems = [*_duplicate_keys(document, layered)]
     try:
         config = structure(value, cls, DESCRIBED)
     except StructureError as error:
@@ -101,6 +96,16 @@ def _from_environment(cls: type, environment: Mapping[str, str]) -> Iterator[Ove
             yield Override(
                 scalar.path, scalar.from_text(text), f"environment variable {scalar.variable}"
             )
+
+
+def _duplicate_keys(document: Document | None, overrides: Sequence[Override]) -> Iterator[Problem]:
+    sources: list[tuple[JsonPath, str | Document | None]] = [((), document)]
+    sources += [(override.path, override.source) for override in overrides]
+    for prefix, source in sources:
+        if isinstance(source, Document):
+            for path, line in source.duplicates:
+                text = f"this key stands twice (again in line {line}); keep one"
+                yield Problem((*prefix, *path), text)
 
 
 def _put(value: object, path: JsonPath, new: object) -> None:
