@@ -1,0 +1,170 @@
+"""A whole deployment of ztna as an operator makes it: CA, certificates, files, running processes.
+
+Only the command line is used, never ztna's own modules, so the tests in `tests/lab`, the demo and
+the benchmark judge what a user gets. Everything lies below one folder; processes run wherever the
+given host or namespace is, and write one log file each.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+
+ROOT = Path(__file__).resolve().parents[2]
+ZTNA = ROOT / ".venv/bin/ztna"
+PYTHON = ROOT / ".venv/bin/python"
+
+TRUST_DOMAIN = "example.net"
+START_DEADLINE = 15.0  # s; a role is ready after one or two on two busy cores
+_POLL = 0.02  # s
+
+
+class Machine(Protocol):
+    """Where a program can run: a Host of the kernel laboratory, or a Namespace."""
+
+    def popen(self, *args: str | Path, **options: object) -> subprocess.Popen[str]:
+        """Start a program there."""
+
+
+class NotReadyError(Exception):
+    """A process ended, or did not say in time what it should; the message holds its last words."""
+
+
+@attrs.define(eq=False)
+class LoggedProcess:
+    """A running program whose output goes to a file."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def output(self) -> str:
+        """What it has written until now."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str, deadline: float = START_DEADLINE, times: int = 1) -> None:
+        """Wait until `text` stands `times` times in the log. Raises NotReadyError."""
+        end = time.monotonic() + deadline
+        while self.output().count(text) < times:
+            if self.process.poll() is not None:
+                raise NotReadyError(
+                    f"{self.name} ended with exit code {self.process.returncode}:\n{self._tail()}"
+                )
+            if time.monotonic() > end:
+                raise NotReadyError(f"{self.name} does not say {text!r}:\n{self._tail()}")
+            time.sleep(_POLL)
+
+    def wait(self, deadline: float = START_DEADLINE) -> int:
+        """Wait for its end; return the exit code."""
+        return self.process.wait(deadline)
+
+    def stop(self, deadline: float = START_DEADLINE) -> int:
+        """Ask it to end (SIGTERM) and wait; return the exit code."""
+        self.process.terminate()
+        return self.wait(deadline)
+
+    def kill(self) -> None:
+        """End it at once, as a crash does."""
+        self.process.kill()
+        self.process.wait()
+
+    def _tail(self) -> str:
+        return "\n".join(self.output().splitlines()[-30:])
+
+
+def start(machine: Machine, name: str, log: Path, *args: str | Path) -> LoggedProcess:
+    """Start a program on a machine with its output in `log`, which is appended to."""
+    with log.open("a") as file:
+        process = machine.popen(*args, stdout=file, stderr=subprocess.STDOUT)
+    return LoggedProcess(name, process, log)
+
+
+@attrs.define(eq=False)
+class Deployment:
+    """A CA and the nodes that hold its certificates. `folder` must exist."""
+
+    folder: Path
+    intermediate_address: str
+    port: int = 4433
+    _starts: int = 0
+
+    @property
+    def authority(self) -> Path:
+        """The folder of the CA."""
+        return self.folder / "ca"
+
+    def create_authority(self) -> None:
+        """Make the CA."""
+        self.ztna("pki", "init", "--dir", self.authority, "--trust-domain", TRUST_DOMAIN)
+
+    def issue(self, role: str, name: str, *names: str) -> Mapping[str, str]:
+        """Make key and certificate of a node; return the `identity` part of its file."""
+        base = self.folder / f"{role}-{name}"
+        alternatives = [word for item in names for word in ("--name", item)]
+        files = {"--key": f"{base}.key", "--csr": f"{base}.csr"}
+        self.ztna(
+            *("pki", "request", role, name, "--trust-domain", TRUST_DOMAIN, *alternatives),
+            *(word for pair in files.items() for word in pair),
+        )
+        self.ztna(
+            *("pki", "issue", "--dir", self.authority),
+            *("--csr", f"{base}.csr", "--out", f"{base}.crt"),
+        )
+        return {
+            "cert": f"{base}.crt",
+            "key": f"{base}.key",
+            "ca": str(self.authority / "ca.crt"),
+        }
+
+    def intermediate(self, policy: list[Mapping[str, object]]) -> dict[str, object]:
+        """The intermediate's file."""
+        return {
+            "bind": "0.0.0.0",
+            "port": self.port,
+            "external_ip": self.intermediate_address,
+            "identity": self.issue("intermediate", "relay", self.intermediate_address),
+            "policy": policy,
+        }
+
+    def client(
+        self, role: str, name: str, services: list[Mapping[str, object]]
+    ) -> dict[str, object]:
+        """The file of an agent or connector."""
+        return {
+            "intermediate": {"host": self.intermediate_address, "port": self.port},
+            "identity": self.issue(role, name),
+            "services": services,
+        }
+
+    def write(self, role: str, name: str, config: Mapping[str, object]) -> Path:
+        """Write a configuration file; each node has a state folder of its own."""
+        path = self.folder / f"{role}-{name}.json"
+        state = self.folder / f"{role}-{name}.state"
+        state.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"state_dir": str(state), **config}, indent=1))
+        return path
+
+    def run(self, machine: Machine, role: str, file: Path, *flags: str) -> LoggedProcess:
+        """Start a role on a machine. Every start gets a log of its own."""
+        self._starts += 1
+        log = file.with_suffix(f".{self._starts}.log")
+        return start(machine, file.stem, log, ZTNA, "run", role, "--config", file, *flags)
+
+    def ztna(self, *args: str | Path) -> str:
+        """Run a command of ztna here; return its output. Raises NotReadyError with its words."""
+        result = subprocess.run(
+            [ZTNA, *args], capture_output=True, text=True, check=False, timeout=START_DEADLINE
+        )
+        if result.returncode != 0:
+            words = " ".join(map(str, args))
+            raise NotReadyError(f"ztna {words}: exit code {result.returncode}\n{result.stderr}")
+        return result.stdout
