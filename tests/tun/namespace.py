@@ -94,6 +94,16 @@ def enter_namespace() -> None:
                 file.write(text)
 
 
+def drop_privileges() -> None:
+    """Give up every right over this process's network namespace."""
+    try:
+        os.setresuid(65534, 65534, 65534)
+    except OSError:  # only root is mapped here; a child user namespace has no rights either
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWUSER):
+            raise OSError(ctypes.get_errno(), "unshare") from None
+
+
 @functools.cache
 def unsupported() -> str | None:
     """Why namespaces with a TUN cannot be had here; None when they can."""

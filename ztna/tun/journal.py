@@ -126,15 +126,21 @@ def abandoned(state_dir: Path) -> Iterator[Journal]:
             os.close(fd)
             continue
         try:
-            text = path.read_text()
-            record = _CONVERTER.structure(json.loads(text), Record)
-        except (OSError, ValueError, TypeError, cattrs.BaseValidationError) as error:
+            record = _read(path)
+        except (OSError, ValueError, cattrs.BaseValidationError) as error:
             # Written whole or not at all, so this is not our writing: nothing can be undone by it.
             log.warning("state file is not ours, set aside", path=str(path), error=str(error))
             path.rename(path.with_suffix(".unreadable"))
             os.close(fd)
             continue
         yield Journal(record, path, fd)
+
+
+def _read(path: Path) -> Record:
+    fields = json.loads(path.read_text())
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    return _CONVERTER.structure(fields, Record)
 
 
 def _lock(fd: int, path: Path) -> bool:
