@@ -1,0 +1,394 @@
+"""All sessions of a process on one UDP port, as client and as server.
+
+The packet's way in: `UdpPort.receive` -> a buffer whose segments all carry one connection id goes
+to its session as it is -> other buffers are cut: the rest of QUIC by its long header, a client's
+first Initial to a new session, an unknown version to Version Negotiation, everything else is
+dropped and counted. Each session's pump sends by itself. Nothing here waits for a session, and
+nothing that the network sends ends the loop.
+"""
+
+import datetime
+import ipaddress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+
+import attrs
+import structlog
+import trio
+from aioquic.quic.packet import encode_quic_version_negotiation
+
+from ztna.core.identity import Role
+from ztna.core.ports import Address, UdpBatch, UdpPort
+from ztna.errors import LocalProtocolError, RemoteProtocolError
+from ztna.net.aioquic_private import (
+    client_connection,
+    nothing_denied,
+    server_connection,
+    utc_now,
+)
+from ztna.net.closing import CloseCode
+from ztna.net.demux import (
+    MIN_INITIAL,
+    MIN_SHORT,
+    QUIC_VERSION_1,
+    Kind,
+    LongHeader,
+    kind_of,
+    segments,
+    uniform_connection_id,
+)
+from ztna.net.session import Session
+from ztna.net.session_queues import SessionSettings
+from ztna.pki import Credentials
+
+log = structlog.get_logger()
+
+# Our choice: lines a second that strangers can cause in the log.
+_LOG_RATE = 5.0
+_LOG_BURST = 20.0
+
+
+@attrs.frozen
+class EndpointSettings:
+    """Bounds of an endpoint; all are our choice.
+
+    half_open: clients whose handshake is not complete. sessions: all together. accept_queue:
+    verified sessions that nobody has taken from `listen` yet. goodbye: seconds for the last words.
+    """
+
+    half_open: int = 1024
+    sessions: int = 16_384
+    accept_queue: int = 256
+    goodbye: float = 1.0
+
+
+@attrs.define
+class LogGate:
+    """Lets through what strangers can cause, at a bounded rate; counts the rest."""
+
+    _tokens: float = _LOG_BURST
+    _last: float = 0.0
+    suppressed: int = 0
+
+    def allow(self, now: float) -> bool:
+        """Whether to write a line at this time (seconds)."""
+        self._tokens = min(_LOG_BURST, self._tokens + (now - self._last) * _LOG_RATE)
+        self._last = now
+        if self._tokens < 1:
+            self.suppressed += 1
+            return False
+        self._tokens -= 1
+        return True
+
+
+@attrs.define(eq=False)
+class _Listener:
+    """How clients are met: what `Endpoint.listen` was given."""
+
+    credentials: Credentials
+    expected_roles: frozenset[Role]
+    settings: SessionSettings
+    denied_serials: Callable[[], Set[int]]
+    accepted: trio.MemorySendChannel[Session]
+
+
+_COUNTERS = (
+    *(f"drop_{kind.value}" for kind in Kind),
+    "drop_empty",
+    "drop_malformed",
+    "drop_unknown_connection",
+    "drop_short_initial",
+    "drop_not_listening",
+    "drop_half_open_full",
+    "drop_sessions_full",
+    "version_negotiations",
+    "sessions_opened",
+    "sessions_verified",
+    "sessions_refused",
+)
+
+
+@attrs.define(eq=False)
+class Endpoint:
+    """Sessions on one port. `run` must run while it is used; it says goodbye when cancelled.
+
+    clock: the wall clock that certificates are judged by.
+    """
+
+    port: UdpPort
+    settings: EndpointSettings = attrs.field(factory=EndpointSettings)
+    clock: Callable[[], datetime.datetime] = utc_now
+    _nursery: trio.Nursery | None = attrs.field(default=None, init=False, repr=False)
+    _listener: _Listener | None = attrs.field(default=None, init=False, repr=False)
+    _by_id: dict[bytes, Session] = attrs.field(factory=dict, init=False, repr=False)
+    _ids: dict[Session, set[bytes]] = attrs.field(factory=dict, init=False, repr=False)
+    _half_open: set[Session] = attrs.field(factory=set, init=False, repr=False)
+    _log_gate: LogGate = attrs.field(factory=LogGate, init=False, repr=False)
+    _counters: dict[str, int] = attrs.field(
+        factory=lambda: dict.fromkeys(_COUNTERS, 0), init=False, repr=False
+    )
+
+    # --- for the roles ------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Receive, and pump all sessions, until cancelled; then close them all."""
+        if self._nursery is not None:
+            raise LocalProtocolError("this endpoint runs already")
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await self._receive()
+        finally:
+            self._nursery = None
+            with trio.move_on_after(self.settings.goodbye, shield=True):
+                await self._say_goodbye()
+
+    def connect(
+        self,
+        address: Address,
+        credentials: Credentials,
+        server_name: str,
+        expected_roles: Iterable[Role],
+        settings: SessionSettings | None = None,
+        *,
+        denied_serials: Callable[[], Set[int]] = nothing_denied,
+    ) -> Session:
+        """Begin a session to a server. Does not wait: `Session.wait_verified` does, and its
+        caller sets how long; close the session when giving up.
+
+        address: host is an IP address. server_name: DNS name or IP address that the server's
+        certificate must hold. expected_roles: what the server may be.
+        """
+        if self._nursery is None:
+            raise LocalProtocolError("connect() on an endpoint that does not run")
+        settings = settings or SessionSettings()
+        connection = client_connection(
+            settings.quic_configuration(),
+            credentials,
+            server_name,
+            expected_roles,
+            clock=self.clock,
+            denied_serials=denied_serials,
+        )
+        session = Session(
+            settings=settings,
+            is_client=True,
+            remote_address=(str(ipaddress.ip_address(address[0])), address[1]),
+            connection=connection,
+            port=self.port,
+            owner=self,
+        )
+        self._add(session, connection.host_cid)
+        self._nursery.start_soon(self._run_session, session)
+        return session
+
+    def listen(
+        self,
+        credentials: Credentials,
+        expected_roles: Iterable[Role],
+        settings: SessionSettings | None = None,
+        *,
+        denied_serials: Callable[[], Set[int]] = nothing_denied,
+    ) -> trio.MemoryReceiveChannel[Session]:
+        """Take sessions from clients of these roles; gives those whose certificate is good."""
+        if self._listener is not None:
+            raise LocalProtocolError("this endpoint listens already")
+        accepted, sessions = trio.open_memory_channel[Session](self.settings.accept_queue)
+        self._listener = _Listener(
+            credentials,
+            frozenset(expected_roles),
+            settings or SessionSettings(),
+            denied_serials,
+            accepted,
+        )
+        return sessions
+
+    @property
+    def credentials(self) -> Credentials:
+        """What clients are shown. Setting it changes sessions from now on, not existing ones."""
+        return self._listening().credentials
+
+    @credentials.setter
+    def credentials(self, credentials: Credentials) -> None:
+        self._listening().credentials = credentials
+
+    def _listening(self) -> _Listener:
+        if self._listener is None:
+            raise LocalProtocolError("this endpoint does not listen")
+        return self._listener
+
+    def sessions(self) -> Iterator[Session]:
+        """All sessions, whatever their state."""
+        return iter(list(self._ids))
+
+    def statistics(self) -> Mapping[str, int]:
+        """Counters of drops by reason and of sessions; how many there are now."""
+        return {
+            **self._counters,
+            "log_lines_suppressed": self._log_gate.suppressed,
+            "sessions": len(self._ids),
+            "half_open": len(self._half_open),
+            "connection_ids": len(self._by_id),
+        }
+
+    # --- receiving ----------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        while True:
+            answers: list[UdpBatch] = []
+            for batch in await self.port.receive():
+                self._sort(batch, answers)
+            if answers:
+                await self.port.send(answers)
+
+    def _sort(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
+        connection_id = uniform_connection_id(batch)
+        if connection_id is not None:
+            session = self._by_id.get(connection_id)
+            if session is None:
+                self._counters["drop_unknown_connection"] += 1
+            else:
+                session.take_batch(batch)
+            return
+        for data in segments(batch):
+            self._sort_single(UdpBatch(data, len(data), batch.address), answers)
+
+    def _sort_single(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
+        data = batch.data
+        if not data:
+            self._counters["drop_empty"] += 1
+            return
+        match kind_of(data[0]):
+            case Kind.QUIC_SHORT:
+                connection_id = uniform_connection_id(batch) if len(data) >= MIN_SHORT else None
+                session = self._by_id.get(connection_id or b"")
+                if session is None:
+                    self._counters["drop_unknown_connection"] += 1
+                else:
+                    session.take_batch(batch)
+            case Kind.QUIC_LONG:
+                self._sort_long(batch, answers)
+            case kind:
+                self._counters[f"drop_{kind.value}"] += 1
+
+    def _sort_long(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
+        try:
+            header = LongHeader.parse_untrusted(batch.data)
+        except RemoteProtocolError:
+            self._counters["drop_malformed"] += 1
+            return
+        session = self._by_id.get(header.destination_cid)
+        if session is not None:
+            session.take_batch(batch)
+        elif self._listener is None:
+            self._counters["drop_not_listening"] += 1
+        elif header.version == 0:
+            self._counters["drop_unknown_connection"] += 1
+        elif len(batch.data) < MIN_INITIAL:
+            self._counters["drop_short_initial"] += 1
+        elif header.version != QUIC_VERSION_1:
+            answers.append(self._version_negotiation(header, batch.address))
+        elif not header.is_initial:
+            self._counters["drop_unknown_connection"] += 1
+        else:
+            self._meet_client(header, batch, self._listener)
+
+    def _version_negotiation(self, header: LongHeader, address: Address) -> UdpBatch:
+        """RFC 9000 section 6.1; the bit 0x40 set, as this port tells QUIC by it."""
+        self._counters["version_negotiations"] += 1
+        packet = bytearray(
+            encode_quic_version_negotiation(
+                source_cid=header.destination_cid,
+                destination_cid=header.source_cid,
+                supported_versions=[QUIC_VERSION_1],
+            )
+        )
+        packet[0] |= 0xC0
+        return UdpBatch(bytes(packet), len(packet), address)
+
+    def _meet_client(self, header: LongHeader, batch: UdpBatch, listener: _Listener) -> None:
+        if len(self._half_open) >= self.settings.half_open:
+            self._counters["drop_half_open_full"] += 1
+            return
+        if len(self._ids) >= self.settings.sessions:
+            self._counters["drop_sessions_full"] += 1
+            return
+        assert self._nursery is not None
+        connection = server_connection(
+            listener.settings.quic_configuration(),
+            listener.credentials,
+            listener.expected_roles,
+            header.destination_cid,
+            clock=self.clock,
+            denied_serials=listener.denied_serials,
+        )
+        session = Session(
+            settings=listener.settings,
+            is_client=False,
+            remote_address=batch.address,
+            connection=connection,
+            port=self.port,
+            owner=self,
+        )
+        self._half_open.add(session)
+        self._add(session, connection.host_cid)
+        self._add(session, header.destination_cid)
+        # The pump feeds before it sends: a connection that has received nothing cannot send.
+        session.take_batch(batch)
+        self._nursery.start_soon(self._run_session, session)
+
+    # --- sessions -----------------------------------------------------------------------------
+
+    async def _run_session(self, session: Session) -> None:
+        await session.run()
+        info = await session.wait_closed()
+        if session in self._half_open:
+            self._counters["sessions_refused"] += 1
+            if self._log_gate.allow(trio.current_time()):
+                log.warning("client_refused", remote=session.remote_address, reason=info.reason)
+        self._forget(session)
+
+    def _add(self, session: Session, connection_id: bytes) -> None:
+        if session not in self._ids:
+            self._counters["sessions_opened"] += 1
+            self._ids[session] = set()
+        self._ids[session].add(connection_id)
+        self._by_id[connection_id] = session
+
+    def _forget(self, session: Session) -> None:
+        for connection_id in self._ids.pop(session, ()):
+            self._by_id.pop(connection_id, None)
+        self._half_open.discard(session)
+
+    def connection_id_issued(self, session: Session, connection_id: bytes) -> None:
+        """Part of `SessionOwner`."""
+        self._add(session, connection_id)
+
+    def connection_id_retired(self, session: Session, connection_id: bytes) -> None:
+        """Part of `SessionOwner`."""
+        self._ids[session].discard(connection_id)
+        self._by_id.pop(connection_id, None)
+
+    def session_verified(self, session: Session) -> None:
+        """Part of `SessionOwner`."""
+        self._counters["sessions_verified"] += 1
+        if session.is_client:
+            return
+        self._half_open.discard(session)
+        listener = self._listening()
+        try:
+            listener.accepted.send_nowait(session)
+        except trio.WouldBlock:
+            session.close(CloseCode.LIMIT, "too many sessions wait to be served")
+        except trio.BrokenResourceError:
+            session.close(CloseCode.GOODBYE, "nobody takes sessions any longer")
+
+    async def _say_goodbye(self) -> None:
+        now = trio.current_time()
+        batches: list[UdpBatch] = []
+        for session in self.sessions():
+            batches += session.say_goodbye(now)
+            self._forget(session)
+        if self._listener is not None:
+            self._listener.accepted.close()
+        await self.port.send(batches)

@@ -1,0 +1,334 @@
+"""One QUIC session: the pump task between the queues of a session and its aioquic connection.
+
+The packet's way out: `send_datagrams` queues -> the pump first lets aioquic send acknowledgements,
+handshake and control stream with no DATAGRAM queued (it would write those first, for ever) -> then
+hands over as many DATAGRAMs as the congestion window takes, less two packets kept for the control
+stream -> what is ready leaves as `UdpBatch`es. The way in: `Endpoint` -> `take_batch` -> the pump
+feeds aioquic -> events fill the queues -> `receive_datagrams`, `receive_control`.
+
+Only the pump touches the connection (style: one pump task owns sends, events and the timer).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+from aioquic.quic import events
+from aioquic.quic.packet import QuicErrorCode
+
+from ztna.core.ports import Address, UdpBatch, UdpPort
+from ztna.net import aioquic_state
+from ztna.net.aioquic_private import MutualQuicConnection
+from ztna.net.closing import CloseCode, CloseInfo, SessionView, describe
+from ztna.net.demux import segments
+from ztna.net.session_queues import SessionQueues
+
+log = structlog.get_logger()
+
+CONTROL_STREAM = 0
+# Our choice: what one round hands to aioquic, about 10 ms of sealing, before others may run.
+_ROUND_DATAGRAMS = 128
+# A few, so that a client with other habits is answered with a reset and not left waiting.
+_PEER_STREAMS = 4
+# Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
+_MIN_WAIT = 0.001
+
+
+class SessionOwner(Protocol):
+    """What a session tells the endpoint that holds it."""
+
+    def connection_id_issued(self, session: "Session", connection_id: bytes) -> None:
+        """Packets with this id are for the session, too."""
+
+    def connection_id_retired(self, session: "Session", connection_id: bytes) -> None:
+        """Packets with this id are for it no longer."""
+
+    def session_verified(self, session: "Session") -> None:
+        """The handshake is complete and the peer's certificate was judged good."""
+
+
+def batches_of(packets: Sequence[tuple[bytes, Address]]) -> list[UdpBatch]:
+    """Join packets to batches for GSO: one address, equal size, the last may be shorter."""
+    batches: list[UdpBatch] = []
+    start = 0
+    while start < len(packets):
+        first, address = packets[start]
+        size, end = len(first), start + 1
+        while end < len(packets) and packets[end][1] == address and len(packets[end][0]) <= size:
+            end += 1
+            if len(packets[end - 1][0]) < size:
+                break
+        data = first if end == start + 1 else b"".join(data for data, _ in packets[start:end])
+        batches.append(UdpBatch(data, size, address))
+        start = end
+    return batches
+
+
+@attrs.define(eq=False)
+class Session(SessionQueues):
+    """A session with one peer. Made by `Endpoint.connect` and `Endpoint.listen`."""
+
+    _connection: MutualQuicConnection = attrs.field(repr=False)
+    _port: UdpPort = attrs.field(repr=False)
+    _owner: SessionOwner = attrs.field(repr=False)
+    _opened_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
+    _keepalive_at: float = attrs.field(default=math.inf, init=False, repr=False)
+    _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
+    _inbox_bytes: int = attrs.field(default=0, init=False, repr=False)
+    _finished: bool = attrs.field(default=False, init=False, repr=False)
+    _broken: bool = attrs.field(default=False, init=False, repr=False)
+    # What closed the session, to be said again to a peer that has not heard it.
+    _farewell: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
+    _farewell_after: int = attrs.field(default=1, init=False, repr=False)
+    _late_batches: int = attrs.field(default=0, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        # A client offers no stream to its server: the only one is its own stream 0.
+        aioquic_state.limit_streams(self._connection, 0 if self.is_client else _PEER_STREAMS)
+        if self.is_client:
+            self._connection.connect(self.remote_address, now=self._opened_at)
+
+    def statistics(self) -> Mapping[str, int | float]:
+        """Queues, drops by reason, bytes and packets, round-trip time, congestion window."""
+        return {
+            **self._counters,
+            **aioquic_state.path_figures(self._connection),
+            "outgoing_queue": len(self._outgoing),
+            "incoming_queue": len(self._incoming),
+            "inbox_bytes": self._inbox_bytes,
+            "max_datagram_data": self.max_datagram_data,
+        }
+
+    # --- for the endpoint ---------------------------------------------------------------------
+
+    def take_batch(self, batch: UdpBatch) -> None:
+        """Queue UDP payloads of this connection for the pump."""
+        if self._inbox_bytes + len(batch.data) > self.settings.inbox_bytes:
+            self._counters["drop_inbox_full"] += 1
+            return
+        self._inbox.append(batch)
+        self._inbox_bytes += len(batch.data)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Pump until the session has ended and its closing period is over."""
+        while not self._finished:
+            self._wake = trio.Event()  # armed before draining: nothing is missed
+            now = trio.current_time()
+            batches = self.pump(now)
+            if batches:
+                await self._port.send(batches)
+            if not self._wake.is_set() and not self._finished:
+                with trio.move_on_at(self._next_timer(now)):
+                    await self._wake.wait()
+            elif not batches:
+                await trio.lowlevel.checkpoint()
+
+    def say_goodbye(self, now: float) -> list[UdpBatch]:
+        """Close at once, for an endpoint that stops; return what is to be sent."""
+        self.close(CloseCode.GOODBYE, "")
+        batches = self.pump(now)
+        self._set_closed(CloseInfo(False, CloseCode.GOODBYE, "this side: left in order"))
+        self._finished = True
+        return batches
+
+    # --- the pump, in the order of a round ----------------------------------------------------
+
+    def pump(self, now: float) -> list[UdpBatch]:
+        """One round without waiting: feed, timers, events, then what is to be sent."""
+        try:
+            return self._round(now)
+        except aioquic_state.LEAKED_ERRORS as error:
+            words = f"{type(error).__name__}: {error}"
+            log.warning("quic_internal_error", remote=self.remote_address, error=words)
+            return self._give_up(now)
+
+    def _round(self, now: float) -> list[UdpBatch]:
+        connection = self._connection
+        self._feed(now)
+        if self._finished:
+            return []
+        timer = connection.get_timer()
+        if timer is not None and timer <= now:
+            connection.handle_timer(now=now)
+        if self._close_info is not None:
+            self._drain_events()
+            self._finished = aioquic_state.finished(connection)
+            return self._repeat_farewell()
+        self._drain_events()
+        self._handle_own_timers(now)
+        batches = self._batches_to_send(now)
+        if batches:
+            self._keepalive_at = now + self.settings.keepalive
+        self._notice_end(batches)
+        return batches
+
+    def _feed(self, now: float) -> None:
+        inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
+        if self._close_info is not None:
+            self._late_batches += len(inbox)
+            return
+        connection = self._connection
+        for batch in inbox:
+            self._counters["received_bytes"] += len(batch.data)
+            for data in segments(batch):
+                connection.receive_datagram(data, batch.address, now=now)
+            # After each batch: small frames would pile up as events.
+            self._drain_events()
+        if inbox and aioquic_state.nothing_understood(connection) and not self.is_client:
+            # Not a client's Initial after all; such a connection could not even send.
+            self._set_closed(CloseInfo(False, QuicErrorCode.NO_ERROR, "no valid first packet"))
+            self._finished = True
+            return
+        address = connection.get_peer_address()
+        if address is not None and address != self.remote_address:
+            log.debug("session_moved", old=self.remote_address, new=address)
+            self._set_remote_address(address)
+
+    def _drain_events(self) -> None:
+        datagrams: list[bytes] = []
+        while (event := self._connection.next_event()) is not None:
+            match event:
+                case events.DatagramFrameReceived(data=data):
+                    datagrams.append(data)
+                case events.StreamDataReceived(data=data, stream_id=0, end_stream=end):
+                    self._put_control(data, ended=end)
+                case events.StreamDataReceived(stream_id=stream_id, end_stream=end):
+                    self._refuse_stream(stream_id, ended=end)
+                case events.StreamReset(stream_id=0) | events.StopSendingReceived(stream_id=0):
+                    self.close(CloseCode.PROTOCOL_ERROR, "the control stream was reset")
+                case events.ConnectionIdIssued(connection_id=connection_id):
+                    self._owner.connection_id_issued(self, connection_id)
+                case events.ConnectionIdRetired(connection_id=connection_id):
+                    self._owner.connection_id_retired(self, connection_id)
+                case events.HandshakeCompleted():
+                    self._handshake_completed()
+        if datagrams:
+            self._put_datagrams(datagrams)
+
+    def _handshake_completed(self) -> None:
+        peer = self._connection.verified_peer
+        assert peer is not None, "the handshake completes only behind the certificate check"
+        limit = aioquic_state.largest_datagram(self._connection, self.settings.max_udp_payload)
+        self._set_peer(peer, limit)
+        self._owner.session_verified(self)
+
+    def _refuse_stream(self, stream_id: int, *, ended: bool) -> None:
+        """No stream but the control stream has a meaning: stop it, and drop what it brings."""
+        self._counters["other_streams"] += 1
+        if not ended:
+            self._connection.stop_stream(stream_id, CloseCode.REFUSED)
+        if not stream_id & 0x02:  # bidirectional (RFC 9000 section 2.1)
+            self._connection.reset_stream(stream_id, CloseCode.REFUSED)
+
+    def _handle_own_timers(self, now: float) -> None:
+        if self._peer is None:
+            if not self.is_client and now >= self._opened_at + self.settings.handshake_timeout:
+                self._connection.close(
+                    error_code=QuicErrorCode.CONNECTION_REFUSED,
+                    frame_type=0,
+                    reason_phrase="the handshake took too long",
+                )
+        elif now >= self._keepalive_at:
+            self._connection.send_ping(0)
+            self._keepalive_at = now + self.settings.keepalive
+
+    def _batches_to_send(self, now: float) -> list[UdpBatch]:
+        connection = self._connection
+        if self._close_wanted is not None:
+            code, reason = self._close_wanted
+            # 200 bytes: the frame must fit beside others (RFC 9000 section 10.2.3).
+            connection.close(error_code=code, reason_phrase=reason[:200])
+        self._write_control()
+        packets = connection.datagrams_to_send(now=now)
+        if self._outgoing and self._peer is not None and self._close_wanted is None:
+            self._hand_over_datagrams()
+            packets += connection.datagrams_to_send(now=now)
+            waiting = aioquic_state.take_back_datagrams(connection)
+            self._outgoing.extendleft(reversed(waiting))
+            self._counters["sent_datagrams"] -= len(waiting)
+            self._room_made()
+        self._counters["sent_packets"] += len(packets)
+        self._counters["sent_bytes"] += sum(len(data) for data, _ in packets)
+        return batches_of(packets)
+
+    def _write_control(self) -> None:
+        """Nothing before the peer is verified: a server could send 0.5-RTT data. And a server can
+        write on the client's stream only once the client has."""
+        connection = self._connection
+        if (
+            self._control_out
+            and self._peer is not None
+            and (self.is_client or aioquic_state.stream_is_open(connection, CONTROL_STREAM))
+        ):
+            connection.send_stream_data(CONTROL_STREAM, bytes(self._control_out))
+            self._control_out.clear()
+        self._control_unacknowledged = aioquic_state.stream_backlog(connection, CONTROL_STREAM)
+
+    def _hand_over_datagrams(self) -> None:
+        """Give aioquic what the window takes, but two packets: those are for the control stream."""
+        payload = self.settings.max_udp_payload
+        room = aioquic_state.window_room(self._connection) - 2 * payload
+        overhead = payload - self.max_datagram_data
+        count = 0
+        while self._outgoing and count < _ROUND_DATAGRAMS:
+            room -= len(self._outgoing[0]) + overhead
+            if room < 0:
+                break
+            self._connection.send_datagram_frame(self._outgoing.popleft())
+            count += 1
+        self._counters["sent_datagrams"] += count
+        if self._outgoing and room >= 0:
+            self._wake.set()  # another round, after others have run
+
+    def _notice_end(self, batches: list[UdpBatch]) -> None:
+        end = aioquic_state.termination(self._connection)
+        if end is None:
+            return
+        host, port = self.remote_address
+        view = SessionView(
+            is_client=self.is_client,
+            remote=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            verified=self._peer is not None,
+            idle_timeout=self.settings.idle_timeout,
+            refusal=self._connection.refusal,
+        )
+        self._set_closed(describe(end, view))
+        self._farewell = [] if end.by_peer else batches
+        self._finished = aioquic_state.finished(self._connection)
+
+    def _repeat_farewell(self) -> list[UdpBatch]:
+        """Say it again to a peer that goes on sending, ever more rarely (RFC 9000 section
+        10.2.1): aioquic itself would not, and one lost packet would leave the peer waiting."""
+        if self._late_batches < self._farewell_after:
+            return []
+        self._farewell_after = 2 * self._late_batches
+        return self._farewell
+
+    def _give_up(self, now: float) -> list[UdpBatch]:
+        """End a session whose connection has failed inside; once without a word if need be."""
+        batches: list[UdpBatch] = []
+        if not self._broken and self._connection.get_peer_address() is not None:
+            self._broken = True
+            self._connection.close(error_code=QuicErrorCode.INTERNAL_ERROR, frame_type=0)
+            try:
+                batches = batches_of(self._connection.datagrams_to_send(now=now))
+            except aioquic_state.LEAKED_ERRORS:
+                log.debug("quic_close_failed", remote=self.remote_address)
+        words = "QUIC failed on a packet of the peer"
+        self._set_closed(CloseInfo(False, QuicErrorCode.INTERNAL_ERROR, words))
+        self._finished = True
+        return batches
+
+    def _next_timer(self, now: float) -> float:
+        timer = self._connection.get_timer()
+        due = math.inf if timer is None else timer
+        if self._close_info is None:
+            if self._peer is not None:
+                due = min(due, self._keepalive_at)
+            elif not self.is_client:
+                due = min(due, self._opened_at + self.settings.handshake_timeout)
+        return max(due, now + _MIN_WAIT)

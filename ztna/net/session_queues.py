@@ -1,0 +1,266 @@
+"""The outside of a session: what roles call, and the bounded queues behind it.
+
+`Session` adds the pump, which moves bytes between these queues and the QUIC connection. Methods
+here change a queue or a flag and wake the pump; they never touch the connection.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import attrs
+import trio
+from aioquic.quic.configuration import QuicConfiguration
+from trio.lowlevel import ParkingLot
+
+from ztna.core.ports import Address
+from ztna.errors import LocalProtocolError, SessionClosedError
+from ztna.net.closing import CloseCode, CloseInfo
+from ztna.net.demux import CONNECTION_ID_LENGTH
+from ztna.net.tls import VerifiedPeer
+
+# Above the largest control frame of 64 KiB; bounds what the peer can make us hold.
+_STREAM_WINDOW = 256 << 10
+
+_COUNTERS = (
+    "sent_packets",
+    "sent_bytes",
+    "received_bytes",
+    "sent_datagrams",
+    "received_datagrams",
+    "drop_not_open",
+    "drop_too_large",
+    "drop_outgoing_full",
+    "drop_incoming_full",
+    "drop_inbox_full",
+    "other_streams",
+)
+
+
+@attrs.frozen
+class SessionSettings:
+    """What a kind of session promises and bounds; docs/protocol.md section 1.
+
+    idle_timeout, keepalive, handshake_timeout (a server's patience): seconds.
+    outgoing_datagrams, incoming_datagrams: messages; incoming_bytes, inbox_bytes (UDP payloads
+    that wait for the pump), control_backlog: bytes.
+    """
+
+    alpn: str = "ztna-v1"
+    idle_timeout: float = 30.0
+    keepalive: float = 10.0
+    handshake_timeout: float = 10.0
+    max_udp_payload: int = 1200
+    outgoing_datagrams: int = 1024
+    incoming_datagrams: int = 4096
+    incoming_bytes: int = 8 << 20
+    inbox_bytes: int = 4 << 20
+    control_backlog: int = 1 << 20
+
+    def quic_configuration(self) -> QuicConfiguration:
+        """The same in aioquic's terms; certificates come later."""
+        return QuicConfiguration(
+            alpn_protocols=[self.alpn],
+            connection_id_length=CONNECTION_ID_LENGTH,
+            idle_timeout=self.idle_timeout,
+            max_data=4 * _STREAM_WINDOW,
+            max_stream_data=_STREAM_WINDOW,
+            max_datagram_size=self.max_udp_payload,
+            max_datagram_frame_size=65_535,
+        )
+
+
+@attrs.define(eq=False)
+class SessionQueues:
+    """What a role sees of a session.
+
+    One task at a time reads datagrams, one the control stream; any may send.
+
+    max_datagram_data: bytes of the largest DATAGRAM data that fits; 0 before the peer is verified.
+    """
+
+    settings: SessionSettings
+    is_client: bool
+    remote_address: Address
+    max_datagram_data: int = attrs.field(default=0, init=False)
+    _peer: VerifiedPeer | None = attrs.field(default=None, init=False)
+    _close_info: CloseInfo | None = attrs.field(default=None, init=False)
+    _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)
+    _outgoing: deque[bytes] = attrs.field(factory=deque, init=False, repr=False)
+    _incoming: list[bytes] = attrs.field(factory=list, init=False, repr=False)
+    _incoming_bytes: int = attrs.field(default=0, init=False, repr=False)
+    _control_out: bytearray = attrs.field(factory=bytearray, init=False, repr=False)
+    _control_unacknowledged: int = attrs.field(default=0, init=False, repr=False)
+    _control_in: bytearray = attrs.field(factory=bytearray, init=False, repr=False)
+    _control_ended: bool = attrs.field(default=False, init=False, repr=False)
+    _wake: trio.Event = attrs.field(factory=trio.Event, init=False, repr=False)
+    _changed: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
+    _datagrams_here: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
+    _control_here: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
+    _room_here: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
+    _counters: dict[str, int] = attrs.field(
+        factory=lambda: dict.fromkeys(_COUNTERS, 0), init=False, repr=False
+    )
+
+    @property
+    def peer(self) -> VerifiedPeer:
+        """Who the peer is. Raises LocalProtocolError before that is verified."""
+        if self._peer is None:
+            raise LocalProtocolError("the peer of this session is not verified yet")
+        return self._peer
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended; what was received may still be read."""
+        return self._close_info is not None
+
+    async def wait_verified(self) -> VerifiedPeer:
+        """Wait for the handshake and the check of the peer's certificate.
+
+        On the client the server may still refuse us afterwards. Raises SessionClosedError.
+        """
+        await trio.lowlevel.checkpoint()
+        while self._peer is None:
+            self._raise_if_closed()
+            await self._changed.park()
+        return self._peer
+
+    async def wait_address_change(self, last: Address) -> Address:
+        """Wait until the peer's address is another than last; return it.
+
+        Raises SessionClosedError.
+        """
+        await trio.lowlevel.checkpoint()
+        while self.remote_address == last:
+            self._raise_if_closed()
+            await self._changed.park()
+        return self.remote_address
+
+    async def wait_closed(self) -> CloseInfo:
+        """Wait for the end of the session; say how it came."""
+        await trio.lowlevel.checkpoint()
+        while self._close_info is None:
+            await self._changed.park()
+        return self._close_info
+
+    async def receive_datagrams(self) -> list[bytes]:
+        """Wait for at least one DATAGRAM; return all that are there, in order.
+
+        Raises SessionClosedError once the session is closed and everything has been read.
+        """
+        await trio.lowlevel.checkpoint()
+        while not self._incoming:
+            self._raise_if_closed()
+            await self._datagrams_here.park()
+        datagrams, self._incoming, self._incoming_bytes = self._incoming, [], 0
+        return datagrams
+
+    def send_datagrams(self, datagrams: Sequence[bytes]) -> int:
+        """Queue DATAGRAMs; return how many. Never waits: too large ones and what is over the
+        bound is dropped and counted."""
+        limit = self.max_datagram_data
+        if self._peer is None or self._close_info is not None:
+            self._counters["drop_not_open"] += len(datagrams)
+            return 0
+        if datagrams and max(map(len, datagrams)) > limit:
+            fitting = [data for data in datagrams if len(data) <= limit]
+            self._counters["drop_too_large"] += len(datagrams) - len(fitting)
+            datagrams = fitting
+        room = self.datagram_room
+        if len(datagrams) > room:
+            self._counters["drop_outgoing_full"] += len(datagrams) - room
+            datagrams = datagrams[:room]
+        self._outgoing.extend(datagrams)
+        self._wake.set()
+        return len(datagrams)
+
+    @property
+    def datagram_room(self) -> int:
+        """How many more DATAGRAMs the outgoing queue takes now."""
+        return max(0, self.settings.outgoing_datagrams - len(self._outgoing))
+
+    async def wait_datagram_room(self) -> None:
+        """Wait until the outgoing queue is less than half full. Raises SessionClosedError."""
+        await trio.lowlevel.checkpoint()
+        while len(self._outgoing) > self.settings.outgoing_datagrams // 2:
+            self._raise_if_closed()
+            await self._room_here.park()
+
+    def send_control(self, data: bytes) -> None:
+        """Write to the control stream. A peer that leaves more than `control_backlog` bytes
+        unread ends the session with code `limit`."""
+        if self._close_info is not None:
+            return
+        backlog = self._control_unacknowledged + len(self._control_out)
+        if backlog + len(data) > self.settings.control_backlog:
+            self.close(CloseCode.LIMIT, "the peer does not read its control stream")
+            return
+        self._control_out += data
+        self._wake.set()
+
+    async def receive_control(self) -> bytes:
+        """Wait for bytes of the control stream; b"" at its end. Raises SessionClosedError."""
+        await trio.lowlevel.checkpoint()
+        while not self._control_in:
+            if self._control_ended:
+                return b""
+            self._raise_if_closed()
+            await self._control_here.park()
+        data = bytes(self._control_in)
+        self._control_in.clear()
+        return data
+
+    def close(self, code: int, reason: str) -> None:
+        """Close with an application code; the pump sends it. The first close counts."""
+        if self._close_wanted is None:
+            self._close_wanted = (code, reason)
+            self._wake.set()
+
+    def _raise_if_closed(self) -> None:
+        if self._close_info is not None:
+            raise SessionClosedError(self._close_info.reason)
+
+    # --- for the pump -------------------------------------------------------------------------
+
+    def _put_datagrams(self, datagrams: Sequence[bytes]) -> None:
+        """Take what the peer sent; the newest is dropped when nobody reads."""
+        self._counters["received_datagrams"] += len(datagrams)
+        settings = self.settings
+        room = settings.incoming_datagrams - len(self._incoming)
+        if self._incoming_bytes > settings.incoming_bytes:
+            room = 0
+        if len(datagrams) > room:
+            self._counters["drop_incoming_full"] += len(datagrams) - room
+            datagrams = datagrams[:room]
+        if datagrams:
+            self._incoming.extend(datagrams)
+            self._incoming_bytes += sum(map(len, datagrams))
+            self._datagrams_here.unpark_all()
+
+    def _put_control(self, data: bytes, *, ended: bool) -> None:
+        self._control_in += data
+        self._control_ended = self._control_ended or ended
+        self._control_here.unpark_all()
+        if len(self._control_in) > self.settings.control_backlog:
+            self.close(CloseCode.LIMIT, "the control stream is not read fast enough")
+
+    def _room_made(self) -> None:
+        if len(self._outgoing) <= self.settings.outgoing_datagrams // 2:
+            self._room_here.unpark_all()
+
+    def _set_peer(self, peer: VerifiedPeer, max_datagram_data: int) -> None:
+        self._peer = peer
+        self.max_datagram_data = max_datagram_data
+        self._changed.unpark_all()
+
+    def _set_remote_address(self, address: Address) -> None:
+        self.remote_address = address
+        self._changed.unpark_all()
+
+    def _set_closed(self, info: CloseInfo) -> None:
+        """The session has ended: nothing more goes out, whoever waits is told."""
+        if self._close_info is None:
+            self._close_info = info
+        self._outgoing.clear()
+        self._control_out.clear()
+        for lot in (self._changed, self._datagrams_here, self._control_here, self._room_here):
+            lot.unpark_all()
