@@ -195,14 +195,15 @@ def check_request(request: Request, trust_domain: str) -> None:
         raise UsageError(
             f"{identity.uri} is of another trust domain: this CA signs for {trust_domain}"
         )
-    named = bool(request.dns or request.ips)
-    own_name = () if identity.role is not Role.CONNECTOR else (connector_dns_name(identity),)
-    if identity.role is Role.INTERMEDIATE and not named:
-        raise UsageError(
-            "an intermediate needs the name or address that clients reach it by: give --dns or --ip"
-        )
-    if identity.role is not Role.INTERMEDIATE and named and request.dns != own_name:
-        raise UsageError(f"--dns and --ip are for intermediates, not for a {identity.role}")
+    own_name = (connector_dns_name(identity),) if identity.role is Role.CONNECTOR else ()
+    if identity.role is Role.INTERMEDIATE:
+        if not request.dns and not request.ips:
+            raise UsageError(
+                "an intermediate needs the name or address that clients reach it by: "
+                "give --dns or --ip"
+            )
+    elif request.ips or request.dns not in ((), own_name):
+        raise UsageError(f"--dns and --ip are for intermediates, not for {identity}")
     for name in (*request.dns, *own_name):
         if not _DNS_NAME.fullmatch(name):
             raise UsageError(f"{name!r} is no DNS name (lower case, no wildcard)")

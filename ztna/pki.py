@@ -191,8 +191,8 @@ def read_private_key(path: Path) -> PrivateKey:
 
 def write_new(path: Path, data: bytes, mode: int) -> None:
     """Write a file that is not there yet, with just this mode. Raises IdentityError."""
+    _make_directory(path.parent)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -207,15 +207,19 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
 def write_public(path: Path, data: bytes) -> None:
     """Write certificates or a request, replacing the file at once if it is there: that is a
     renewal. Raises IdentityError."""
+    _make_directory(path.parent)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        Path(name).replace(path)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, 0o644)
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise IdentityError(f"cannot write {path}: {error.strerror}") from error
 
@@ -247,6 +251,13 @@ def read_file(path: Path, *, private: bool = False) -> bytes:
             return file.read()
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise IdentityError(f"cannot make the directory {path}: {error.strerror}") from error
 
 
 def matches(certificate: x509.Certificate, key: PrivateKey) -> bool:
