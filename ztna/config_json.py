@@ -70,7 +70,7 @@ def show(value: object) -> str:
         kind, unit = ("an object", "key") if isinstance(value, dict) else ("a list", "entry")
         plural = {"key": "keys", "entry": "entries"}[unit]
         return f"{kind} of {len(value)} {unit if len(value) == 1 else plural}"
-    text = json.dumps(value)
+    text = json.dumps(value).replace("\x7f", "\\u007f")
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

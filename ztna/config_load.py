@@ -112,20 +112,14 @@ def _put(value: object, path: JsonPath, new: object) -> None:
     """Set a value deep inside, making objects and list entries on the way. Where the file has
     something else than an object or a list, nothing is set: that is an error told later."""
     step, *rest = path
-    if isinstance(step, int):
-        if not isinstance(value, list) or step > len(value):
-            return
-        if step == len(value):
-            value.append({})
-        if rest:
-            _put(value[step], tuple(rest), new)
-        else:
-            value[step] = new
-    elif isinstance(value, dict):
+    if isinstance(step, str) and isinstance(value, dict):
         if rest:
             _put(value.setdefault(step, {}), tuple(rest), new)
         else:
             value[step] = new
+    elif isinstance(step, int) and isinstance(value, list):
+        value.extend({} for _ in range(step + 1 - len(value)))
+        _put(value[step], tuple(rest), new)
 
 
 def _origin(path: JsonPath, overrides: Sequence[Override]) -> Override | None:
