@@ -13,7 +13,14 @@ from pathlib import Path
 import attrs
 
 from scripts.lab.bench_network import CLIENT, IPERF_PORT, RELAY_TO_CLIENT, SERVER, Network
-from scripts.lab.deployment import Deployment, LoggedProcess, NotReadyError, start
+from scripts.lab.deployment import (
+    READY,
+    REGISTERED,
+    Deployment,
+    LoggedProcess,
+    NotReadyError,
+    start,
+)
 from ztna.nat.netns import Namespace
 
 _READY = 20.0  # s until the first ping must have come back
@@ -81,7 +88,7 @@ def ztna_relay(network: Network, folder: Path) -> Iterator[Tunnel]:
             file = deployment.write(role, "bench", config)
             process = deployment.run(machines[role], role, file)
             processes[role] = process
-            process.wait_for("ready" if role == "intermediate" else "registered")
+            process.wait_for(READY if role == "intermediate" else REGISTERED)
         _wait_for_ping(network.client, _SERVICE_ADDRESS, processes.values())
         yield _tunnel(_SERVICE_ADDRESS, processes)
 

@@ -19,6 +19,9 @@ ZTNA = ROOT / ".venv/bin/ztna"
 PYTHON = ROOT / ".venv/bin/python"
 
 TRUST_DOMAIN = "example.net"
+# What the roles log when they are usable. With the bracket of the level, since "not registered"
+# is a message too.
+READY, REGISTERED, REFUSED = "] ready", "] registered", "] not registered"
 START_DEADLINE = 15.0  # s; a role is ready after one or two on two busy cores
 _POLL = 0.02  # s
 
@@ -104,26 +107,25 @@ class Deployment:
 
     def create_authority(self) -> None:
         """Make the CA."""
-        self.ztna("pki", "init", "--dir", self.authority, "--trust-domain", TRUST_DOMAIN)
+        self.ztna("pki", "init", self.authority, "--trust-domain", TRUST_DOMAIN)
 
-    def issue(self, role: str, name: str, *names: str) -> Mapping[str, str]:
+    def issue(self, role: str, name: str, *options: str) -> Mapping[str, str]:
         """Make key and certificate of a node; return the `identity` part of its file."""
-        base = self.folder / f"{role}-{name}"
-        alternatives = [word for item in names for word in ("--name", item)]
-        files = {"--key": f"{base}.key", "--csr": f"{base}.csr"}
-        self.ztna(
-            *("pki", "request", role, name, "--trust-domain", TRUST_DOMAIN, *alternatives),
-            *(word for pair in files.items() for word in pair),
-        )
-        self.ztna(
-            *("pki", "issue", "--dir", self.authority),
-            *("--csr", f"{base}.csr", "--out", f"{base}.crt"),
-        )
+        root = self.authority / "ca.crt"
+        place = self.node(role, name)
+        self.ztna("pki", "request", role, name, "--ca", root, "--out", place, *options)
+        self.ztna("pki", "issue", "--ca", self.authority, "--csr", place / f"{role}.csr")
         return {
-            "cert": f"{base}.crt",
-            "key": f"{base}.key",
-            "ca": str(self.authority / "ca.crt"),
+            "cert": str(place / f"{role}.crt"),
+            "key": str(place / f"{role}.key"),
+            "ca": str(root),
         }
+
+    def node(self, role: str, name: str) -> Path:
+        """The folder of a node, for its files, logs and state."""
+        place = self.folder / f"{role}-{name}"
+        place.mkdir(exist_ok=True)
+        return place
 
     def intermediate(self, policy: list[Mapping[str, object]]) -> dict[str, object]:
         """The intermediate's file."""
@@ -131,7 +133,7 @@ class Deployment:
             "bind": "0.0.0.0",
             "port": self.port,
             "external_ip": self.intermediate_address,
-            "identity": self.issue("intermediate", "relay", self.intermediate_address),
+            "identity": self.issue("intermediate", "relay", "--ip", self.intermediate_address),
             "policy": policy,
         }
 
@@ -146,18 +148,20 @@ class Deployment:
         }
 
     def write(self, role: str, name: str, config: Mapping[str, object]) -> Path:
-        """Write a configuration file; each node has a state folder of its own."""
-        path = self.folder / f"{role}-{name}.json"
-        state = self.folder / f"{role}-{name}.state"
+        """Write a node's configuration file; state goes beside it."""
+        place = self.node(role, name)
+        file = place / f"{role}.json"
+        state = place / "state"
         state.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"state_dir": str(state), **config}, indent=1))
-        return path
+        file.write_text(json.dumps({"state_dir": str(state), **config}, indent=1))
+        return file
 
     def run(self, machine: Machine, role: str, file: Path, *flags: str) -> LoggedProcess:
         """Start a role on a machine. Every start gets a log of its own."""
         self._starts += 1
-        log = file.with_suffix(f".{self._starts}.log")
-        return start(machine, file.stem, log, ZTNA, "run", role, "--config", file, *flags)
+        log = file.with_name(f"{role}.{self._starts}.log")
+        name = file.parent.name
+        return start(machine, name, log, ZTNA, "run", role, "--config", file, *flags)
 
     def ztna(self, *args: str | Path) -> str:
         """Run a command of ztna here; return its output. Raises NotReadyError with its words."""
