@@ -2,13 +2,15 @@
 
 The packet's way out: `send_datagrams` queues -> the pump first lets aioquic send acknowledgements,
 handshake and control stream with no DATAGRAM queued (it would write those first, for ever) -> then
-hands over as many DATAGRAMs as the congestion window takes, less two packets kept for the control
-stream -> what is ready leaves as `UdpBatch`es. The way in: `Endpoint` -> `take_batch` -> the pump
-feeds aioquic -> events fill the queues -> `receive_datagrams`, `receive_control`.
+as many DATAGRAMs as the congestion window takes, sealed by the fast path, or by aioquic while that
+is not ready -> `UdpBatch`es leave by the port. The way in: `Endpoint` -> `take_batch` -> the pump
+feeds the fast path, which passes on to aioquic what it does not open -> payloads and events fill
+the queues -> `receive_datagrams`, `receive_control`.
 
 Only the pump touches the connection (style: one pump task owns sends, events and the timer).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -23,14 +25,16 @@ from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.net import aioquic_state
 from ztna.net.aioquic_private import MutualQuicConnection
 from ztna.net.closing import CloseCode, CloseInfo, SessionView, describe
-from ztna.net.demux import segments
-from ztna.net.session_queues import SessionQueues
+from ztna.net.fastpath import FastPath
+from ztna.net.session_queues import SessionQueues, SessionSettings
+
+__all__ = ["CloseCode", "CloseInfo", "Session", "SessionOwner", "SessionSettings"]
 
 log = structlog.get_logger()
 
 CONTROL_STREAM = 0
-# Our choice: what one round hands to aioquic, about 10 ms of sealing, before others may run.
-_ROUND_DATAGRAMS = 128
+# Our choice: what one round seals before others may run; 0.4 ms, or 10 ms by plain aioquic.
+_ROUND_DATAGRAMS = 256
 # A few, so that a client with other habits is answered with a reset and not left waiting.
 _PEER_STREAMS = 4
 # Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
@@ -74,6 +78,7 @@ class Session(SessionQueues):
     _connection: MutualQuicConnection = attrs.field(repr=False)
     _port: UdpPort = attrs.field(repr=False)
     _owner: SessionOwner = attrs.field(repr=False)
+    _fast: FastPath = attrs.field(init=False, repr=False)
     _opened_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
     _keepalive_at: float = attrs.field(default=math.inf, init=False, repr=False)
     _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
@@ -86,6 +91,7 @@ class Session(SessionQueues):
     _late_batches: int = attrs.field(default=0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        self._fast = FastPath(self._connection)
         # A client offers no stream to its server: the only one is its own stream 0.
         aioquic_state.limit_streams(self._connection, 0 if self.is_client else _PEER_STREAMS)
         if self.is_client:
@@ -96,6 +102,7 @@ class Session(SessionQueues):
         return {
             **self._counters,
             **aioquic_state.path_figures(self._connection),
+            **{f"fast_{name}": count for name, count in self._fast.statistics().items()},
             "outgoing_queue": len(self._outgoing),
             "incoming_queue": len(self._incoming),
             "inbox_bytes": self._inbox_bytes,
@@ -174,8 +181,9 @@ class Session(SessionQueues):
         connection = self._connection
         for batch in inbox:
             self._counters["received_bytes"] += len(batch.data)
-            for data in segments(batch):
-                connection.receive_datagram(data, batch.address, now=now)
+            payloads = self._fast.open(batch.data, batch.segment_size, batch.address, now)
+            if payloads:
+                self._put_datagrams(payloads)
             # After each batch: small frames would pile up as events.
             self._drain_events()
         if inbox and aioquic_state.nothing_understood(connection) and not self.is_client:
@@ -244,16 +252,18 @@ class Session(SessionQueues):
             connection.close(error_code=code, reason_phrase=reason[:200])
         self._write_control()
         packets = connection.datagrams_to_send(now=now)
+        batches: list[UdpBatch] = []
         if self._outgoing and self._peer is not None and self._close_wanted is None:
-            self._hand_over_datagrams()
-            packets += connection.datagrams_to_send(now=now)
-            waiting = aioquic_state.take_back_datagrams(connection)
-            self._outgoing.extendleft(reversed(waiting))
-            self._counters["sent_datagrams"] -= len(waiting)
+            if self._fast.ready():
+                batches = self._seal_datagrams(now)
+            else:
+                packets += self._hand_over_datagrams(now)
             self._room_made()
-        self._counters["sent_packets"] += len(packets)
-        self._counters["sent_bytes"] += sum(len(data) for data, _ in packets)
-        return batches_of(packets)
+        batches = batches_of(packets) + batches
+        for batch in batches:
+            self._counters["sent_packets"] += math.ceil(len(batch.data) / batch.segment_size)
+            self._counters["sent_bytes"] += len(batch.data)
+        return batches
 
     def _write_control(self) -> None:
         """Nothing before the peer is verified: a server could send 0.5-RTT data. And a server can
@@ -268,21 +278,40 @@ class Session(SessionQueues):
             self._control_out.clear()
         self._control_unacknowledged = aioquic_state.stream_backlog(connection, CONTROL_STREAM)
 
-    def _hand_over_datagrams(self) -> None:
-        """Give aioquic what the window takes, but two packets: those are for the control stream."""
+    def _seal_datagrams(self, now: float) -> list[UdpBatch]:
+        """Send DATAGRAMs on the fast path, as far as the window allows."""
+        queue = self._outgoing
+        offered = list(itertools.islice(queue, _ROUND_DATAGRAMS))
+        buffers, count = self._fast.seal(offered, now)
+        for _ in range(count):
+            queue.popleft()
+        self._counters["sent_datagrams"] += count
+        if queue and count == len(offered):
+            self._wake.set()  # another round, after others have run
+        return [UdpBatch(data, size, self.remote_address) for data, size in buffers]
+
+    def _hand_over_datagrams(self, now: float) -> list[tuple[bytes, Address]]:
+        """Send DATAGRAMs by plain aioquic: what the window takes but two packets, which are for
+        the control stream. What aioquic's pacing holds back is queued here again, so that its own
+        queue is empty when the next round writes the control stream."""
+        connection, queue = self._connection, self._outgoing
         payload = self.settings.max_udp_payload
-        room = aioquic_state.window_room(self._connection) - 2 * payload
+        room = aioquic_state.window_room(connection) - 2 * payload
         overhead = payload - self.max_datagram_data
         count = 0
-        while self._outgoing and count < _ROUND_DATAGRAMS:
-            room -= len(self._outgoing[0]) + overhead
+        while queue and count < _ROUND_DATAGRAMS:
+            room -= len(queue[0]) + overhead
             if room < 0:
                 break
-            self._connection.send_datagram_frame(self._outgoing.popleft())
+            connection.send_datagram_frame(queue.popleft())
             count += 1
-        self._counters["sent_datagrams"] += count
-        if self._outgoing and room >= 0:
-            self._wake.set()  # another round, after others have run
+        packets = connection.datagrams_to_send(now=now)
+        waiting = aioquic_state.take_back_datagrams(connection)
+        queue.extendleft(reversed(waiting))
+        self._counters["sent_datagrams"] += count - len(waiting)
+        if queue and room >= 0 and not waiting:
+            self._wake.set()
+        return packets
 
     def _notice_end(self, batches: list[UdpBatch]) -> None:
         end = aioquic_state.termination(self._connection)
