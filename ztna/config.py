@@ -295,7 +295,7 @@ def _check_policy(rules: Sequence[PolicyRule]) -> Iterator[Problem]:
 
 
 def _check_services(
-    services: Sequence[AgentService] | Sequence[ConnectorService], service_range: IPv4Network
+    services: Sequence[AgentService | ConnectorService], service_range: IPv4Network
 ) -> Iterator[Problem]:
     if not services:
         yield Problem(("services",), "names no service; at least one is needed")

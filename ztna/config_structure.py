@@ -71,7 +71,7 @@ def _converter(described: Described) -> cattrs.Converter:
     return converter
 
 
-_FACTORY = type(attrs.Factory(list))
+_FACTORY: type = type(attrs.Factory(tuple))
 Hook = Callable[[object, Any], Any]
 
 
@@ -122,7 +122,7 @@ def _value_hook(annotation: Any) -> Hook:
 
 def _described_hook(converter: cattrs.Converter, target: type, source: type) -> Hook:
     def hook(value: object, _: Any) -> Any:
-        read = converter.structure(value, source)
+        read: Any = converter.structure(value, source)
         return target(**attrs.asdict(read, recurse=False))
 
     return hook
@@ -158,7 +158,7 @@ def _problems(error: BaseException, path: JsonPath, value: object) -> Iterator[P
     if isinstance(error, BaseValidationError):
         for inner in error.exceptions:
             step = _step(inner)
-            if isinstance(inner, KeyError):
+            if isinstance(inner, KeyError) and isinstance(step, str):
                 purpose = attrs.fields_dict(error.cl)[step].metadata["description"]
                 yield Problem((*path, step), f"missing: {purpose}")
                 continue
