@@ -87,6 +87,13 @@ def test_last_second_of_a_certificate(good: Deployment, tmp_path: Path) -> None:
         load_credentials(*paths, now=good.agent.not_after + datetime.timedelta(seconds=1))
 
 
+def test_certificate_of_another_role(good: Deployment, tmp_path: Path) -> None:
+    paths = write_credentials(good.agent, tmp_path)
+    assert load_credentials(*paths, now=NOW, role=Role.AGENT).identity.role is Role.AGENT
+    with pytest.raises(IdentityError, match="is for agent/laptop, and this node is to be a conn"):
+        load_credentials(*paths, now=NOW, role=Role.CONNECTOR)
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_missing_or_strange_file(good: Deployment, tmp_path: Path, which: int) -> None:
     paths = write_credentials(good.agent, tmp_path)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509 import verification
 
-from ztna.core.identity import Identity, valid_trust_domain
+from ztna.core.identity import Identity, Role, valid_trust_domain
 from ztna.errors import IdentityError, RemoteProtocolError
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -96,9 +96,16 @@ def trust_domain_of(ca: x509.Certificate) -> str:
 
 
 def load_credentials(
-    certificate: Path, key: Path, ca: Path, now: datetime.datetime | None = None
+    certificate: Path,
+    key: Path,
+    ca: Path,
+    now: datetime.datetime | None = None,
+    *,
+    role: Role | None = None,
 ) -> Credentials:
     """Read a node's files and check that a session can be made with them now.
+
+    role: what the node is; None accepts a certificate for any role.
 
     Raises IdentityError, which names the file, what is wrong with it, and what to do.
     """
@@ -127,6 +134,11 @@ def load_credentials(
         raise IdentityError(f"{certificate}: {error}") from error
     except verification.VerificationError as error:
         raise IdentityError(f"{certificate} was not issued by the CA in {ca}: {error}") from error
+    if role is not None and identity.role is not role:
+        raise IdentityError(
+            f"{certificate} is for {identity}, and this node is to be a {role}: "
+            "give it the certificate that was issued for it"
+        )
     return Credentials(
         certificate=leaf,
         chain=tuple(chain),

@@ -442,6 +442,15 @@ def test_certificate_of_an_unknown_version(good: Deployment) -> None:
         context._set_peer_certificate(tls.Certificate(certificates=[(odd, b"")]))
 
 
+def test_names_that_are_not_text(good: Deployment) -> None:
+    der = good.agent.certificate.public_bytes(Encoding.DER)
+    assert b"test CA" in der
+    context = started(good)
+    with pytest.raises(aioquic_private.RefusedAlert, match="malformed"):
+        show(context, der.replace(b"test CA", b"test \xff\xff"))
+    assert "certificate is malformed" in (context.refusal or "")
+
+
 def verify(
     good: Deployment,
     peer: Credentials,
