@@ -101,7 +101,7 @@ async def run_role(
             with stop.scope:
                 await main()
             nursery.cancel_scope.cancel()
-    return stop.signal
+    return stop.number
 
 
 @attrs.define
@@ -109,7 +109,7 @@ class _Stop:
     """The role's cancel scope, and the signal that cancelled it."""
 
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    signal: signal.Signals | None = None
+    number: signal.Signals | None = None
 
 
 async def _watch_signals(
@@ -121,14 +121,14 @@ async def _watch_signals(
             text = registry.format_json() if json_statistics else registry.format_text()
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
-        elif stop.signal is None:
-            stop.signal = signal.Signals(number)
+        elif stop.number is None:
+            stop.number = signal.Signals(number)
             # From here on a plain handler: it works even if the event loop hangs. The receiver
             # puts the handlers from before back when it ends.
             for stop_signal in STOP_SIGNALS:
                 signal.signal(stop_signal, _exit_at_once)
-            log.info("stopping", signal=stop.signal.name)
-            nursery.start_soon(_exit_after_grace, stop.signal)
+            log.info("stopping", signal=stop.number.name)
+            nursery.start_soon(_exit_after_grace, stop.number)
             stop.scope.cancel()
 
 

@@ -1,0 +1,314 @@
+"""`ztna run`: a node in the foreground, from a file, from options, or from both.
+
+An option becomes an `Override` of the configuration's key and so meets the same checks as the
+file. The order is: file, environment over it, options over both.
+"""
+
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rich_click as click
+import trio
+from click import get_current_context
+
+from ztna.cli.logs import LogFormat, configure_logging
+from ztna.cli.main import INTERRUPTED, verbose_option, verbosity
+from ztna.config import (
+    DEFAULT_P2P_PORT,
+    DEFAULT_PORT,
+    AgentConfig,
+    AnyConfig,
+    ConnectorConfig,
+    IntermediateConfig,
+    default_file,
+)
+from ztna.config_json import read_document
+from ztna.config_load import Override, load_config
+from ztna.config_types import format_host_port, parse_host_port
+from ztna.core.identity import Role
+from ztna.core.ports import Address
+from ztna.errors import ConfigError
+from ztna.roles.agent import run_agent_from_config
+from ztna.roles.connector import run_connector_from_config
+from ztna.roles.intermediate import run_intermediate_from_config
+from ztna.roles.tree import run_role
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=AnyConfig)
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+class HostPort(click.ParamType[Address]):
+    """An option's value of the form host:port; IPv6 in brackets."""
+
+    name = "host:port"
+
+    def __init__(self, default_port: int | None = None) -> None:
+        self._default_port = default_port
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Address:
+        """Text -> host and port."""
+        try:
+            return parse_host_port(value, self._default_port)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _file_option(name: str, purpose: str) -> Callable[[F], F]:
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option(f"--{name}", type=kind, metavar="FILE", help=purpose)
+
+
+_identity_options = _options(
+    _file_option("cert", "This node's certificate, PEM."),
+    _file_option("key", "The certificate's private key, PEM."),
+    _file_option("ca", "The deployment's CA certificate, PEM."),
+)
+_common_options = _options(
+    verbose_option,
+    click.option(
+        "--log-format",
+        type=click.Choice(["human", "json"]),
+        default="human",
+        envvar="ZTNA_LOG_FORMAT",
+        show_envvar=True,
+        show_default=True,
+        help="How log lines look.",
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(list(_LEVELS)),
+        default="info",
+        envvar="ZTNA_LOG_LEVEL",
+        show_envvar=True,
+        show_default=True,
+        help="From which level on events are logged; -v makes it debug.",
+    ),
+)
+_server_option = click.option(
+    "--server",
+    type=HostPort(DEFAULT_PORT),
+    metavar="HOST[:PORT]",
+    help=f"The intermediate; port {DEFAULT_PORT} if none is given.",
+)
+
+
+def _config_option(role: Role) -> Callable[[F], F]:
+    return _file_option("config", f"Configuration file.  [default: {default_file(role)}]")
+
+
+@click.group()
+def run() -> None:
+    """Run a node in the foreground, until SIGTERM or Ctrl-C.
+
+    SIGUSR1 prints its statistics.
+
+    Example: ztna run connector --config connector.json
+    """
+
+
+@run.command()
+@_config_option(Role.AGENT)
+@_server_option
+@click.option("--tun", metavar="NAME", help='Tunnel interface: "utun" for a free one, or a name.')
+@click.option("--mtu", type=int, help="MTU of the tunnel interface, 1280 to 9000.")
+@_identity_options
+@_common_options
+def agent(
+    config: Path | None,
+    server: Address | None,
+    tun: str | None,
+    mtu: int | None,
+    log_format: LogFormat,
+    log_level: str,
+    **identity: Path | None,
+) -> None:
+    """Reach services through a tunnel interface.
+
+    Needs the right to create one: root, or CAP_NET_ADMIN.
+
+    Example: ztna run agent --config agent.json --tun utun
+    """
+    overrides = [
+        *_server_overrides(server),
+        *_identity_overrides(identity),
+        *_given(("tun", "name"), tun, "--tun"),
+        *_given(("tun", "mtu"), mtu, "--mtu"),
+    ]
+    loaded = _load(AgentConfig, Role.AGENT, config, overrides)
+    _run(partial(run_agent_from_config, loaded), log_format, log_level)
+
+
+@run.command()
+@_config_option(Role.CONNECTOR)
+@_server_option
+@click.option("--service", metavar="ID", help="Provide this one service, instead of the file's.")
+@click.option("--forward", type=HostPort(), metavar="HOST:PORT", help="The service's application.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["tcp", "udp"]),
+    multiple=True,
+    help="The service's protocol; may be given twice; both if absent.",
+)
+@click.option("--virtual-ip", metavar="ADDRESS", help="The service's address, as agents see it.")
+@click.option(
+    "--p2p-listen-port",
+    type=int,
+    help=f"UDP port for direct sessions.  [default: {DEFAULT_P2P_PORT}]",
+)
+@_identity_options
+@_common_options
+def connector(
+    config: Path | None,
+    server: Address | None,
+    service: str | None,
+    forward: Address | None,
+    protocol: tuple[str, ...],
+    virtual_ip: str | None,
+    p2p_listen_port: int | None,
+    log_format: LogFormat,
+    log_level: str,
+    **identity: Path | None,
+) -> None:
+    """Provide services from this network.
+
+    Examples:
+    ztna run connector --config connector.json;
+    ztna run connector --server relay.example.net:4433 --service web-app
+    --forward 127.0.0.1:8080 --protocol tcp --p2p-listen-port 4434
+    --cert connector.crt --key connector.key --ca ca.crt
+    """
+    if (service is None) != (forward is None):
+        raise click.UsageError("--service and --forward belong together; give both or none")
+    if service is None and (protocol or virtual_ip is not None):
+        raise click.UsageError("--protocol and --virtual-ip need --service and --forward")
+    overrides = [
+        *_server_overrides(server),
+        *_identity_overrides(identity),
+        *_given(("p2p", "listen_port"), p2p_listen_port, "--p2p-listen-port"),
+    ]
+    if service is not None and forward is not None:
+        place = ("services", 0)
+        overrides += [
+            Override(("services",), [], "option --service"),
+            Override((*place, "id"), service, "option --service"),
+            Override((*place, "backend"), format_host_port(forward), "option --forward"),
+            *_given((*place, "protocol"), list(protocol) or None, "--protocol"),
+            *_given((*place, "virtual_ip"), virtual_ip, "--virtual-ip"),
+        ]
+    loaded = _load(ConnectorConfig, Role.CONNECTOR, config, overrides)
+    _run(partial(run_connector_from_config, loaded), log_format, log_level)
+
+
+@run.command()
+@_config_option(Role.INTERMEDIATE)
+@click.option("--bind", metavar="ADDRESS", help='Local address; "::" for IPv6 and IPv4.')
+@click.option("--port", type=int, help=f"UDP port.  [default: {DEFAULT_PORT}]")
+@click.option("--external-ip", metavar="ADDRESS", help="Address that clients see this node under.")
+@_file_option("policy", "JSON file with the policy: a list of rules, in place of the file's.")
+@_identity_options
+@_common_options
+def intermediate(
+    config: Path | None,
+    bind: str | None,
+    port: int | None,
+    external_ip: str | None,
+    policy: Path | None,
+    log_format: LogFormat,
+    log_level: str,
+    **identity: Path | None,
+) -> None:
+    """Relay between agents and connectors; both connect to it.
+
+    Example: ztna run intermediate --config intermediate.json
+    """
+    overrides = [
+        *_identity_overrides(identity),
+        *_given(("bind",), bind, "--bind"),
+        *_given(("port",), port, "--port"),
+        *_given(("external_ip",), external_ip, "--external-ip"),
+    ]
+    if policy is not None:
+        document = read_document(policy)
+        overrides.append(Override(("policy",), document.value, document))
+    loaded = _load(IntermediateConfig, Role.INTERMEDIATE, config, overrides)
+    _run(partial(run_intermediate_from_config, loaded), log_format, log_level)
+
+
+def _given(path: tuple[str | int, ...], value: object, option: str) -> list[Override]:
+    return [] if value is None else [Override(path, value, f"option {option}")]
+
+
+def _server_overrides(server: Address | None) -> list[Override]:
+    if server is None:
+        return []
+    host, port = server
+    source = "option --server"
+    return [
+        Override(("intermediate", "host"), host, source),
+        Override(("intermediate", "port"), port, source),
+    ]
+
+
+def _identity_overrides(files: dict[str, Path | None]) -> list[Override]:
+    return [
+        Override(("identity", name), str(file), f"option --{name}")
+        for name, file in files.items()
+        if file is not None
+    ]
+
+
+def _load(cls: type[C], role: Role, config: Path | None, overrides: Sequence[Override]) -> C:
+    """The configuration; the default file only if it is there."""
+    default = default_file(role)
+    file = config or (default if _exists(default) else None)
+    try:
+        return load_config(cls, file, overrides)
+    except ConfigError as error:
+        if file is not None:
+            raise
+        hint = f"there is no {default}; give --config FILE, or see 'ztna run {role} --help'"
+        raise ConfigError(f"{error}\n  {hint}") from None
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except PermissionError:  # then it is there for somebody, and reading it tells the rest
+        return True
+
+
+def _run(
+    start: Callable[[], Awaitable[None]],
+    log_format: LogFormat,
+    log_level: str,
+) -> None:
+    ctx = get_current_context()
+    level = _LEVELS[log_level]
+    if verbosity(ctx):
+        level = logging.DEBUG if verbosity(ctx) == 1 else logging.DEBUG - 1
+    configure_logging(log_format, level)
+    stopped_by = trio.run(partial(run_role, start, json_statistics=log_format == "json"))
+    if stopped_by is signal.SIGINT:
+        ctx.exit(INTERRUPTED)
