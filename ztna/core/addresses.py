@@ -5,9 +5,14 @@ One table serves both families: what is known of an IPv4 address holds for its t
 
 import ipaddress
 
+from ztna.core.ports import Address
+
 # Our choice: a unique local prefix (RFC 4193) that spells 'ztna', in the 96-bit form of RFC 6052
 # section 2.2, so that the IPv4 address can be read in the last 32 bits.
 TWIN_PREFIX = ipaddress.IPv6Network("fd7a:746e:6100::/96")
+# 10.100.0.0/24 is (seed); the range of agents lies beside it.
+DEFAULT_SERVICE_RANGE = ipaddress.IPv4Network("10.100.0.0/24")
+DEFAULT_TUNNEL_RANGE = ipaddress.IPv4Network("10.100.64.0/18")
 _PREFIX_BYTES = TWIN_PREFIX.network_address.packed[:12]
 
 
@@ -35,3 +40,9 @@ def source_and_destination(packet: bytes, offset: int = 0) -> tuple[bytes, bytes
     if version == 6 and len(packet) >= offset + 40:
         return packet[offset + 8 : offset + 24], packet[offset + 24 : offset + 40]
     return None
+
+
+def format_address(address: Address) -> str:
+    """host:port, with brackets around IPv6 (RFC 3986 section 3.2.2)."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -5,11 +5,11 @@ registrations by the policy, keeps which connector serves which agent, and owns 
 clients may send from. `core.relay` reads it for each batch.
 """
 
-import itertools
-from collections.abc import Iterator
+import ipaddress
 
 import attrs
 
+from ztna.core.addresses import DEFAULT_SERVICE_RANGE, twin_network
 from ztna.core.identity import Identity, Role
 from ztna.core.policy import Policy
 from ztna.core.wire import MAX_SERVICE_ID, Feature, Refusal
@@ -74,16 +74,29 @@ class Registration:
 
 
 @attrs.define
+class _Number:
+    """The number of a service, and how many clients want or provide it."""
+
+    value: int
+    holders: int = 0
+
+
+@attrs.define
 class Registry:
-    """All clients and services of one intermediate."""
+    """All clients and services of one intermediate.
+
+    reserved: tunnel addresses that were given to an identity, connected or not.
+    """
 
     policy: Policy
+    service_range: ipaddress.IPv4Network = DEFAULT_SERVICE_RANGE
+    reserved: dict[bytes, Identity] = attrs.Factory(dict)
     max_services: int = MAX_SERVICES
     _clients: dict[Identity, Client] = attrs.Factory(dict)
     _by_address: dict[bytes, Client] = attrs.Factory(dict)
     _providers: dict[str, list[Client]] = attrs.Factory(dict)
-    _numbers: dict[str, int] = attrs.Factory(dict)
-    _next_number: Iterator[int] = attrs.Factory(lambda: itertools.count(1))
+    _numbers: dict[str, "_Number"] = attrs.Factory(dict)
+    _free_numbers: list[int] = attrs.Factory(list)
 
     @property
     def clients(self) -> list[Client]:
@@ -107,18 +120,8 @@ class Registry:
         del self._clients[client.identity]
         for address in client.addresses:
             del self._by_address[address]
-        for route in client.routes.values():
-            if route.provider is not None:
-                route.provider.serves -= 1
-        for service_id in client.provides:
-            self._providers[service_id].remove(client)
-            if not self._providers[service_id]:
-                del self._providers[service_id]
-        if client.provides:
-            for other in self._clients.values():
-                for route in other.routes.values():
-                    if route.provider is client:
-                        route.provider = None
+        for service_id in [*client.routes, *client.provides]:
+            self.withdraw(client, service_id)
 
     def owner_of(self, address: bytes) -> Client | None:
         """The client whose packets may carry this source address."""
@@ -126,7 +129,14 @@ class Registry:
 
     def bind_address(self, client: Client, address: bytes) -> bool:
         """Give a client without an address the first one that it uses and nobody owns (seed)."""
-        if client.speaks_control or address in self._by_address or client.addresses:
+        if client.speaks_control or client.addresses or address in self._by_address:
+            return False
+        if self.reserved.get(address, client.identity) != client.identity:
+            return False
+        ip = ipaddress.ip_address(address)
+        if ip.is_multicast or ip.is_loopback or ip.is_unspecified or ip.is_link_local:
+            return False
+        if ip in self.service_range or ip in twin_network(self.service_range):
             return False
         client.addresses = frozenset([address])
         self._claim(client, address)
@@ -153,29 +163,31 @@ class Registry:
         if service_id not in held and len(held) >= self.max_services:
             words = f"{client.identity} has {self.max_services} services already"
             return Registration(service_id, 0, Refusal.LIMIT, words)
-        number = self._number_of(service_id)
-        if number is None:
-            return Registration(service_id, 0, Refusal.LIMIT, "all service numbers are taken")
-        if client.is_agent:
-            if service_id not in client.routes:
+        if service_id not in held:
+            number = self._take_number(service_id)
+            if number is None:
+                return Registration(service_id, 0, Refusal.LIMIT, "all service numbers are taken")
+            if client.is_agent:
                 route = AgentRoute(service_id, number)
                 client.routes[service_id] = client.routes_by_number[number] = route
-        elif service_id not in client.provides:
-            client.provides[service_id] = number
-            self._providers.setdefault(service_id, []).append(client)
-        return Registration(service_id, number, None, decision.reason)
+            else:
+                client.provides[service_id] = number
+                self._providers.setdefault(service_id, []).append(client)
+        return Registration(service_id, self._numbers[service_id].value, None, decision.reason)
 
     def withdraw(self, client: Client, service_id: str) -> None:
         """Take one service from a client, as when the policy no longer allows it."""
         route = client.routes.pop(service_id, None)
         if route is not None:
-            client.routes_by_number.pop(route.number)
+            del client.routes_by_number[route.number]
+            self._release_number(service_id)
             if route.provider is not None:
                 route.provider.serves -= 1
         if client.provides.pop(service_id, None) is not None:
             self._providers[service_id].remove(client)
             if not self._providers[service_id]:
                 del self._providers[service_id]
+            self._release_number(service_id)
             for other in self._clients.values():
                 held = other.routes.get(service_id)
                 if held is not None and held.provider is client:
@@ -207,15 +219,23 @@ class Registry:
         if owner is not client:
             raise LocalProtocolError(f"{address.hex()} belongs to {owner.identity}")
 
-    def _number_of(self, service_id: str) -> int | None:
+    def _take_number(self, service_id: str) -> int | None:
         """Numbers are the same for all sessions, so that a relayed message needs no rewriting.
 
-        They are given only for services that the policy allowed and never taken back.
+        A number is free again when nobody holds the service; a message that still carries it then
+        finds no route in its sender's session. So no identity can use them up.
         """
         number = self._numbers.get(service_id)
         if number is None:
-            number = next(self._next_number)
-            if number > MAX_SERVICE_NUMBER:
+            value = self._free_numbers.pop() if self._free_numbers else len(self._numbers) + 1
+            if value > MAX_SERVICE_NUMBER:
                 return None
-            self._numbers[service_id] = number
-        return number
+            number = self._numbers[service_id] = _Number(value)
+        number.holders += 1
+        return number.value
+
+    def _release_number(self, service_id: str) -> None:
+        number = self._numbers[service_id]
+        number.holders -= 1
+        if not number.holders:
+            self._free_numbers.append(self._numbers.pop(service_id).value)

@@ -1,0 +1,99 @@
+"""Drives `core.flows`: each flow gets its backend, and the users' session gets what they answer.
+
+The role hands in packets with `receive_packets` and takes what is to be sent from
+`packets_to_send`; in between, a task for each flow moves bytes between it and its backend's socket.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import attrs
+import structlog
+import trio
+
+from ztna.backend.tcp import TcpSplice
+from ztna.backend.udp import UdpForward
+from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowOpened, TcpFlow
+from ztna.core.flows import FlowTable
+from ztna.core.ports import Address, IpPacket
+
+log = structlog.get_logger(__name__)
+
+
+@attrs.define(eq=False)
+class Terminator:
+    """All flows of a connector and their backends.
+
+    backends: where each service's application listens, by service id.
+    """
+
+    table: FlowTable
+    backends: Mapping[str, Address]
+    _drivers: dict[Flow, TcpSplice | UdpForward] = attrs.Factory(dict)
+    _nursery: trio.Nursery | None = None
+    _timer_changed: trio.Event = attrs.Factory(trio.Event)
+    _output: trio.Event = attrs.Factory(trio.Event)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve flows until cancelled; their backends' sockets close with it."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            while True:
+                self._timer_changed = trio.Event()
+                due = self.table.get_timer()
+                with trio.move_on_at(math.inf if due is None else due) as timer:
+                    await self._timer_changed.wait()
+                if timer.cancelled_caught:
+                    self.table.handle_timer(trio.current_time())
+                    self.settle()
+
+    def receive_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
+        """Take a batch of users' packets, each with the id of its service."""
+        self.table.receive_packets(packets, trio.current_time())
+        self.settle()
+
+    async def packets_to_send(self, max_bytes: int) -> list[tuple[str, IpPacket]]:
+        """Wait until there is something for the users; return a batch of it."""
+        while True:
+            packets = self.table.packets_to_send(trio.current_time(), max_bytes)
+            self.settle()
+            if packets:
+                return packets
+            self._output = trio.Event()
+            await self._output.wait()
+
+    def touch(self, flow: TcpFlow) -> None:
+        """A splice acted upon its connection."""
+        self.table.touch(flow, trio.current_time())
+        self.settle()
+
+    def settle(self) -> None:
+        """Drain the table's events, then wake who waits."""
+        while (event := self.table.next_event()) is not None:
+            match event:
+                case FlowOpened(flow):
+                    self._open(flow)
+                case FlowActive(flow):
+                    driver = self._drivers.get(flow)
+                    if driver is not None:
+                        driver.wake()
+                case FlowClosed(flow):
+                    driver = self._drivers.pop(flow, None)
+                    if driver is not None:
+                        driver.close()
+        if self.table.wants_to_send:
+            self._output.set()
+        self._timer_changed.set()
+
+    def _open(self, flow: Flow) -> None:
+        if self._nursery is None:
+            return  # stopping: the user's side tries again elsewhere
+        backend = self.backends[flow.key.service_id]
+        driver: TcpSplice | UdpForward
+        if isinstance(flow, TcpFlow):
+            driver = TcpSplice(flow, backend, self)
+        else:
+            driver = UdpForward(flow, backend, self)
+        self._drivers[flow] = driver
+        self._nursery.start_soon(driver.run)

@@ -1,0 +1,89 @@
+"""What a flow is, to the table that keeps it (`core.flows`) and to its driver (`backend`).
+
+A flow is (service, protocol, both addresses, both ports). The user's address stands for the user:
+it is unique in the deployment, and checked on the way.
+"""
+
+from collections import deque
+
+import attrs
+
+from ztna.core.ports import Buffer
+from ztna.core.tcp.connection import TcpConnection
+
+# Our choice: four fragmented datagrams' worth, or some 30 ms at 10,000 packets a second.
+MAX_INBOX = 256
+
+
+@attrs.frozen
+class OfferedService:
+    """A service as the connector's file knows it. Empty addresses, ports, protocols mean any."""
+
+    id: str
+    addresses: frozenset[bytes] = frozenset()
+    ports: frozenset[int] = frozenset()
+    protocols: frozenset[int] = frozenset()
+
+    def accepts(self, protocol: int, port: int) -> bool:
+        """Whether a TCP or UDP packet for this port is meant for the service."""
+        return (not self.protocols or protocol in self.protocols) and (
+            not self.ports or port in self.ports
+        )
+
+
+@attrs.frozen
+class FlowKey:
+    """What makes a flow. Addresses are packed; source is the user's end."""
+
+    service_id: str
+    protocol: int
+    source: bytes = attrs.field(repr=bytes.hex)
+    source_port: int
+    destination: bytes = attrs.field(repr=bytes.hex)
+    destination_port: int
+
+
+@attrs.define(eq=False)
+class TcpFlow:
+    """A user's TCP connection, terminated here. timers: when the table will look at it."""
+
+    key: FlowKey
+    connection: TcpConnection
+    timers: list[float] = attrs.Factory(list)
+
+
+@attrs.define(eq=False)
+class UdpFlow:
+    """A user's UDP flow. inbox: (payload, segment size or 0), for the backend."""
+
+    key: FlowKey
+    last_used: float
+    inbox: deque[tuple[Buffer, int]] = attrs.Factory(lambda: deque(maxlen=MAX_INBOX))
+    closed: bool = False
+
+
+Flow = TcpFlow | UdpFlow
+
+
+@attrs.frozen
+class FlowOpened:
+    """The first packet of a flow is here: connect to the backend."""
+
+    flow: Flow
+
+
+@attrs.frozen
+class FlowActive:
+    """Something happened to a flow that the driver knows: look at it."""
+
+    flow: Flow
+
+
+@attrs.frozen
+class FlowClosed:
+    """A flow left the table: give up its backend."""
+
+    flow: Flow
+
+
+FlowEvent = FlowOpened | FlowActive | FlowClosed

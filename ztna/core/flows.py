@@ -1,0 +1,386 @@
+"""The connector's flow table: users' IP packets end here, and begin again on the way back.
+
+In: `receive_packets` judges each packet against the service that its message named; fragments are
+reassembled; ICMP echo is answered here; TCP goes to its connection, UDP to its flow; what is for
+another protocol or port is refused with an ICMP error. Out: `packets_to_send` takes turns among
+the flows that have something to say. The driver (`backend`) hears of flows through `next_event`,
+acts on `TcpFlow.connection` or `UdpFlow.inbox`, and calls `touch` afterwards.
+"""
+
+import heapq
+import ipaddress
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import attrs
+
+from ztna.core.addresses import twin_network
+from ztna.core.flow import (
+    MAX_INBOX,
+    Flow,
+    FlowActive,
+    FlowClosed,
+    FlowEvent,
+    FlowKey,
+    FlowOpened,
+    OfferedService,
+    TcpFlow,
+    UdpFlow,
+)
+from ztna.core.packet import icmp
+from ztna.core.packet.fragments import Reassembler, fragment
+from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
+from ztna.core.packet.tcp import TcpFlags
+from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
+from ztna.core.ports import Buffer, IpPacket
+from ztna.core.tcp.connection import TcpConnection
+from ztna.core.tcp.segment import (
+    TcpSegment,
+    reset_for,
+    segment_from_packet_untrusted,
+    segments_to_packets,
+)
+from ztna.core.tcp.state import TcpConfig
+from ztna.errors import RemoteProtocolError
+
+# Our choices. A connector for a hundred busy users stays well below; one user cannot take all.
+MAX_FLOWS = 8192
+MAX_FLOWS_PER_USER = 1024
+MAX_PENDING_CONNECTS = 512
+# Answers that wait for room in the session: at least the 64 packets of one fragmented datagram.
+MAX_ANSWERS = 1024
+# (seed); RFC 4787 REQ-5 asks for at least two minutes.
+UDP_IDLE = 120.0
+
+_OPENING_FLAGS = TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST
+
+
+TcpConfigFor = Callable[[bool], TcpConfig]
+InitialNumbers = Callable[[FlowKey, float], tuple[int, int]]
+
+
+@attrs.define
+class FlowTable:
+    """All flows of a connector.
+
+    services: what is offered, by id. tcp_config: of IPv6 or not, for a new connection.
+    initial_numbers: sequence number and timestamp offset (RFC 6528).
+    packet_size: bytes of the largest plain packet to send.
+    """
+
+    services: Mapping[str, OfferedService]
+    service_range: ipaddress.IPv4Network
+    tcp_config: TcpConfigFor
+    initial_numbers: InitialNumbers
+    packet_size: int = 1160
+    dropped: Counter[str] = attrs.Factory(Counter)
+    _flows: dict[FlowKey, Flow] = attrs.Factory(dict)
+    _per_user: Counter[bytes] = attrs.Factory(Counter)
+    _pending: int = 0
+    _answers: deque[tuple[str, IpPacket]] = attrs.Factory(deque)
+    _ready: OrderedDict[TcpFlow, None] = attrs.Factory(OrderedDict)
+    _events: deque[FlowEvent] = attrs.Factory(deque)
+    _timers: list[tuple[float, int, Flow]] = attrs.Factory(list)
+    _order: Iterator[int] = attrs.Factory(itertools.count)
+    _reassembler: Reassembler = attrs.Factory(Reassembler)
+
+    def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
+        """Take a batch; the string is the id of the service that the message named."""
+        segments: dict[TcpFlow, list[TcpSegment]] = {}
+        for service_id, packet in packets:
+            service = self.services.get(service_id)
+            if service is None:
+                self.dropped["unknown_service"] += 1
+                continue
+            try:
+                self._receive_packet_untrusted(service, packet, segments, now)
+            except RemoteProtocolError:
+                self.dropped["malformed"] += 1
+        for flow, batch in segments.items():
+            flow.connection.receive_segments(batch, now)
+            self.touch(flow, now)
+            self._events.append(FlowActive(flow))
+
+    def next_event(self) -> FlowEvent | None:
+        """What the driver has to know next, or None."""
+        return self._events.popleft() if self._events else None
+
+    def touch(self, flow: TcpFlow, now: float) -> None:
+        """The flow's connection was acted upon: it may have something to send, or be over."""
+        if self._flows.get(flow.key) is not flow:
+            return
+        if flow.connection.closed:
+            self._end(flow, now)
+        else:
+            self._ready[flow] = None
+            self._arm(flow, now)
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether `packets_to_send` may give something."""
+        return bool(self._answers or self._ready)
+
+    def packets_to_send(self, now: float, max_bytes: int) -> list[tuple[str, IpPacket]]:
+        """Packets for the users, some max_bytes in all, flows taking turns."""
+        packets: list[tuple[str, IpPacket]] = []
+        size = 0
+        while self._answers and size < max_bytes:
+            service_id, packet = self._answers.popleft()
+            packets.append((service_id, packet))
+            size += len(packet.data)
+        while self._ready and size < max_bytes:
+            flow, _ = self._ready.popitem(last=False)
+            segments = flow.connection.segments_to_send(now, max_bytes - size)
+            if segments:
+                built = _to_packets(flow.key, segments)
+                packets += [(flow.key.service_id, packet) for packet in built]
+                size += sum(len(packet.data) for packet in built)
+                self._ready[flow] = None  # at the end of the line, until it has no more to say
+            if flow.connection.closed:
+                self._end(flow, now)
+            else:
+                self._arm(flow, now)
+        return packets
+
+    def send_datagrams(
+        self, flow: UdpFlow, payloads: Sequence[tuple[Buffer, int]], now: float
+    ) -> None:
+        """Queue the backend's answers: (payload, segment size or 0 for a single datagram)."""
+        flow.last_used = now
+        key = flow.key
+        for payload, segment_size in payloads:
+            if not segment_size:
+                self._answer_datagram(key, payload)
+                continue
+            view = memoryview(payload)
+            for start in range(0, len(view), segment_size):
+                self._answer_datagram(key, view[start : start + segment_size])
+
+    def refuse_flow(self, flow: UdpFlow, now: float) -> None:
+        """The backend refuses the datagrams of a flow: port unreachable, and the flow is over."""
+        key = flow.key
+        sent = build_udp_packet(
+            key.source, key.destination, key.source_port, key.destination_port, b""
+        )
+        self._answer(key.service_id, icmp.build_unreachable(sent, icmp.Unreachable.PORT))
+        flow.last_used = now
+        self._close(flow)
+
+    def get_timer(self) -> float | None:
+        """When `handle_timer` is due."""
+        return self._timers[0][0] if self._timers else None
+
+    def handle_timer(self, now: float) -> None:
+        """Run the timers of connections and give up idle flows."""
+        while self._timers and self._timers[0][0] <= now:
+            at, _, flow = heapq.heappop(self._timers)
+            if self._flows.get(flow.key) is not flow:
+                continue
+            if isinstance(flow, UdpFlow):
+                if flow.last_used + UDP_IDLE <= now:
+                    self._close(flow)
+                else:
+                    self._push(flow.last_used + UDP_IDLE, flow)
+                continue
+            flow.timers.remove(at)
+            due = flow.connection.get_timer()
+            if due is not None and due <= now:
+                flow.connection.handle_timer(now)
+                self._events.append(FlowActive(flow))
+            self.touch(flow, now)
+
+    def statistics(self) -> dict[str, int]:
+        """Sizes of the tables, and what was dropped by reason."""
+        tcp = sum(isinstance(flow, TcpFlow) for flow in self._flows.values())
+        return {
+            "tcp_flows": tcp,
+            "udp_flows": len(self._flows) - tcp,
+            "pending_connects": self._pending,
+            "answers_queued": len(self._answers),
+            **{f"drop_{reason}": count for reason, count in self.dropped.items()},
+            **{f"fragments_{k}": v for k, v in self._reassembler.statistics().items()},
+        }
+
+    def connect_finished(self) -> None:
+        """The driver's connect to a backend ended, either way."""
+        self._pending -= 1
+
+    def _receive_packet_untrusted(
+        self,
+        service: OfferedService,
+        packet: IpPacket,
+        segments: dict[TcpFlow, list[TcpSegment]],
+        now: float,
+    ) -> None:
+        ip = parse_ip_untrusted(packet.data)
+        if ip.fragment is not None:
+            whole = self._reassembler.receive_fragments([packet.data], now)
+            if not whole:
+                return
+            packet = IpPacket(whole[0])
+            ip = parse_ip_untrusted(packet.data)
+        if not self._owns(service, ip.destination):
+            self.dropped["destination_is_not_the_service"] += 1
+            return
+        if ip.protocol == TCP:
+            self._receive_tcp_untrusted(service, packet, ip, segments, now)
+        elif ip.protocol == UDP:
+            self._receive_udp_untrusted(service, packet, ip, now)
+        elif ip.protocol in {ICMP, ICMPV6}:
+            self._answer(service.id, icmp.echo_reply(packet.data))
+        else:
+            self.dropped["protocol"] += 1
+            self._answer(service.id, icmp.build_prohibited(packet.data))
+
+    def _receive_tcp_untrusted(
+        self,
+        service: OfferedService,
+        packet: IpPacket,
+        ip: IpHeader,
+        segments: dict[TcpFlow, list[TcpSegment]],
+        now: float,
+    ) -> None:
+        (source_port, destination_port), segment = segment_from_packet_untrusted(packet, ip)
+        if not service.accepts(TCP, destination_port):
+            self._refuse(service, packet)
+            return
+        key = FlowKey(service.id, TCP, ip.source, source_port, ip.destination, destination_port)
+        flow = self._flows.get(key)
+        if isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment):
+            self._end(flow, now)
+        elif isinstance(flow, TcpFlow):
+            segments.setdefault(flow, []).append(segment)
+            return
+        if segment.flags & _OPENING_FLAGS != TcpFlags.SYN:
+            reset = reset_for(segment)
+            if reset is not None:
+                for answer in _to_packets(key, [reset]):
+                    self._answer(service.id, answer.data)
+            return
+        if self._pending >= MAX_PENDING_CONNECTS:
+            self.dropped["too_many_pending_connects"] += 1
+            return  # the user's SYN comes again
+        initial_sequence, timestamp_offset = self.initial_numbers(key, now)
+        connection = TcpConnection.accept(
+            segment,
+            config=self.tcp_config(ip.version == 6),
+            initial_sequence=initial_sequence,
+            timestamp_offset=timestamp_offset,
+            now=now,
+        )
+        flow = TcpFlow(key, connection)
+        if self._open(flow):
+            self._pending += 1
+            self._arm(flow, now)
+
+    def _receive_udp_untrusted(
+        self, service: OfferedService, packet: IpPacket, ip: IpHeader, now: float
+    ) -> None:
+        datagram = parse_udp_untrusted(packet.data, ip, verify_checksum=not packet.checksum_start)
+        if not service.accepts(UDP, datagram.destination_port):
+            self._refuse(service, packet)
+            return
+        key = FlowKey(
+            service.id,
+            UDP,
+            ip.source,
+            datagram.source_port,
+            ip.destination,
+            datagram.destination_port,
+        )
+        flow = self._flows.get(key)
+        if not isinstance(flow, UdpFlow):
+            flow = UdpFlow(key, now)
+            if not self._open(flow):
+                return
+            self._push(now + UDP_IDLE, flow)
+        if len(flow.inbox) >= MAX_INBOX:
+            self.dropped["udp_inbox_full"] += 1
+            return
+        flow.last_used = now
+        flow.inbox.append((datagram.payload, packet.segment_size))
+        self._events.append(FlowActive(flow))
+
+    def _owns(self, service: OfferedService, destination: bytes) -> bool:
+        if service.addresses:
+            return destination in service.addresses
+        ip = ipaddress.ip_address(destination)
+        return ip in self.service_range or ip in twin_network(self.service_range)
+
+    def _refuse(self, service: OfferedService, packet: IpPacket) -> None:
+        self.dropped["port_is_not_the_service"] += 1
+        self._answer(service.id, icmp.build_prohibited(packet.data))
+
+    def _answer_datagram(self, key: FlowKey, payload: Buffer) -> None:
+        packet = build_udp_packet(
+            key.destination,
+            key.source,
+            key.destination_port,
+            key.source_port,
+            payload,
+            dont_fragment=False,
+        )
+        if len(packet) <= self.packet_size:
+            self._answer(key.service_id, packet)
+            return
+        for piece in fragment(packet, self.packet_size):
+            self._answer(key.service_id, piece)
+
+    def _answer(self, service_id: str, data: Buffer | None) -> None:
+        if data is None:
+            return
+        if len(self._answers) >= MAX_ANSWERS:
+            self.dropped["answers_full"] += 1
+            return
+        self._answers.append((service_id, IpPacket(data)))
+
+    def _open(self, flow: Flow) -> bool:
+        user = flow.key.source
+        if len(self._flows) >= MAX_FLOWS or self._per_user[user] >= MAX_FLOWS_PER_USER:
+            self.dropped["too_many_flows"] += 1
+            return False
+        self._flows[flow.key] = flow
+        self._per_user[user] += 1
+        self._events.append(FlowOpened(flow))
+        return True
+
+    def _end(self, flow: TcpFlow, now: float) -> None:
+        """A connection is over: send its last word, if any, and forget the flow."""
+        for packet in _to_packets(flow.key, flow.connection.segments_to_send(now)):
+            self._answer(flow.key.service_id, packet.data)
+        self._close(flow)
+
+    def _close(self, flow: Flow) -> None:
+        if self._flows.pop(flow.key, None) is None:
+            return
+        user = flow.key.source
+        self._per_user[user] -= 1
+        if not self._per_user[user]:
+            del self._per_user[user]
+        if isinstance(flow, TcpFlow):
+            self._ready.pop(flow, None)
+        else:
+            flow.closed = True
+        self._events.append(FlowClosed(flow))
+
+    def _arm(self, flow: TcpFlow, now: float) -> None:
+        due = flow.connection.get_timer()
+        # An earlier entry that is no longer due costs one look; a later one must not stand alone.
+        if due is not None and all(at > due for at in flow.timers):
+            at = max(due, now)
+            flow.timers.append(at)
+            self._push(at, flow)
+
+    def _push(self, at: float, flow: Flow) -> None:
+        heapq.heappush(self._timers, (at, next(self._order), flow))
+
+
+def _to_packets(key: FlowKey, segments: Sequence[TcpSegment]) -> list[IpPacket]:
+    return segments_to_packets(
+        segments,
+        source=key.destination,
+        destination=key.source,
+        source_port=key.destination_port,
+        destination_port=key.source_port,
+    )

@@ -1,0 +1,52 @@
+"""The flow that a packet belongs to, read by position alone, for tables on the hot path.
+
+Packets with IPv6 extension headers, fragments and protocols other than TCP, UDP and ICMP have no
+flow key; they are judged one by one.
+"""
+
+from ztna.core.packet.ip import ICMP, ICMPV6, IPV4_HEADER_SIZE, IPV6_HEADER_SIZE, TCP, UDP
+
+_TRANSPORTS = frozenset((TCP, UDP))
+_ECHOES = frozenset((ICMP, ICMPV6))
+
+
+def transport_of(data: bytes) -> tuple[int, int, bool] | None:
+    """Protocol, offset of the transport header, and whether it is there (not so in a later
+    fragment). None when data is too short or no IP packet. An IPv6 extension header counts as the
+    protocol."""
+    version = data[0] >> 4 if data else 0
+    if version == 4 and len(data) >= IPV4_HEADER_SIZE:
+        offset = (data[6] & 0x1F) << 8 | data[7]
+        return data[9], (data[0] & 0x0F) * 4, offset == 0
+    if version == 6 and len(data) >= IPV6_HEADER_SIZE:
+        return data[6], IPV6_HEADER_SIZE, True
+    return None
+
+
+def flow_key(data: bytes) -> bytes | None:
+    """Protocol, source, destination, ports (or ICMP echo identifier) of a whole packet."""
+    version = data[0] >> 4 if data else 0
+    if version == 4 and len(data) >= IPV4_HEADER_SIZE:
+        if data[6] & 0x3F or data[7]:  # more fragments, or an offset (RFC 791 section 3.1)
+            return None
+        start, protocol, addresses = (data[0] & 0x0F) * 4, data[9], data[12:20]
+    elif version == 6 and len(data) >= IPV6_HEADER_SIZE:
+        start, protocol, addresses = IPV6_HEADER_SIZE, data[6], data[8:40]
+    else:
+        return None
+    if protocol in _TRANSPORTS:
+        ports = data[start : start + 4]
+    elif protocol in _ECHOES:
+        ports = data[start + 4 : start + 6] * 2
+    else:
+        return None
+    return bytes((protocol,)) + addresses + ports if len(ports) == 4 else None
+
+
+def destination_port(data: bytes) -> int | None:
+    """Destination port of a TCP or UDP packet; None where there is none to be seen."""
+    transport = transport_of(data)
+    if transport is None or transport[0] not in _TRANSPORTS or not transport[2]:
+        return None
+    start = transport[1]
+    return int.from_bytes(data[start + 2 : start + 4], "big") if len(data) >= start + 4 else None

@@ -1,0 +1,189 @@
+"""The agent: on the user's machine, carries the host's packets for services into the tunnel.
+
+Tree: the endpoint; the control session, connected again whenever it breaks; one task that reads the
+TUN while the session has room, so that the interface's own queue is the only one that fills; and
+one that gives the interface its address and routes when the intermediate has named them.
+"""
+
+import ipaddress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+
+import attrs
+import structlog
+import trio
+
+from ztna.config import AgentConfig, AgentService
+from ztna.core.addresses import (
+    DEFAULT_TUNNEL_RANGE,
+    TWIN_PREFIX,
+    twin,
+    twin_network,
+)
+from ztna.core.allocation import allocate
+from ztna.core.coalesce import coalesce
+from ztna.core.encapsulation import ServiceKey
+from ztna.core.identity import Role
+from ztna.core.mss import mss_limits
+from ztna.core.packet.ip import TCP, UDP
+from ztna.core.ports import IpPacket, TunDevice, UdpPort
+from ztna.core.routes import RouteTable, ServiceRoute
+from ztna.errors import SessionClosedError
+from ztna.net.endpoint import Endpoint
+from ztna.net.udp import open_udp_port
+from ztna.pki import Credentials, load_credentials
+from ztna.roles.control_client import ControlLink, keep_control_session
+from ztna.roles.resolve import any_address, resolve
+from ztna.roles.tree import statistics_registry
+from ztna.tun.device import open_tun
+from ztna.tun.netlink import check_outside, repair, tun_network
+
+log = structlog.get_logger(__name__)
+
+PROTOCOLS = {"tcp": TCP, "udp": UDP}
+
+Configure = Callable[[ipaddress.IPv4Address], AbstractAsyncContextManager[None]]
+"""Gives the interface a tunnel address and the routes; takes both back at its exit."""
+
+
+async def run_agent_from_config(config: AgentConfig) -> None:
+    """Carry the host's packets until cancelled, then leave the host as it was."""
+    credentials = load_credentials(config.identity.cert, config.identity.key, config.identity.ca)
+    await repair(config.state_dir)
+    server = await resolve(config.intermediate.host, config.intermediate.port)
+    check_outside(
+        server[0],
+        [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
+    )
+    async with AsyncExitStack() as stack:
+        port = await stack.enter_async_context(open_udp_port(any_address(server), 0))
+        tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
+        log.info("tunnel interface open", name=tun.name, mtu=config.tun.mtu)
+
+        @asynccontextmanager
+        async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:
+            async with tun_network(
+                tun.name,
+                config.tun.mtu,
+                [
+                    ipaddress.IPv4Interface((address, 32)),
+                    ipaddress.IPv6Interface((twin(address), 128)),
+                ],
+                [config.service_range, twin_network(config.service_range)],
+                state_dir=config.state_dir,
+            ):
+                yield
+
+        await run_agent(config, port, tun, credentials, configure)
+
+
+async def run_agent(
+    config: AgentConfig,
+    port: UdpPort,
+    tun: TunDevice,
+    credentials: Credentials,
+    configure: Configure,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Carry packets between tun and the intermediate until cancelled."""
+    fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
+    agent = _Agent(tun, RouteTable.of(_route(service) for service in config.services), fallback)
+    registry = statistics_registry()
+    registry.register("routes", agent.routes.statistics)
+    registry.register("tun", tun.statistics)
+    registry.register("udp", port.statistics)
+    async with trio.open_nursery() as nursery:
+        endpoint = Endpoint(port)
+        await nursery.start(endpoint.run)
+        registry.register("endpoint", endpoint.statistics)
+        nursery.start_soon(agent.configure_tun, configure)
+        nursery.start_soon(agent.tun_to_session)
+        task_status.started()
+        await keep_control_session(
+            endpoint,
+            config.intermediate,
+            credentials,
+            Role.AGENT,
+            [service.id for service in config.services],
+            agent,
+        )
+
+
+@attrs.define(eq=False)
+class _Agent:
+    """Between the TUN and the control session; a `PacketHandler`."""
+
+    tun: TunDevice
+    routes: RouteTable
+    fallback_address: ipaddress.IPv4Address
+    address: ipaddress.IPv4Address | None = None
+    link: ControlLink | None = None
+    _changed: trio.Event = attrs.Factory(trio.Event)
+
+    def session_up(self, link: ControlLink) -> None:
+        self.link = link
+        self.address = link.tunnel_address or self.fallback_address
+        self.routes.set_addresses([self.address])
+        self.routes.mss_limits = mss_limits(link.session.max_datagram_data)
+        self._notify()
+        statistics_registry().register("session", link.statistics)
+
+    def services_changed(self, link: ControlLink) -> None:
+        self.routes.set_labels(link.labels)
+        self.routes.refused = dict(link.refused)
+
+    def packets_received(
+        self, link: ControlLink, packets: Sequence[tuple[ServiceKey, IpPacket]]
+    ) -> None:
+        if link is not self.link:
+            return
+        accepted = self.routes.route_inbound(packets)
+        if accepted:
+            self.tun.send_nowait(coalesce(accepted))
+
+    def session_down(self, link: ControlLink) -> None:
+        if self.link is link:
+            self.link = None
+            self.routes.set_labels({})
+            self._notify()
+
+    async def tun_to_session(self) -> None:
+        """The host's packets, batch by batch."""
+        while True:
+            link = self.link
+            if link is not None:
+                try:
+                    await link.session.wait_datagram_room()
+                except SessionClosedError:
+                    await trio.lowlevel.checkpoint()
+            packets = await self.tun.receive()
+            forward, answers = self.routes.route_outbound(packets)
+            if answers:
+                self.tun.send_nowait(answers)
+            if forward and self.link is not None:
+                self.link.send_packets(forward)
+
+    async def configure_tun(self, configure: Configure) -> None:
+        """Keep the interface's address the one that the intermediate gave last."""
+        while True:
+            while self.address is None:
+                await self._changed.wait()
+            address = self.address
+            async with configure(address):
+                log.info("tunnel configured", address=str(address), address6=str(twin(address)))
+                while self.address == address:
+                    await self._changed.wait()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+
+def _route(service: AgentService) -> ServiceRoute:
+    return ServiceRoute(
+        service.id,
+        service.virtual_ip,
+        frozenset(service.port),
+        frozenset(PROTOCOLS[name] for name in service.protocol),
+    )

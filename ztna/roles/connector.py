@@ -1,0 +1,166 @@
+"""The connector: stands beside the applications, provides them as services, ends users' packets.
+
+Tree: the endpoint; the terminator with a task for each flow; the control session, connected again
+whenever it breaks; and one task that takes the flows' packets to the session while it has room.
+Flows outlive the session: what is unanswered is sent again when the next one is up.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import attrs
+import structlog
+import trio
+
+from ztna.backend.terminator import Terminator
+from ztna.config import ConnectorConfig, ConnectorService
+from ztna.core.addresses import packed_pair
+from ztna.core.encapsulation import ServiceKey
+from ztna.core.flow import FlowKey, OfferedService
+from ztna.core.flows import FlowTable
+from ztna.core.identity import Role
+from ztna.core.mss import mss_limits
+from ztna.core.packet.ip import TCP, UDP
+from ztna.core.ports import IpPacket, UdpPort
+from ztna.core.tcp.sequence import initial_numbers
+from ztna.core.tcp.state import TcpConfig
+from ztna.errors import SessionClosedError
+from ztna.net.endpoint import Endpoint
+from ztna.net.udp import open_udp_port
+from ztna.pki import Credentials, load_credentials
+from ztna.roles.control_client import ControlLink, keep_control_session
+from ztna.roles.resolve import any_address, resolve
+from ztna.roles.tree import statistics_registry
+
+log = structlog.get_logger(__name__)
+
+PROTOCOLS = {"tcp": TCP, "udp": UDP}
+# Bytes taken from the flows at a time: a few super-packets, so that flows take turns often.
+SEND_BATCH = 192 * 1024
+# docs/protocol.md section 4: what one DATAGRAM carries at 1,200 bytes, and a short packet's header.
+DATAGRAM_DATA = 1170
+SHORT_HEADER = 3
+
+
+async def run_connector_from_config(config: ConnectorConfig) -> None:
+    """Provide the configured services until cancelled."""
+    credentials = load_credentials(config.identity.cert, config.identity.key, config.identity.ca)
+    server = await resolve(config.intermediate.host, config.intermediate.port)
+    async with AsyncExitStack() as stack:
+        port = await stack.enter_async_context(
+            open_udp_port(any_address(server), config.p2p.listen_port)
+        )
+        await run_connector(config, port, credentials)
+
+
+async def run_connector(
+    config: ConnectorConfig,
+    port: UdpPort,
+    credentials: Credentials,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Provide services over one UDP port until cancelled."""
+    table = FlowTable(
+        {service.id: _offer(service) for service in config.services},
+        config.service_range,
+        _tcp_config,
+        functools.partial(_initial_numbers, os.urandom(16)),
+        packet_size=DATAGRAM_DATA - SHORT_HEADER,
+    )
+    terminator = Terminator(table, {service.id: service.backend for service in config.services})
+    connector = _Connector(terminator)
+    registry = statistics_registry()
+    registry.register("flows", table.statistics)
+    registry.register("udp", port.statistics)
+    async with trio.open_nursery() as nursery:
+        endpoint = Endpoint(port)
+        await nursery.start(endpoint.run)
+        registry.register("endpoint", endpoint.statistics)
+        await nursery.start(terminator.run)
+        nursery.start_soon(connector.send_answers)
+        task_status.started()
+        await keep_control_session(
+            endpoint,
+            config.intermediate,
+            credentials,
+            Role.CONNECTOR,
+            [service.id for service in config.services],
+            connector,
+        )
+
+
+@attrs.define(eq=False)
+class _Connector:
+    """Between the control session and the terminator; a `PacketHandler`."""
+
+    terminator: Terminator
+    link: ControlLink | None = None
+    linked: trio.Event = attrs.Factory(trio.Event)
+    unlabelled: int = 0
+
+    def session_up(self, link: ControlLink) -> None:
+        self.link = link
+        self.linked.set()
+        statistics_registry().register("session", link.statistics)
+
+    def services_changed(self, link: ControlLink) -> None:
+        """Labels are read from the link for each batch; nothing is kept here."""
+
+    def packets_received(
+        self, link: ControlLink, packets: Sequence[tuple[ServiceKey, IpPacket]]
+    ) -> None:
+        ids = {label.number: label.id for label in link.labels.values() if label.number}
+        only = next(iter(link.labels)) if len(link.labels) == 1 else None
+        named: list[tuple[str, IpPacket]] = []
+        for key, packet in packets:
+            service_id = ids.get(key) if isinstance(key, int) else key or only
+            if service_id in link.labels:
+                named.append((service_id, packet))
+            else:
+                self.unlabelled += 1
+        self.terminator.receive_packets(named)
+
+    def session_down(self, link: ControlLink) -> None:
+        if self.link is link:
+            self.link = None
+            self.linked = trio.Event()
+
+    async def send_answers(self) -> None:
+        """Take what the flows have to say to the session, no faster than it goes out."""
+        while True:
+            await self.linked.wait()
+            link = self.link
+            if link is None:
+                continue
+            try:
+                await link.session.wait_datagram_room()
+            except SessionClosedError:
+                await trio.lowlevel.checkpoint()
+                continue
+            packets = await self.terminator.packets_to_send(SEND_BATCH)
+            labels = link.labels
+            link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
+
+
+def _offer(service: ConnectorService) -> OfferedService:
+    addresses = () if service.virtual_ip is None else packed_pair(service.virtual_ip)
+    return OfferedService(
+        service.id,
+        frozenset(addresses),
+        frozenset(service.port),
+        frozenset(PROTOCOLS[name] for name in service.protocol),
+    )
+
+
+def _tcp_config(ipv6: bool) -> TcpConfig:
+    # RFC 9293 section 3.7.1: what is assumed of a peer that announces no MSS.
+    return TcpConfig(mss=mss_limits(DATAGRAM_DATA)[ipv6], default_mss=1220 if ipv6 else 536)
+
+
+def _initial_numbers(secret: bytes, key: FlowKey, now: float) -> tuple[int, int]:
+    return initial_numbers(
+        secret, now, key.destination, key.source, key.destination_port, key.source_port
+    )

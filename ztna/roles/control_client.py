@@ -1,0 +1,318 @@
+"""The client's end of a control session: agent and connector speak with the intermediate alike.
+
+`run_control_session` says Hello, registers the services, and then hands the users' packets to its
+`PacketHandler` in batches until the session ends. Nothing of a user is sent or taken before the
+session is up: before `Accepted`, or before a 0x12 of a (seed) intermediate that answers no Hello.
+"""
+
+import datetime
+import ipaddress
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, Protocol
+
+import attrs
+import structlog
+import trio
+
+from ztna.config import IntermediateAddress
+from ztna.core import wire
+from ztna.core.addresses import format_address
+from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceKey, ServiceLabel
+from ztna.core.identity import Role
+from ztna.core.messages import (
+    Accepted,
+    Denied,
+    FrameReader,
+    Goodbye,
+    Hello,
+    Message,
+    ProtocolError,
+    ServiceMap,
+    encode_message,
+)
+from ztna.core.ports import IpPacket
+from ztna.core.registration import Registrar, RegistrationEvent, RegistrationState
+from ztna.core.wire import FEATURES, Feature
+from ztna.errors import RemoteProtocolError, SessionClosedError
+from ztna.net.closing import CloseCode
+from ztna.net.endpoint import Endpoint
+from ztna.net.session import Session
+from ztna.pki import Credentials
+from ztna.roles.resolve import family_of, resolve
+from ztna.roles.tree import restart_with_backoff
+
+log = structlog.get_logger(__name__)
+
+VERSION = 1
+# docs/protocol.md section 5: after that, a 0x12 means a (seed) intermediate.
+HELLO_PATIENCE = 2.0
+# Our choice: a server that says nothing at all after the handshake is not worth waiting for.
+UP_DEADLINE = 10.0
+# What a clock may be off before certificates begin to fail for reasons that nobody finds.
+CLOCK_TOLERANCE = datetime.timedelta(minutes=1)
+
+
+class PacketHandler(Protocol):
+    """What a role does with its control session."""
+
+    def session_up(self, link: "ControlLink") -> None:
+        """The session is up; services follow one by one."""
+
+    def services_changed(self, link: "ControlLink") -> None:
+        """A registration was answered, or service numbers came."""
+
+    def packets_received(
+        self, link: "ControlLink", packets: Sequence[tuple[ServiceKey, IpPacket]]
+    ) -> None:
+        """Users' packets came in."""
+
+    def session_down(self, link: "ControlLink") -> None:
+        """The session is gone; its link must not be used any more."""
+
+
+@attrs.define(eq=False)
+class ControlLink:
+    """One control session, as its role sees it.
+
+    accepted: what the intermediate answered; None for a (seed) intermediate.
+    labels: registered services, by id. refused: reasons, by id.
+    """
+
+    session: Session
+    registrar: Registrar
+    encapsulator: Encapsulator
+    decapsulator: Decapsulator = attrs.Factory(Decapsulator)
+    up: trio.Event = attrs.Factory(trio.Event)
+    registered: trio.Event = attrs.Factory(trio.Event)
+    accepted: Accepted | None = None
+    observed_address: tuple[str, int] | None = None
+    labels: dict[str, ServiceLabel] = attrs.Factory(dict)
+    refused: dict[str, str] = attrs.Factory(dict)
+    goodbye_wait: float = 0.0
+    malformed: int = 0
+    numbers: dict[str, int] = attrs.Factory(dict)
+    wake: trio.Event = attrs.Factory(trio.Event)
+
+    @property
+    def tunnel_address(self) -> ipaddress.IPv4Address | None:
+        """The address that the intermediate gave us."""
+        given = self.accepted.tunnel_address if self.accepted else None
+        return None if given is None else ipaddress.IPv4Address(given)
+
+    def send_packets(self, packets: Sequence[tuple[ServiceLabel, IpPacket]]) -> None:
+        """Queue users' packets; what the session has no room for is dropped and counted there."""
+        messages = self.encapsulator.encapsulate(packets)
+        if messages:
+            self.session.send_datagrams(messages)
+
+    def statistics(self) -> Mapping[str, object]:
+        """Counters of the session and of both directions."""
+        return {
+            **self.session.statistics(),
+            **self.decapsulator.statistics(),
+            "too_large": self.encapsulator.too_large,
+            "malformed_dialogue": self.malformed,
+        }
+
+
+async def keep_control_session(
+    endpoint: Endpoint,
+    intermediate: IntermediateAddress,
+    credentials: Credentials,
+    role: Role,
+    service_ids: Sequence[str],
+    handler: PacketHandler,
+) -> NoReturn:
+    """Hold a session with the intermediate, connecting again whenever it breaks."""
+    family = family_of(endpoint.port.local_address)
+
+    async def attempt(succeeded: Callable[[], None]) -> float:
+        address = await resolve(intermediate.host, intermediate.port, family)
+        session = endpoint.connect(
+            address, credentials, intermediate.server_name, [Role.INTERMEDIATE]
+        )
+        return await run_control_session(session, role, service_ids, handler, succeeded)
+
+    name = format_address((intermediate.host, intermediate.port))
+    await restart_with_backoff(f"session with {name}", attempt, random.SystemRandom())
+
+
+async def run_control_session(
+    session: Session,
+    role: Role,
+    service_ids: Sequence[str],
+    handler: PacketHandler,
+    succeeded: Callable[[], None],
+) -> float:
+    """Serve one session until it ends in order; return the seconds to wait before the next.
+
+    succeeded: called when the session is up. Raises SessionClosedError when it breaks,
+    RemoteProtocolError when the intermediate breaks the protocol.
+    """
+    kind = wire.AGENT_WANTS if role is Role.AGENT else wire.CONNECTOR_PROVIDES
+    link = ControlLink(
+        session, Registrar.of(kind, service_ids), Encapsulator(session.max_datagram_data)
+    )
+    try:
+        with trio.move_on_after(UP_DEADLINE) as patience:
+            await session.wait_verified()
+            session.send_control(encode_message(_hello(role, session.max_datagram_data)))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_read_control, link, handler)
+                nursery.start_soon(_read_datagrams, link, handler)
+                nursery.start_soon(_register, link)
+                nursery.start_soon(_accept_seed, link, handler)
+                await link.up.wait()
+                patience.deadline = math.inf
+                succeeded()
+                await session.wait_closed()
+                nursery.cancel_scope.cancel()
+    except* SessionClosedError:
+        if not link.up.is_set():
+            raise
+    finally:
+        if link.up.is_set():
+            handler.session_down(link)
+    if not link.up.is_set():
+        session.close(CloseCode.GOODBYE, "no answer to Hello")
+        raise SessionClosedError(
+            f"the intermediate completed the handshake but did not accept us in {UP_DEADLINE:.0f} s"
+        )
+    closed = await session.wait_closed()
+    if link.goodbye_wait:
+        log.warning("the intermediate said goodbye", wait=link.goodbye_wait, reason=closed.reason)
+        return link.goodbye_wait
+    raise SessionClosedError(f"session ended: {closed.reason}")
+
+
+def _hello(role: Role, max_datagram: int) -> Hello:
+    return Hello((VERSION,), tuple(sorted(FEATURES)), str(role), max_datagram)
+
+
+async def _read_control(link: ControlLink, handler: PacketHandler) -> None:
+    reader = FrameReader()
+    while data := await link.session.receive_control():
+        try:
+            for message in reader.receive_bytes_untrusted(data):
+                _receive_message_untrusted(link, message, handler)
+        except RemoteProtocolError as error:
+            link.session.send_control(encode_message(ProtocolError(str(error))))
+            link.session.close(CloseCode.PROTOCOL_ERROR, str(error))
+            raise
+    # The stream's end alone says nothing; the session's end is what counts.
+
+
+def _receive_message_untrusted(link: ControlLink, message: Message, handler: PacketHandler) -> None:
+    match message:
+        case Accepted():
+            _receive_accepted_untrusted(link, message)
+            if not link.up.is_set():
+                link.up.set()
+                handler.session_up(link)
+        case ServiceMap():
+            link.numbers = {entry.id: entry.number for entry in message.services}
+            link.labels = {i: ServiceLabel(i, link.numbers.get(i, 0)) for i in link.labels}
+            handler.services_changed(link)
+        case Denied():
+            if message.service in link.registrar.states:
+                link.refused[message.service] = message.reason
+                log.warning("service refused", service=message.service, reason=message.reason)
+                handler.services_changed(link)
+        case Goodbye():
+            link.goodbye_wait = max(0.0, min(message.wait, 300.0))
+            log.info("goodbye", reason=message.reason, wait=link.goodbye_wait)
+        case ProtocolError():
+            log.error("the intermediate calls us in breach of the protocol", reason=message.reason)
+        case _:
+            raise RemoteProtocolError(f"{type(message).__name__} is not for a client")
+
+
+def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
+    if accepted.version != VERSION:
+        raise RemoteProtocolError(f"the intermediate chose version {accepted.version}, not ours")
+    try:
+        if accepted.tunnel_address is not None:
+            ipaddress.IPv4Address(accepted.tunnel_address)
+        server_time = datetime.datetime.fromisoformat(accepted.time)
+        offset = server_time - datetime.datetime.now(datetime.UTC)
+    except (ValueError, TypeError) as error:
+        raise RemoteProtocolError(f"malformed Accepted: {error}") from error
+    if abs(offset) > CLOCK_TOLERANCE:
+        log.warning("clocks differ; certificates may fail", seconds=int(offset.total_seconds()))
+    link.accepted = accepted
+    link.encapsulator.features = FEATURES & {
+        Feature(name) for name in accepted.features if name in FEATURES
+    }
+    link.observed_address = (accepted.observed_address.host, accepted.observed_address.port)
+
+
+async def _read_datagrams(link: ControlLink, handler: PacketHandler) -> None:
+    while True:
+        messages = await link.session.receive_datagrams()
+        now = trio.current_time()
+        if any(message[:1] < b"\x20" for message in messages):
+            for message in messages:
+                if message[:1] < b"\x20":
+                    try:
+                        _receive_dialogue_untrusted(link, message, handler, now)
+                    except RemoteProtocolError:
+                        link.malformed += 1
+            messages = [message for message in messages if message[:1] >= b"\x20"]
+        if messages and link.up.is_set():
+            packets = link.decapsulator.decapsulate(messages, now)
+            if packets:
+                handler.packets_received(link, packets)
+
+
+def _receive_dialogue_untrusted(
+    link: ControlLink, message: bytes, handler: PacketHandler, now: float
+) -> None:
+    kind = message[0] if message else -1
+    if kind in {wire.OBSERVED_IPV4, wire.OBSERVED_IPV6}:
+        link.observed_address = wire.parse_observed_address_untrusted(message)
+        log.info("observed address", address=format_address(link.observed_address))
+        return
+    link.registrar.receive_message_untrusted(message, now)
+    link.wake.set()
+    while (event := link.registrar.next_event()) is not None:
+        _receive_registration(link, event)
+        if link.up.is_set():
+            handler.services_changed(link)
+
+
+def _receive_registration(link: ControlLink, event: RegistrationEvent) -> None:
+    if event.state is RegistrationState.REGISTERED:
+        number = link.numbers.get(event.service_id, 0)
+        link.labels[event.service_id] = ServiceLabel(event.service_id, number)
+        link.refused.pop(event.service_id, None)
+        link.registered.set()
+        log.info("registered", service=event.service_id)
+    else:
+        link.labels.pop(event.service_id, None)
+        # `Denied` may have said it better already.
+        link.refused.setdefault(event.service_id, event.reason)
+        log.warning("not registered", service=event.service_id, reason=event.reason)
+
+
+async def _register(link: ControlLink) -> None:
+    while True:
+        link.wake = trio.Event()
+        messages = link.registrar.messages_to_send(trio.current_time())
+        if messages:
+            link.session.send_datagrams(messages)
+        deadline = link.registrar.get_timer()
+        with trio.move_on_at(math.inf if deadline is None else deadline):
+            await link.wake.wait()
+
+
+async def _accept_seed(link: ControlLink, handler: PacketHandler) -> None:
+    """Take the session as up without `Accepted`, if only a 0x12 came in time."""
+    await trio.sleep(HELLO_PATIENCE)
+    await link.registered.wait()
+    if not link.up.is_set():
+        log.warning("the intermediate answers no Hello; going on with the basic messages")
+        link.up.set()
+        handler.session_up(link)
+        handler.services_changed(link)

@@ -1,0 +1,303 @@
+"""The intermediate: registry, observed addresses, and the relay between sessions.
+
+`run_intermediate` listens; each verified client gets a `_serve_client` of its own, which answers
+its dialogue and hands its packets to `core.relay`, batch by batch, and from there to the sessions
+that the relay names.
+"""
+
+import datetime
+from contextlib import AsyncExitStack
+
+import attrs
+import structlog
+import trio
+
+from ztna.config import IntermediateConfig
+from ztna.core import wire
+from ztna.core.addresses import format_address, packed_pair, twin
+from ztna.core.identity import Role
+from ztna.core.messages import (
+    Accepted,
+    Denied,
+    FrameReader,
+    Goodbye,
+    Hello,
+    HostPort,
+    ProtocolError,
+    ServiceMap,
+    ServiceNumber,
+    encode_message,
+)
+from ztna.core.policy import Policy
+from ztna.core.ports import UdpPort
+from ztna.core.registry import Client, Registration, Registry
+from ztna.core.relay import Relay
+from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
+from ztna.errors import RemoteProtocolError, SessionClosedError
+from ztna.net.closing import CloseCode
+from ztna.net.endpoint import Endpoint
+from ztna.net.session import Session
+from ztna.net.session_queues import SessionSettings
+from ztna.net.udp import open_udp_port
+from ztna.pki import Credentials, load_credentials
+from ztna.roles.address_book import AddressBook, open_address_book
+from ztna.roles.control_client import VERSION
+from ztna.roles.tree import statistics_registry
+
+log = structlog.get_logger(__name__)
+
+CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})
+# docs/protocol.md section 1: a replaced session comes back after that at the earliest.
+REPLACED_WAIT = 30.0
+MALFORMED_LOG_LIMIT = 5
+
+
+@attrs.define(eq=False)
+class _Served:
+    """A client and its session."""
+
+    client: Client
+    session: Session
+    malformed: int = 0
+
+
+@attrs.define
+class Intermediate:
+    """What all clients share."""
+
+    registry: Registry
+    relay: Relay
+    addresses: AddressBook
+    served: dict[int, _Served] = attrs.Factory(dict)
+    next_key: int = 0
+
+    def statistics(self) -> dict[str, object]:
+        """Counters of registry and relay, and of each session."""
+        sessions = {
+            f"{served.client.identity}": dict(served.session.statistics())
+            for served in self.served.values()
+        }
+        return {**self.registry.statistics(), **self.relay.statistics(), "sessions": sessions}
+
+
+async def run_intermediate_from_config(config: IntermediateConfig) -> None:
+    """Serve until cancelled, with real sockets and the files that the configuration names."""
+    credentials = load_credentials(config.identity.cert, config.identity.key, config.identity.ca)
+    async with AsyncExitStack() as stack:
+        book = await stack.enter_async_context(
+            open_address_book(config.state_dir / "intermediate.sqlite", config.tunnel_range)
+        )
+        port = await stack.enter_async_context(open_udp_port(str(config.bind), config.port))
+        await run_intermediate(config, port, credentials, book)
+
+
+async def run_intermediate(
+    config: IntermediateConfig,
+    port: UdpPort,
+    credentials: Credentials,
+    addresses: AddressBook,
+    *,
+    task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve clients on one port until cancelled."""
+    policy = Policy.of(credentials.identity.trust_domain, config.policy)
+    registry = Registry(policy, config.service_range)
+    registry.reserved = {
+        packed: identity
+        for identity, address in addresses.by_identity.items()
+        for packed in packed_pair(address)
+    }
+    intermediate = Intermediate(registry, Relay(registry), addresses)
+    statistics_registry().register("intermediate", intermediate.statistics)
+    statistics_registry().register("udp", port.statistics)
+    async with trio.open_nursery() as nursery:
+        endpoint = Endpoint(port)
+        await nursery.start(endpoint.run)
+        statistics_registry().register("endpoint", endpoint.statistics)
+        sessions = endpoint.listen(credentials, CLIENT_ROLES, SessionSettings())
+        log.info(
+            "ready", address=format_address(port.local_address), identity=credentials.identity.uri
+        )
+        task_status.started(intermediate)
+        async for session in sessions:
+            nursery.start_soon(_serve_client, intermediate, session)
+
+
+async def _serve_client(intermediate: Intermediate, session: Session) -> None:
+    """One verified client, from its first message to the end of its session."""
+    peer = session.peer
+    intermediate.next_key += 1
+    client = Client(intermediate.next_key, peer.identity, session.max_datagram_data)
+    served = _Served(client, session)
+    replaced = intermediate.registry.add(client)
+    intermediate.relay.add(client)
+    intermediate.served[client.key] = served
+    with structlog.contextvars.bound_contextvars(client=str(peer.identity)):
+        log.info("client connected", address=format_address(session.remote_address))
+        if replaced is not None:
+            _replace(intermediate, replaced)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_report_address, session)
+                nursery.start_soon(_close_when_expired, session, peer.not_after)
+                nursery.start_soon(_read_control, intermediate, served)
+                nursery.start_soon(_read_datagrams, intermediate, served)
+                await session.wait_closed()
+                nursery.cancel_scope.cancel()
+        except* SessionClosedError:
+            pass  # the reason is logged below, once for all ways to end
+        except* RemoteProtocolError as group:
+            reason = str(group.exceptions[0])
+            session.send_control(encode_message(ProtocolError(reason)))
+            session.close(CloseCode.PROTOCOL_ERROR, reason)
+        finally:
+            intermediate.registry.remove(client)
+            intermediate.relay.remove(client)
+            intermediate.served.pop(client.key, None)
+        closed = await session.wait_closed()
+        log.info("client gone", reason=closed.reason, by_peer=closed.by_peer)
+
+
+def _replace(intermediate: Intermediate, replaced: Client) -> None:
+    """The newest session of an identity wins; the older one is told to stay away for a while."""
+    intermediate.relay.remove(replaced)
+    served = intermediate.served.pop(replaced.key, None)
+    if served is None:
+        return
+    log.warning("replaced by a newer session", old=format_address(served.session.remote_address))
+    if replaced.speaks_control:
+        served.session.send_control(encode_message(Goodbye("replaced", REPLACED_WAIT)))
+    served.session.close(CloseCode.REPLACED, "replaced by a newer session of this identity")
+
+
+async def _report_address(session: Session) -> None:
+    """OBSERVED_ADDRESS, now and on every change."""
+    while True:
+        address = session.remote_address
+        session.send_datagrams([wire.encode_observed_address(address)])
+        await session.wait_address_change(address)
+
+
+async def _close_when_expired(session: Session, not_after: datetime.datetime) -> None:
+    left = (not_after - datetime.datetime.now(datetime.UTC)).total_seconds()
+    await trio.sleep(max(0.0, left))
+    session.close(CloseCode.EXPIRED, "the client's certificate has expired; renew it")
+
+
+async def _read_control(intermediate: Intermediate, served: _Served) -> None:
+    reader = FrameReader()
+    while data := await served.session.receive_control():
+        for message in reader.receive_bytes_untrusted(data):
+            match message:
+                case Hello():
+                    await _receive_hello_untrusted(intermediate, served, message)
+                case Goodbye():
+                    log.info("goodbye", reason=message.reason[:80])
+                case ProtocolError():
+                    log.warning("client reports a breach of ours", reason=message.reason[:200])
+                case _:
+                    raise RemoteProtocolError(f"{type(message).__name__} is not for a server")
+
+
+async def _receive_hello_untrusted(
+    intermediate: Intermediate, served: _Served, hello: Hello
+) -> None:
+    client, session = served.client, served.session
+    if client.speaks_control:
+        raise RemoteProtocolError("a second Hello")
+    if VERSION not in hello.versions:
+        raise RemoteProtocolError(f"no common version: we speak {VERSION} alone")
+    if hello.role != client.identity.role:
+        raise RemoteProtocolError(
+            f"Hello says {hello.role[:20]!r}, the certificate says {client.identity.role}"
+        )
+    tunnel_address = None
+    if client.is_agent:
+        tunnel_address = await intermediate.addresses.assign(client.identity)
+        if client.key not in intermediate.served:
+            return  # replaced meanwhile
+        pair = frozenset(packed_pair(tunnel_address))
+        intermediate.registry.reserved.update(dict.fromkeys(pair, client.identity))
+        intermediate.registry.assign_addresses(client, pair)
+    client.features = frozenset(Feature(f) for f in hello.features if f in FEATURES)
+    client.speaks_control = True
+    intermediate.relay.add(client)
+    host, port = session.remote_address
+    accepted = Accepted(
+        version=VERSION,
+        features=tuple(sorted(client.features)),
+        identity=client.identity.uri,
+        observed_address=HostPort(host, port),
+        time=datetime.datetime.now(datetime.UTC).isoformat(),
+        tunnel_address=None if tunnel_address is None else str(tunnel_address),
+        tunnel_address6=None if tunnel_address is None else str(twin(tunnel_address)),
+    )
+    session.send_control(encode_message(accepted))
+    _send_service_map(served)
+
+
+async def _read_datagrams(intermediate: Intermediate, served: _Served) -> None:
+    """The data path: a batch in, batches out."""
+    client, session, sessions = served.client, served.session, intermediate.served
+    while True:
+        messages = await session.receive_datagrams()
+        if any(message[:1] < b"\x20" for message in messages):
+            for message in messages:
+                if message[:1] < b"\x20":
+                    _receive_dialogue(intermediate, served, message)
+            messages = [message for message in messages if message[:1] >= b"\x20"]
+        if client.key not in sessions:
+            continue  # replaced; the session is about to close
+        outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
+        for target, batch in outgoing.items():
+            sessions[target.key].session.send_datagrams(batch)
+
+
+def _receive_dialogue(intermediate: Intermediate, served: _Served, data: bytes) -> None:
+    """A registration; anything else of the dialogue is the server's to send, and is counted."""
+    try:
+        message = wire.parse_service_message_untrusted(data)
+    except RemoteProtocolError as error:
+        served.malformed += 1
+        if served.malformed <= MALFORMED_LOG_LIMIT:
+            log.warning("malformed message dropped", error=str(error))
+        return
+    client, session = served.client, served.session
+    expected = wire.AGENT_WANTS if client.is_agent else wire.CONNECTOR_PROVIDES
+    if message.kind == expected:
+        answer = intermediate.registry.register(client, message.service_id)
+    elif message.kind in {wire.AGENT_WANTS, wire.CONNECTOR_PROVIDES}:
+        reason = f"{client.identity} cannot ask that: it is no {_other(client.identity.role)}"
+        answer = Registration(message.service_id, 0, Refusal.NOT_AUTHORISED, reason)
+    else:
+        served.malformed += 1
+        return
+    if answer.refusal is None:
+        log.info("registered", service=answer.service_id, rule=answer.reason)
+        kind, reason_byte = wire.REGISTERED, 0
+    else:
+        log.warning("registration refused", service=answer.service_id[:80], reason=answer.reason)
+        kind, reason_byte = wire.REFUSED, int(answer.refusal)
+    session.send_datagrams(
+        [wire.encode_service_message(ServiceMessage(kind, answer.service_id, reason_byte))]
+    )
+    if client.speaks_control:
+        if answer.refusal is None:
+            _send_service_map(served)
+        else:
+            session.send_control(encode_message(Denied(answer.service_id, answer.reason)))
+
+
+def _other(role: Role) -> Role:
+    return Role.CONNECTOR if role is Role.AGENT else Role.AGENT
+
+
+def _send_service_map(served: _Served) -> None:
+    client = served.client
+    numbers = (
+        {route.service_id: route.number for route in client.routes.values()}
+        if client.is_agent
+        else client.provides
+    )
+    entries = tuple(ServiceNumber(number, service_id) for service_id, number in numbers.items())
+    served.session.send_control(encode_message(ServiceMap(entries)))
