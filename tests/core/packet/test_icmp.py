@@ -28,7 +28,9 @@ from ztna.errors import RemoteProtocolError
 
 A4, B4 = bytes([10, 100, 64, 7]), bytes([10, 100, 0, 1])
 A6, B6 = bytes.fromhex("fd7a746e61000000000000000a644007"), bytes(15) + b"\2"
-FAMILIES = pytest.mark.parametrize(("source", "destination"), [(A4, B4), (A6, B6)])
+FAMILIES = pytest.mark.parametrize(
+    ("source", "destination"), [(A4, B4), (A6, B6)], ids=["IPv4", "IPv6"]
+)
 
 HOST4, HOST6 = "10.100.64.7", "fd7a:746e:6100::a64:4007"
 PEER4, PEER6 = "10.100.0.1", "::2"

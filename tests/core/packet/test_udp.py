@@ -11,7 +11,9 @@ from ztna.errors import LocalProtocolError, RemoteProtocolError
 
 A4, B4 = bytes([10, 100, 64, 7]), bytes([10, 100, 0, 1])
 A6, B6 = bytes.fromhex("fd7a746e61000000000000000a644007"), bytes(15) + b"\1"
-FAMILIES = pytest.mark.parametrize(("source", "destination"), [(A4, B4), (A6, B6)])
+FAMILIES = pytest.mark.parametrize(
+    ("source", "destination"), [(A4, B4), (A6, B6)], ids=["IPv4", "IPv6"]
+)
 
 
 def parse(data: bytes, *, verify_checksum: bool = True) -> UdpDatagram:

@@ -266,8 +266,8 @@ class Reassembler:
         if partial.head is None or partial.size != partial.held:
             self._make_room(0, len(self._partials))
             return None
-        self._drop(key)
         payload = b"".join([partial.pieces[offset] for offset in sorted(partial.pieces)])
+        self._drop(key)
         packet = _finish(partial.head, payload, _merged_ecn_untrusted(partial.ecn))
         self._counts["reassembled"] += 1
         return packet
