@@ -181,9 +181,10 @@ class SessionQueues:
     async def wait_datagram_room(self) -> None:
         """Wait until the outgoing queue is less than half full. Raises SessionClosedError."""
         await trio.lowlevel.checkpoint()
+        self._raise_if_closed()
         while len(self._outgoing) > self.settings.outgoing_datagrams // 2:
-            self._raise_if_closed()
             await self._room_here.park()
+            self._raise_if_closed()
 
     def send_control(self, data: bytes) -> None:
         """Write to the control stream. A peer that leaves more than `control_backlog` bytes
