@@ -5,14 +5,13 @@ a refusal. Each direction stops reading while the other side is slow: the receiv
 the send buffer fills. Half-close and reset go through in both directions.
 """
 
-import socket
-import struct
 from typing import Protocol
 
 import attrs
 import structlog
 import trio
 
+from ztna.backend.sockets import Dialer, reset_stream
 from ztna.core.flow import TcpFlow
 from ztna.core.flows import FlowTable
 from ztna.core.ports import Address
@@ -26,13 +25,13 @@ CONNECT_DEADLINE = 10.0
 CHUNK = 256 * 1024
 # The user's kernel acknowledges bit by bit; smaller reads than that are not worth a wake-up.
 LEAST_SPACE = 64 * 1024
-_LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
 
 
 class SpliceOwner(Protocol):
     """What a splice needs of the terminator."""
 
     table: FlowTable
+    dialer: Dialer
 
     def touch(self, flow: TcpFlow) -> None:
         """The connection was acted upon."""
@@ -71,25 +70,24 @@ class TcpSplice:
             stream = await self._connect()
             if stream is None:
                 return
-            async with stream:
-                try:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._user_to_backend, stream)
-                        nursery.start_soon(self._backend_to_user, stream)
-                except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-                    log.debug("backend broke the connection", backend=self.backend)
-                    self._abort()
-                finally:
-                    if self._reset:
-                        # RFC 9293 section 3.10.5: what the user aborted, the backend sees aborted.
-                        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT_AT_ALL)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._user_to_backend, stream)
+                    nursery.start_soon(self._backend_to_user, stream)
+            except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+                log.debug("connection broken", backend=self.backend, by_user=self._reset)
+                self._abort()
+            finally:
+                # RFC 9293 section 3.10.5: what the user aborted, the backend sees aborted.
+                close = reset_stream if self._reset else trio.aclose_forcefully
+                await close(stream)
 
-    async def _connect(self) -> trio.SocketStream | None:
+    async def _connect(self) -> trio.abc.HalfCloseableStream | None:
         connection = self.flow.connection
         stream = None
         try:
             with trio.move_on_after(CONNECT_DEADLINE):
-                stream = await trio.open_tcp_stream(*self.backend)
+                stream = await self.owner.dialer.open_stream(self.backend)
         except OSError as error:
             log.warning("backend refuses", backend=self.backend, error=str(error))
         else:
@@ -108,7 +106,7 @@ class TcpSplice:
         self.owner.touch(self.flow)
         return stream
 
-    async def _user_to_backend(self, stream: trio.SocketStream) -> None:
+    async def _user_to_backend(self, stream: trio.abc.HalfCloseableStream) -> None:
         connection = self.flow.connection
         while True:
             if connection.readable:
@@ -123,7 +121,7 @@ class TcpSplice:
             else:
                 await self._changed.wait()
 
-    async def _backend_to_user(self, stream: trio.SocketStream) -> None:
+    async def _backend_to_user(self, stream: trio.abc.HalfCloseableStream) -> None:
         connection = self.flow.connection
         while True:
             if self._over:

@@ -11,6 +11,7 @@ import attrs
 import structlog
 import trio
 
+from ztna.backend.sockets import Dialer, SocketDialer
 from ztna.backend.tcp import TcpSplice
 from ztna.backend.udp import UdpForward
 from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowOpened, TcpFlow
@@ -29,6 +30,7 @@ class Terminator:
 
     table: FlowTable
     backends: Mapping[str, Address]
+    dialer: Dialer = attrs.Factory(SocketDialer)
     _drivers: dict[Flow, TcpSplice | UdpForward] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
     _timer_changed: trio.Event = attrs.Factory(trio.Event)

@@ -14,6 +14,7 @@ import attrs
 import structlog
 import trio
 
+from ztna.backend.sockets import Dialer, SocketDialer
 from ztna.backend.terminator import Terminator
 from ztna.config import ConnectorConfig, ConnectorService
 from ztna.core.addresses import packed_pair
@@ -52,13 +53,14 @@ async def run_connector_from_config(config: ConnectorConfig) -> None:
         port = await stack.enter_async_context(
             open_udp_port(any_address(server), config.p2p.listen_port)
         )
-        await run_connector(config, port, credentials)
+        await run_connector(config, port, credentials, SocketDialer())
 
 
 async def run_connector(
     config: ConnectorConfig,
     port: UdpPort,
     credentials: Credentials,
+    dialer: Dialer,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -70,7 +72,9 @@ async def run_connector(
         functools.partial(_initial_numbers, os.urandom(16)),
         packet_size=DATAGRAM_DATA - SHORT_HEADER,
     )
-    terminator = Terminator(table, {service.id: service.backend for service in config.services})
+    terminator = Terminator(
+        table, {service.id: service.backend for service in config.services}, dialer
+    )
     connector = _Connector(terminator)
     registry = statistics_registry()
     registry.register("flows", table.statistics)

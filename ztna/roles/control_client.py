@@ -153,11 +153,12 @@ async def run_control_session(
     """
     kind = wire.AGENT_WANTS if role is Role.AGENT else wire.CONNECTOR_PROVIDES
     link = ControlLink(
-        session, Registrar.of(kind, service_ids), Encapsulator(session.max_datagram_data)
+        session, Registrar.of(kind, service_ids), Encapsulator(max_size=0)
     )
     try:
         with trio.move_on_after(UP_DEADLINE) as patience:
             await session.wait_verified()
+            link.encapsulator.max_size = session.max_datagram_data
             session.send_control(encode_message(_hello(role, session.max_datagram_data)))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_read_control, link, handler)

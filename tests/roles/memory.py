@@ -1,0 +1,218 @@
+"""A whole deployment in memory: hosts, links, roles, TUNs and backends, on the virtual clock."""
+
+import ipaddress
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import attrs
+import trio
+import trio.testing
+
+from tests.net.certificates import Deployment, make_agent, make_connector, make_deployment
+from ztna.backend.sockets import Datagram, DatagramSocket
+from ztna.config import (
+    AgentConfig,
+    AgentService,
+    ConnectorConfig,
+    ConnectorService,
+    IdentityFiles,
+    IntermediateAddress,
+    IntermediateConfig,
+)
+from ztna.core.policy import PolicyRule
+from ztna.core.ports import Address, IpPacket
+from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
+from ztna.pki import Credentials
+from ztna.roles.address_book import AddressBook
+from ztna.roles.agent import run_agent
+from ztna.roles.connector import run_connector
+from ztna.roles.intermediate import Intermediate, run_intermediate
+from ztna.tun.loopback import MemoryTun
+
+RELAY = "198.51.100.10"
+ECHO_IP = ipaddress.IPv4Address("10.100.0.1")
+WEB_IP = ipaddress.IPv4Address("10.100.0.2")
+NO_FILES = IdentityFiles("", "", "")  # type: ignore[arg-type] # credentials are given directly
+
+StreamServer = Callable[[trio.abc.HalfCloseableStream], Awaitable[None]]
+DatagramServer = Callable[[Datagram], Sequence[Datagram]]
+
+
+@attrs.define(eq=False)
+class MemoryDatagrams:
+    """A connected UDP socket whose backend is a function."""
+
+    server: DatagramServer
+    answers: deque[Datagram] = attrs.Factory(deque)
+    arrived: trio.Event = attrs.Factory(trio.Event)
+
+    async def receive(self) -> Sequence[Datagram]:
+        while not self.answers:
+            self.arrived = trio.Event()
+            await self.arrived.wait()
+        answers = list(self.answers)
+        self.answers.clear()
+        return answers
+
+    def send_nowait(self, datagrams: Sequence[Datagram]) -> int:
+        for datagram in datagrams:
+            self.answers += self.server(datagram)
+        self.arrived.set()
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+@attrs.define(eq=False)
+class MemoryDialer:
+    """Backends in memory, by address; an address without one refuses."""
+
+    nursery: trio.Nursery
+    streams: dict[Address, StreamServer] = attrs.Factory(dict)
+    datagrams: dict[Address, DatagramServer] = attrs.Factory(dict)
+    hangs: set[Address] = attrs.Factory(set)
+
+    async def open_stream(self, address: Address) -> trio.abc.HalfCloseableStream:
+        if address in self.hangs:
+            await trio.sleep(math.inf)
+        await trio.lowlevel.checkpoint()
+        if address not in self.streams:
+            raise ConnectionRefusedError(f"{address} refuses")
+        ours, theirs = trio.testing.memory_stream_pair()
+        self.nursery.start_soon(self.streams[address], theirs)
+        return ours
+
+    async def open_datagrams(self, address: Address) -> DatagramSocket:
+        await trio.lowlevel.checkpoint()
+        if address not in self.datagrams:
+            raise ConnectionRefusedError(f"{address} refuses")
+        return MemoryDatagrams(self.datagrams[address])
+
+
+@attrs.define(eq=False)
+class World:
+    """What a test holds in its hands."""
+
+    deployment: Deployment
+    network: MemoryNetwork
+    nursery: trio.Nursery
+    dialer: MemoryDialer
+    policy: list[PolicyRule]
+    book: AddressBook
+    relay_host: MemoryHost
+    intermediate: Intermediate | None = None
+    hosts: dict[str, MemoryHost] = attrs.Factory(dict)
+    scopes: dict[str, trio.CancelScope] = attrs.Factory(dict)
+
+    async def start_intermediate(self) -> None:
+        """Start, or start again after `stop('intermediate')`."""
+        config = IntermediateConfig(NO_FILES, policy=tuple(self.policy))
+        self.scopes["intermediate"] = trio.CancelScope()
+
+        async def run(*, task_status: trio.TaskStatus[Intermediate]) -> None:
+            with self.scopes["intermediate"]:
+                async with self.relay_host.open_udp_port(4433) as port:
+                    await run_intermediate(
+                        config,
+                        port,
+                        self.deployment.intermediate,
+                        self.book,
+                        task_status=task_status,
+                    )
+
+        self.intermediate = await self.nursery.start(run)
+
+    async def start_connector(
+        self, services: Sequence[ConnectorService], name: str = "home", address: str = "192.0.2.1"
+    ) -> None:
+        """A connector with these services."""
+        config = ConnectorConfig(
+            IntermediateAddress(RELAY, server_name="127.0.0.1"), NO_FILES, tuple(services)
+        )
+        credentials = make_connector(self.deployment.ca, self.deployment.now, name)
+        self.hosts[name] = self.hosts.get(name) or self.network.host(address)
+        self.scopes[name] = trio.CancelScope()
+
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            with self.scopes[name]:
+                async with self.hosts[name].open_udp_port(4434) as port:
+                    await run_connector(
+                        config, port, credentials, self.dialer, task_status=task_status
+                    )
+
+        await self.nursery.start(run)
+
+    async def start_agent(
+        self,
+        services: Sequence[AgentService],
+        name: str = "laptop",
+        address: str = "203.0.113.1",
+        credentials: Credentials | None = None,
+    ) -> "AgentHost":
+        """An agent that wants these services; waits until its tunnel address is known."""
+        config = AgentConfig(
+            IntermediateAddress(RELAY, server_name="127.0.0.1"), NO_FILES, tuple(services)
+        )
+        credentials = credentials or make_agent(self.deployment.ca, self.deployment.now, name)
+        self.hosts[name] = self.hosts.get(name) or self.network.host(address)
+        self.scopes[name] = trio.CancelScope()
+        host = AgentHost(MemoryTun())
+
+        @asynccontextmanager
+        async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:
+            host.address = address
+            host.configured.set()
+            yield
+
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            with self.scopes[name]:
+                async with self.hosts[name].open_udp_port() as port:
+                    await run_agent(
+                        config, port, host.tun, credentials, configure, task_status=task_status
+                    )
+
+        await self.nursery.start(run)
+        return host
+
+    def stop(self, name: str) -> None:
+        """End a role in order."""
+        self.scopes[name].cancel()
+
+
+@attrs.define(eq=False)
+class AgentHost:
+    """A user's machine: its side of the TUN."""
+
+    tun: MemoryTun
+    address: ipaddress.IPv4Address = ipaddress.IPv4Address(0)
+    configured: trio.Event = attrs.Factory(trio.Event)
+
+    async def exchange(self, packet: bytes, attempts: int = 20) -> IpPacket:
+        """Send a packet again and again, a second apart, until one comes back."""
+        for _ in range(attempts):
+            self.tun.host_send([packet])
+            with trio.move_on_after(1):
+                return (await self.tun.host_receive())[0]
+        raise AssertionError(f"no answer to {attempts} packets")
+
+
+@asynccontextmanager
+async def open_world(
+    policy: Sequence[PolicyRule], link: LinkSpec | None = None
+) -> AsyncIterator[World]:
+    """Network, CA and address book; roles are started by the test and end with it."""
+    network = MemoryNetwork(seed=7, default=link or LinkSpec(delay=0.01))
+    async with trio.open_nursery() as nursery:
+        yield World(
+            make_deployment(),
+            network,
+            nursery,
+            MemoryDialer(nursery),
+            list(policy),
+            AddressBook(ipaddress.IPv4Network("10.100.64.0/18")),
+            network.host(RELAY),
+        )
+        nursery.cancel_scope.cancel()
