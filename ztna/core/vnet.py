@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from ztna.core.packet.ip import TCP, version_of
+from ztna.core.packet.ip import IPV4_HEADER_SIZE, TCP, version_of
 from ztna.core.packet.superpacket import CHECKSUM_OFFSET, CWR, judge_untrusted
 from ztna.core.ports import Buffer, IpPacket
 from ztna.errors import LocalProtocolError, RemoteProtocolError
@@ -79,8 +79,8 @@ def to_packet(frame: Buffer) -> IpPacket:
     if not header.flags & NEEDS_CSUM:
         return IpPacket(data)
     start, offset = header.checksum_start, header.checksum_offset
-    if start + offset + 2 > len(data):
-        raise RemoteProtocolError("vnet header puts the checksum behind the packet")
+    if start < IPV4_HEADER_SIZE or start + offset + 2 > len(data):
+        raise RemoteProtocolError(f"vnet header puts the checksum at {start}, not in the payload")
     kind = header.gso_type & ~GSO_ECN
     if kind == GSO_NONE:
         return IpPacket(data, 0, 0, start, offset)
