@@ -61,10 +61,8 @@ def configure_logging(
 def redact(_logger: object, _method: str, event: MutableMapping[str, object]) -> dict[str, object]:
     """Replace what must not be logged: fields named like secrets, and raw bytes of any name.
 
-    Text that came from the network cannot move the terminal's cursor: the event is made
-    printable here, the fields by the renderer.
+    Text that came from the network cannot steer the terminal, nor end the line and begin another.
     """
-    event["event"] = printable(str(event.get("event", "")))
     return {name: _redacted(name, value) for name, value in event.items()}
 
 
@@ -77,6 +75,8 @@ def _redacted(name: str, value: object) -> object:
         return {key: _redacted(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_redacted("", inner) for inner in value]
+    if isinstance(value, str):
+        return printable(value).replace("\n", "\\n")
     return value
 
 

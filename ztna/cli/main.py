@@ -87,6 +87,7 @@ def verbose_option(command: F) -> F:
         "-v",
         "--verbose",
         count=True,
+        metavar=" ",
         expose_value=False,
         callback=count,
         help="Say more; twice: stack traces, and what the libraries say.",

@@ -106,11 +106,18 @@ _common_options = _options(
         help="From which level on events are logged; -v makes it debug.",
     ),
 )
-_server_option = click.option(
-    "--server",
-    type=HostPort(DEFAULT_PORT),
-    metavar="HOST[:PORT]",
-    help=f"The intermediate; port {DEFAULT_PORT} if none is given.",
+_server_options = _options(
+    click.option(
+        "--server",
+        type=HostPort(DEFAULT_PORT),
+        metavar="HOST[:PORT]",
+        help=f"The intermediate; port {DEFAULT_PORT} if none is given.",
+    ),
+    click.option(
+        "--server-name",
+        metavar="NAME",
+        help="Name that its certificate must hold; the host if absent.",
+    ),
 )
 
 
@@ -130,7 +137,7 @@ def run() -> None:
 
 @run.command()
 @_config_option(Role.AGENT)
-@_server_option
+@_server_options
 @click.option("--tun", metavar="NAME", help='Tunnel interface: "utun" for a free one, or a name.')
 @click.option("--mtu", type=int, help="MTU of the tunnel interface, 1280 to 9000.")
 @_identity_options
@@ -138,6 +145,7 @@ def run() -> None:
 def agent(
     config: Path | None,
     server: Address | None,
+    server_name: str | None,
     tun: str | None,
     mtu: int | None,
     log_format: LogFormat,
@@ -151,7 +159,7 @@ def agent(
     Example: ztna run agent --config agent.json --tun utun
     """
     overrides = [
-        *_server_overrides(server),
+        *_server_overrides(server, server_name),
         *_identity_overrides(identity),
         *_given(("tun", "name"), tun, "--tun"),
         *_given(("tun", "mtu"), mtu, "--mtu"),
@@ -162,7 +170,7 @@ def agent(
 
 @run.command()
 @_config_option(Role.CONNECTOR)
-@_server_option
+@_server_options
 @click.option("--service", metavar="ID", help="Provide this one service, instead of the file's.")
 @click.option("--forward", type=HostPort(), metavar="HOST:PORT", help="The service's application.")
 @click.option(
@@ -182,6 +190,7 @@ def agent(
 def connector(
     config: Path | None,
     server: Address | None,
+    server_name: str | None,
     service: str | None,
     forward: Address | None,
     protocol: tuple[str, ...],
@@ -193,18 +202,20 @@ def connector(
 ) -> None:
     """Provide services from this network.
 
+    \b
     Examples:
-    ztna run connector --config connector.json;
-    ztna run connector --server relay.example.net:4433 --service web-app
-    --forward 127.0.0.1:8080 --protocol tcp --p2p-listen-port 4434
-    --cert connector.crt --key connector.key --ca ca.crt
+      ztna run connector --config connector.json
+      ztna run connector --server relay.example.net:4433 \\
+        --service web-app --forward 127.0.0.1:8080 --protocol tcp \\
+        --p2p-listen-port 4434 \\
+        --cert connector.crt --key connector.key --ca ca.crt
     """
     if (service is None) != (forward is None):
         raise click.UsageError("--service and --forward belong together; give both or none")
     if service is None and (protocol or virtual_ip is not None):
         raise click.UsageError("--protocol and --virtual-ip need --service and --forward")
     overrides = [
-        *_server_overrides(server),
+        *_server_overrides(server, server_name),
         *_identity_overrides(identity),
         *_given(("p2p", "listen_port"), p2p_listen_port, "--p2p-listen-port"),
     ]
@@ -260,14 +271,12 @@ def _given(path: tuple[str | int, ...], value: object, option: str) -> list[Over
     return [] if value is None else [Override(path, value, f"option {option}")]
 
 
-def _server_overrides(server: Address | None) -> list[Override]:
-    if server is None:
-        return []
-    host, port = server
-    source = "option --server"
+def _server_overrides(server: Address | None, name: str | None) -> list[Override]:
+    host, port = server or (None, None)
     return [
-        Override(("intermediate", "host"), host, source),
-        Override(("intermediate", "port"), port, source),
+        *_given(("intermediate", "host"), host, "--server"),
+        *_given(("intermediate", "port"), port, "--server"),
+        *_given(("intermediate", "server_name"), name, "--server-name"),
     ]
 
 

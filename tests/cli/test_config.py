@@ -1,0 +1,142 @@
+"""`ztna config`: words for what is meant, all errors for what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.test_config import AGENT, CONNECTOR, EXAMPLES, INTERMEDIATE
+from ztna.cli.config import guess_role
+from ztna.cli.main import cli
+from ztna.config import config_schema
+from ztna.config_json import parse_document
+from ztna.core.identity import Role
+from ztna.errors import UsageError
+
+
+def check(folder: Path, value: object, *options: str, **environment: str) -> Result:
+    file = folder / "c.json"
+    file.write_text(json.dumps(value, indent=1))
+    arguments = ["config", "check", "--skip-files", *options, str(file)]
+    return CliRunner().invoke(cli, arguments, env=environment)
+
+
+def test_agent_in_words(tmp_path: Path) -> None:
+    result = check(tmp_path, AGENT)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        f"{tmp_path}/c.json: configuration of an agent",
+        "  connects to relay.example.net:4433, whose certificate must be for r.example.net",
+        f"  shows the certificate {tmp_path}/n.crt with the key /k/n.key",
+        f"  trusts the CA {tmp_path}/ca.crt",
+        "  uses a free tunnel interface, MTU 1280 bytes, address given by the intermediate",
+        "  routes 10.100.0.0/24 into the tunnel",
+        "  reaches:",
+        "    echo-service at 10.100.0.1, UDP, port 9999",
+        "    web-app at 10.100.0.2, TCP, ports 443, 80",
+        "  keeps its state in /s",
+        "ok",
+    ]
+
+
+def test_connector_in_words(tmp_path: Path) -> None:
+    lines = check(tmp_path, CONNECTOR).stdout.splitlines()
+    assert lines[0].endswith("configuration of a connector")
+    assert lines[4:] == [
+        "  listens for direct sessions on UDP port 4434",
+        "  provides:",
+        "    echo-service at 10.100.0.1, TCP and UDP, any port, from 127.0.0.1:9999",
+        "    web-app at any address of the range, TCP and UDP, any port, from [::1]:8080",
+        "  keeps its state in /s",
+        "ok",
+    ]
+
+
+def test_intermediate_in_words(tmp_path: Path) -> None:
+    lines = check(tmp_path, INTERMEDIATE).stdout.splitlines()
+    assert lines[1:3] == ["  listens on [::]:4433 (UDP)", "  is seen by clients as 198.51.100.7"]
+    assert lines[5:] == [
+        "  gives tunnel addresses from 10.100.64.0/18; services are in 10.100.0.0/24",
+        "  relays packets that are not encrypted end to end",
+        "  policy:",
+        "    agent/laptop may reach echo-service, web-app",
+        "    connector/home may provide echo-service",
+        "    every agent may reach every service",
+        "  keeps its state in /s",
+        "ok",
+    ]
+
+
+def test_empty_policy_is_pointed_out(tmp_path: Path) -> None:
+    value = {**INTERMEDIATE, "policy": [], "external_ip": None, "plain_relay": False}
+    text = check(tmp_path, value).stdout
+    assert "policy: none, so everything is refused" in text
+    assert "does not relay packets that are not" in text
+    assert "is seen by clients" not in text
+
+
+def test_environment_counts_and_is_named(tmp_path: Path) -> None:
+    result = check(tmp_path, AGENT, ZTNA_TUN_MTU="1400", ZTNA_TUN_NAME="ztna0")
+    assert "tunnel interface ztna0, MTU 1400 bytes" in result.stdout
+    assert "  from the environment: ZTNA_TUN_MTU" in result.stdout.splitlines()
+    assert check(tmp_path, AGENT, ZTNA_TUN_MTU="1").exit_code == 3
+
+
+def test_all_errors_and_exit_code_3(tmp_path: Path) -> None:
+    result = check(tmp_path, {**AGENT, "tun": {"mtu": 1}, "services": []})
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "$.tun.mtu: 1 is wrong" in result.stderr
+    assert "$.services: names no service" not in result.stderr  # judged once the rest is right
+
+
+def test_files_are_asked_for_unless_told_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(AGENT))
+    result = CliRunner().invoke(cli, ["config", "check", str(file)])
+    assert result.exit_code == 3
+    assert f"there is no file {tmp_path}/n.crt" in result.stderr
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["config", "check", str(tmp_path / "gone.json")])
+    assert result.exit_code == 3
+    assert "there is no such file" in result.stderr
+
+
+def test_role_option_overrules_the_guess(tmp_path: Path) -> None:
+    result = check(tmp_path, AGENT, "--role", "connector")
+    assert result.exit_code == 3
+    assert '$.tun: unknown key "tun"' in result.stderr
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_role_is_guessed_from_the_keys(role: Role) -> None:
+    text = json.dumps(EXAMPLES[role]).encode()
+    assert guess_role(parse_document(text, "c.json", Path("/"))) is role
+
+
+@pytest.mark.parametrize(
+    ("value", "role"),
+    [
+        ({"services": [5, {"backend": "a:1"}]}, Role.CONNECTOR),
+        ({"services": 5}, Role.AGENT),
+        ({"tunnel_range": 5}, Role.INTERMEDIATE),
+    ],
+)
+def test_role_is_guessed_from_little(value: Any, role: Role) -> None:
+    assert guess_role(parse_document(json.dumps(value).encode(), "c", Path("/"))) is role
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"identity": {}}'])
+def test_no_guess_asks_for_the_role(text: str) -> None:
+    with pytest.raises(UsageError, match="give --role"):
+        guess_role(parse_document(text.encode(), "c.json", Path("/")))
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_schema(role: Role) -> None:
+    result = CliRunner().invoke(cli, ["config", "schema", role.value])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == config_schema(role)
