@@ -14,8 +14,6 @@ import attrs
 
 from scripts.lab.bench_network import CLIENT, IPERF_PORT, RELAY_TO_CLIENT, SERVER, Network
 from scripts.lab.deployment import (
-    READY,
-    REGISTERED,
     Deployment,
     LoggedProcess,
     NotReadyError,
@@ -86,9 +84,7 @@ def ztna_relay(network: Network, folder: Path) -> Iterator[Tunnel]:
     with _processes() as processes:
         for role, config in files.items():
             file = deployment.write(role, "bench", config)
-            process = deployment.run(machines[role], role, file)
-            processes[role] = process
-            process.wait_for(READY if role == "intermediate" else REGISTERED)
+            processes[role] = deployment.run_until_ready(machines[role], role, file)
         _wait_for_ping(network.client, _SERVICE_ADDRESS, processes.values())
         yield _tunnel(_SERVICE_ADDRESS, processes)
 

@@ -9,15 +9,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
 
 from scripts.lab.deployment import (
     PYTHON,
-    READY,
-    REGISTERED,
     Deployment,
     LoggedProcess,
     NotReadyError,
@@ -97,11 +95,16 @@ def _play(lab: KernelLab, folder: Path, *, keep: bool) -> None:
     print("  ztna pki init, request, issue: spiffe://.../{intermediate,connector,agent}/... made")
     capture = folder / "relay.pcap"
     with site.intermediate.capture(capture):
-        processes = _start(site, deployment, folder)
+        web = _start(site, deployment, folder)
         _say(f"The agent's user opens http://{VIRTUAL_IP}/, an address that exists nowhere:")
-        _show(site.agent, "curl", "-sS", "--fail", "--max-time", "5", f"http://{VIRTUAL_IP}/")
-        _show(site.agent, "ping", "-c", "3", "-i", "0.2", VIRTUAL_IP)
-    _explain(capture, processes[-1])
+        try:
+            _show(site.agent, "curl", "-sS", "--fail", "--max-time", "5", f"http://{VIRTUAL_IP}/")
+            _show(site.agent, "ping", "-c", "3", "-i", "0.2", VIRTUAL_IP)
+        except subprocess.CalledProcessError:
+            for process in deployment.processes:
+                print(f"\n-- last words of {process.name}:\n{process.tail()}", file=sys.stderr)
+            raise
+    _explain(capture, web)
     _say("A stranger on the internet tries the office's address, and the web server's own:")
     _scan(site)
     if keep:
@@ -120,7 +123,7 @@ def _build(lab: KernelLab) -> Site:
     )
 
 
-def _start(site: Site, deployment: Deployment, folder: Path) -> list[LoggedProcess]:
+def _start(site: Site, deployment: Deployment, folder: Path) -> LoggedProcess:
     pages = folder / "pages"
     pages.mkdir()
     (pages / "index.html").write_text(PAGE + "\n")
@@ -133,25 +136,20 @@ def _start(site: Site, deployment: Deployment, folder: Path) -> list[LoggedProce
         {"who": "connector/office", "provides": ["web"]},
     ]
     service: dict[str, object] = {"id": "web", "virtual_ip": VIRTUAL_IP, "protocol": "tcp"}
-    provided = {**service, "port": 80, "backend": f"{APP}:{APP_PORT}"}
-    steps: list[tuple[str, str, Host, dict[str, object], str]] = [
-        ("intermediate", "relay", site.intermediate, deployment.intermediate([*rules]), READY),
+    wanted = {**service, "port": 80}
+    provided = {**wanted, "backend": f"{APP}:{APP_PORT}"}
+    steps = (
+        ("intermediate", "relay", site.intermediate, deployment.intermediate([*rules])),
         (
             *("connector", "office", site.connector),
-            *(deployment.client("connector", "office", [provided]), REGISTERED),
+            deployment.client("connector", "office", [provided]),
         ),
-        (
-            *("agent", "laptop", site.agent),
-            *(deployment.client("agent", "laptop", [{**service, "port": 80}]), REGISTERED),
-        ),
-    ]
-    processes = []
-    for role, name, host, config, words in steps:
-        process = deployment.run(host, role, deployment.write(role, name, config))
-        process.wait_for(words)
+        ("agent", "laptop", site.agent, deployment.client("agent", "laptop", [wanted])),
+    )
+    for role, name, host, config in steps:
+        deployment.run_until_ready(host, role, deployment.write(role, name, config))
         print(f"  ztna run {role} --config {role}.json    on {host.address}: ready")
-        processes.append(process)
-    return [*processes, web]
+    return web
 
 
 def _show(host: Host, *words: str) -> None:
@@ -177,8 +175,8 @@ def _explain(capture: Path, web: LoggedProcess) -> None:
 
 
 def _scan(site: Site) -> None:
-    for target in (OFFICE, APP):
-        results = _scan_host(site.stranger, target)
+    for target, ports in ((OFFICE, SCANNED), (APP, (APP_PORT,))):
+        results = _scan_host(site.stranger, target, ports)
         print(f"  {target}: " + ", ".join(f"{port} {answer}" for port, answer in results))
     answer = site.stranger.run(
         *("curl", "-sS", "--max-time", "1", f"http://{OFFICE}:{APP_PORT}/"), check=False
@@ -186,10 +184,10 @@ def _scan(site: Site) -> None:
     print(f"  $ curl http://{OFFICE}:{APP_PORT}/\n    {answer.stderr.strip()}")
 
 
-def _scan_host(host: Host, target: str) -> Iterator[tuple[int, str]]:
-    with concurrent.futures.ThreadPoolExecutor(len(SCANNED)) as pool:
-        answers = pool.map(lambda port: _try_port(host, target, port), SCANNED)
-        yield from zip(SCANNED, answers, strict=True)
+def _scan_host(host: Host, target: str, ports: Sequence[int]) -> Iterator[tuple[int, str]]:
+    with concurrent.futures.ThreadPoolExecutor(len(ports)) as pool:
+        answers = pool.map(lambda port: _try_port(host, target, port), ports)
+        yield from zip(ports, answers, strict=True)
 
 
 def _try_port(host: Host, target: str, port: int) -> str:

@@ -22,6 +22,7 @@ TRUST_DOMAIN = "example.net"
 # What the roles log when they are usable. With the bracket of the level, since "not registered"
 # is a message too.
 READY, REGISTERED, REFUSED = "] ready", "] registered", "] not registered"
+CONFIGURED = "] tunnel configured"  # an agent's addresses and routes are set
 START_DEADLINE = 15.0  # s; a role is ready after one or two on two busy cores
 _POLL = 0.02  # s
 
@@ -50,6 +51,10 @@ class LoggedProcess:
         """Its process id."""
         return self.process.pid
 
+    def tail(self) -> str:
+        """Its last words."""
+        return "\n".join(self.output().splitlines()[-30:])
+
     def output(self) -> str:
         """What it has written until now."""
         return self.log.read_text(errors="replace")
@@ -60,10 +65,10 @@ class LoggedProcess:
         while self.output().count(text) < times:
             if self.process.poll() is not None:
                 raise NotReadyError(
-                    f"{self.name} ended with exit code {self.process.returncode}:\n{self._tail()}"
+                    f"{self.name} ended with exit code {self.process.returncode}:\n{self.tail()}"
                 )
             if time.monotonic() > end:
-                raise NotReadyError(f"{self.name} does not say {text!r}:\n{self._tail()}")
+                raise NotReadyError(f"{self.name} does not say {text!r}:\n{self.tail()}")
             time.sleep(_POLL)
 
     def wait(self, deadline: float = START_DEADLINE) -> int:
@@ -80,9 +85,6 @@ class LoggedProcess:
         self.process.kill()
         self.process.wait()
 
-    def _tail(self) -> str:
-        return "\n".join(self.output().splitlines()[-30:])
-
 
 def start(machine: Machine, name: str, log: Path, *args: str | Path) -> LoggedProcess:
     """Start a program on a machine with its output in `log`, which is appended to."""
@@ -93,12 +95,15 @@ def start(machine: Machine, name: str, log: Path, *args: str | Path) -> LoggedPr
 
 @attrs.define(eq=False)
 class Deployment:
-    """A CA and the nodes that hold its certificates. `folder` must exist."""
+    """A CA and the nodes that hold its certificates. `folder` must exist.
+
+    processes: every role that was started, for their last words.
+    """
 
     folder: Path
     intermediate_address: str
     port: int = 4433
-    _starts: int = 0
+    processes: list[LoggedProcess] = attrs.field(factory=list)
 
     @property
     def authority(self) -> Path:
@@ -158,10 +163,24 @@ class Deployment:
 
     def run(self, machine: Machine, role: str, file: Path, *flags: str) -> LoggedProcess:
         """Start a role on a machine. Every start gets a log of its own."""
-        self._starts += 1
-        log = file.with_name(f"{role}.{self._starts}.log")
+        log = file.with_name(f"{role}.{len(self.processes)}.log")
         name = file.parent.name
-        return start(machine, name, log, ZTNA, "run", role, "--config", file, *flags)
+        process = start(machine, name, log, ZTNA, "run", role, "--config", file, *flags)
+        self.processes.append(process)
+        return process
+
+    def run_until_ready(
+        self, machine: Machine, role: str, file: Path, services: int = 1
+    ) -> LoggedProcess:
+        """Start a role and wait until users may rely on it; `services` is how many it has."""
+        process = self.run(machine, role, file)
+        if role == "intermediate":
+            process.wait_for(READY)
+        else:
+            process.wait_for(REGISTERED, times=services)
+        if role == "agent":
+            process.wait_for(CONFIGURED)
+        return process
 
     def ztna(self, *args: str | Path) -> str:
         """Run a command of ztna here; return its output. Raises NotReadyError with its words."""

@@ -9,7 +9,6 @@ The lab is made once a module. On a failure the logs of all processes are part o
 
 import contextlib
 import os
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import pytest
 from scripts.lab.deployment import (
     PYTHON,
     READY,
-    REGISTERED,
     Deployment,
     LoggedProcess,
     start,
@@ -29,8 +27,6 @@ from ztna.nat.kernel_lab import Host, KernelLab, supported
 RELAY_ADDRESS = "198.51.100.10"
 WEB, ECHO, IPERF, FILES = "10.100.0.2", "10.100.0.1", "10.100.0.3", "10.100.0.4"
 DOWNLOAD_BYTES = 64 * 1024 * 1024
-
-_READY_DEADLINE = 15.0
 
 _ECHO_SERVER = """
 import socket
@@ -55,7 +51,7 @@ def reason_to_skip() -> str | None:
 
 @attrs.define(eq=False)
 class Site:
-    """The network, the deployment on it, and every process that was started."""
+    """The network, the deployment on it, and the applications beside the connector."""
 
     lab: KernelLab
     deployment: Deployment
@@ -65,13 +61,7 @@ class Site:
     agent: Host
     other: Host
     guest: Host
-    processes: list[LoggedProcess] = attrs.field(factory=list)
-
-    def start_role(self, host: Host, role: str, file: Path) -> LoggedProcess:
-        """Start a role and note it for the report."""
-        process = self.deployment.run(host, role, file)
-        self.processes.append(process)
-        return process
+    servers: list[LoggedProcess] = attrs.field(factory=list)
 
     def agent_file(self, name: str) -> Path:
         """The file of an agent that wants every service."""
@@ -86,18 +76,8 @@ class Site:
         )
 
     def start_agent(self, host: Host, file: Path) -> LoggedProcess:
-        """Start an agent and wait until all its services answer."""
-        process = self.start_role(host, "agent", file)
-        process.wait_for(REGISTERED, times=4)
-        wait_for_ping(host, WEB)
-        return process
-
-
-def wait_for_ping(host: Host, target: str) -> None:
-    """Wait until the target answers."""
-    end = time.monotonic() + _READY_DEADLINE
-    while host.run("ping", "-c1", "-W0.3", target, check=False).returncode != 0:
-        assert time.monotonic() < end, f"{target} does not answer"
+        """Start an agent and wait until it is usable."""
+        return self.deployment.run_until_ready(host, "agent", file, services=4)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +111,10 @@ def _start_apps(site: Site, folder: Path) -> None:
         for _ in range(DOWNLOAD_BYTES // (1024 * 1024)):
             download.write(os.urandom(1024 * 1024))
     gunicorn = Path(PYTHON).with_name("gunicorn")
+    flags = ("--worker-class", "gthread", "--threads", "32", "--no-control-socket")
     commands = {
         "httpbin": (
-            (gunicorn, "-b", "10.2.0.3:8080", "-k", "gthread", "--threads", "32", "httpbin:app"),
+            (gunicorn, "-b", "10.2.0.3:8080", *flags, "httpbin:app"),
             "Listening at",
         ),
         "echo": ((PYTHON, "-c", _ECHO_SERVER), READY),
@@ -144,8 +125,8 @@ def _start_apps(site: Site, folder: Path) -> None:
         ),
     }
     for name, (command, _) in commands.items():
-        site.processes.append(start(site.apps, name, folder / f"{name}.log", *command))
-    for process, (_, words) in zip(site.processes, commands.values(), strict=True):
+        site.servers.append(start(site.apps, name, folder / f"{name}.log", *command))
+    for process, (_, words) in zip(site.servers, commands.values(), strict=True):
         process.wait_for(words)
 
 
@@ -167,14 +148,12 @@ def _start_roles(site: Site) -> None:
             {"who": "connector/office", "provides": names},
         ]
     )
-    relay = site.start_role(
-        site.relay, "intermediate", deployment.write("intermediate", "relay", intermediate)
-    )
-    relay.wait_for(READY)
-    file = deployment.write(
-        "connector", "office", deployment.client("connector", "office", [*provided])
-    )
-    site.start_role(site.connector, "connector", file).wait_for(REGISTERED, times=len(names))
+    connector = deployment.client("connector", "office", [*provided])
+    for host, role, name, config, services in (
+        (site.relay, "intermediate", "relay", intermediate, 0),
+        (site.connector, "connector", "office", connector, len(names)),
+    ):
+        deployment.run_until_ready(host, role, deployment.write(role, name, config), services)
     site.start_agent(site.agent, site.agent_file("agent"))
     site.start_agent(site.other, site.agent_file("other"))
 
@@ -187,7 +166,7 @@ def pytest_runtest_makereport(
     report = yield
     site = item.funcargs.get("site") if report.failed else None
     if isinstance(site, Site):
-        for process in site.processes:
+        for process in (*site.deployment.processes, *site.servers):
             with contextlib.suppress(OSError):
                 report.sections.append((f"log of {process.name}", process.output()[-3000:]))
     return report

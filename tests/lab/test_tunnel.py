@@ -25,6 +25,8 @@ pytestmark = [
 
 # What must be "fast" comes back within this, where silence would cost seconds or minutes.
 FAST = 1.0
+# How Linux words RST, ICMP unreachable, and ICMP (IPv4, IPv6) administratively prohibited.
+REFUSALS = r"refused|unreachable|No route|denied"
 
 
 def twin(address: str) -> str:
@@ -166,7 +168,7 @@ def test_wrong_tcp_port_is_refused_at_once(site: Site, address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with site.agent.namespace.open_socket(family, socket.SOCK_STREAM) as tcp:
         tcp.settimeout(FAST)
-        with pytest.raises(ConnectionRefusedError):
+        with pytest.raises(OSError, match=REFUSALS):
             tcp.connect((address, 81))
 
 
@@ -174,7 +176,7 @@ def test_wrong_udp_port_is_refused_at_once(site: Site) -> None:
     with udp_socket(site.agent, (ECHO, 9998)) as udp:
         udp.settimeout(FAST)
         udp.send(b"nobody listens")
-        with pytest.raises(OSError, match=r"refused|unreachable|No route|denied"):
+        with pytest.raises(OSError, match=REFUSALS):
             udp.recv(100)
 
 
@@ -186,12 +188,12 @@ def test_address_without_a_service_is_unreachable_at_once(site: Site) -> None:
     assert time.monotonic() - start < FAST
     with site.agent.namespace.open_socket(socket.AF_INET, socket.SOCK_STREAM) as tcp:
         tcp.settimeout(FAST)
-        with pytest.raises(OSError, match=r"refused|unreachable|No route"):
+        with pytest.raises(OSError, match=REFUSALS):
             tcp.connect(("10.100.0.99", 80))
 
 
 def test_agent_without_a_right_is_refused_with_words(site: Site) -> None:
-    process = site.start_role(site.guest, "agent", site.agent_file("guest"))
+    process = site.deployment.run(site.guest, "agent", site.agent_file("guest"))
     process.wait_for(REFUSED, times=4)
     assert "not authori" in process.output()
     with pytest.raises(subprocess.CalledProcessError):
