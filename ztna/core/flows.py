@@ -10,6 +10,7 @@ acts on `TcpFlow.connection` or `UdpFlow.inbox`, and calls `touch` afterwards.
 import heapq
 import ipaddress
 import itertools
+import secrets
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -34,6 +35,7 @@ from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untru
 from ztna.core.packet.tcp import TcpFlags
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
 from ztna.core.ports import Buffer, IpPacket
+from ztna.core.refusal import refuse
 from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.segment import (
     TcpSegment,
@@ -84,6 +86,8 @@ class FlowTable:
     _timers: list[tuple[float, int, Flow]] = attrs.Factory(list)
     _order: Iterator[int] = attrs.Factory(itertools.count)
     _reassembler: Reassembler = attrs.Factory(Reassembler)
+    # RFC 7739 section 3: not to be guessed by others.
+    _identification: int = attrs.Factory(lambda: secrets.randbits(32))
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
         """Take a batch; the string is the id of the service that the message named."""
@@ -310,7 +314,7 @@ class FlowTable:
 
     def _refuse(self, service: OfferedService, packet: IpPacket) -> None:
         self.dropped["port_is_not_the_service"] += 1
-        self._answer(service.id, icmp.build_prohibited(packet.data))
+        self._answer(service.id, refuse(packet))
 
     def _answer_datagram(self, key: FlowKey, payload: Buffer) -> None:
         packet = build_udp_packet(
@@ -324,7 +328,10 @@ class FlowTable:
         if len(packet) <= self.packet_size:
             self._answer(key.service_id, packet)
             return
-        for piece in fragment(packet, self.packet_size):
+        # RFC 6864 section 4: fragments of one flow are told apart by it for as long as they live.
+        self._identification = (self._identification + 1) & 0xFFFF_FFFF
+        identification = self._identification & (0xFFFF if len(key.source) == 4 else 0xFFFF_FFFF)
+        for piece in fragment(packet, self.packet_size, identification=identification):
             self._answer(key.service_id, piece)
 
     def _answer(self, service_id: str, data: Buffer | None) -> None:

@@ -20,7 +20,8 @@ from ztna.core.mss import clamp_mss, mss_limits
 from ztna.core.packet import icmp
 from ztna.core.packet.flow import destination_port, flow_key, transport_of
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
-from ztna.core.ports import IpPacket
+from ztna.core.ports import Buffer, IpPacket
+from ztna.core.refusal import refuse
 
 # Our choice: the flows of a busy desktop several times over; 100 bytes each.
 MAX_FLOWS = 16_384
@@ -86,7 +87,7 @@ class RouteTable:
             key = flow_key(data)
             route = self._flows.get(key) if key is not None else None
             if route is None:
-                route = self._admit(data, key, answers)
+                route = self._admit(packet, data, key, answers)
                 if route is None:
                     continue
             label = self.labels.get(route.id)
@@ -133,7 +134,7 @@ class RouteTable:
         return self._by_number.get(key) if isinstance(key, int) else key
 
     def _admit(
-        self, data: bytes, key: bytes | None, answers: list[IpPacket]
+        self, packet: IpPacket, data: bytes, key: bytes | None, answers: list[IpPacket]
     ) -> ServiceRoute | None:
         """Judge the first packet of a flow."""
         version = data[0] >> 4 if data else 0
@@ -152,7 +153,7 @@ class RouteTable:
         transport = transport_of(data)
         if transport is None or not route.accepts(transport[0], destination_port(data)):
             self.dropped["port_is_not_the_service"] += 1
-            _append(answers, icmp.build_prohibited(data, source=destination))
+            _append(answers, refuse(packet))
             return None
         if key is not None:
             if len(self._flows) >= MAX_FLOWS:
@@ -182,6 +183,6 @@ class RouteTable:
         return key is not None and key in self._flows
 
 
-def _append(answers: list[IpPacket], answer: bytes | None) -> None:
+def _append(answers: list[IpPacket], answer: Buffer | None) -> None:
     if answer is not None:
         answers.append(IpPacket(answer))

@@ -4,21 +4,25 @@ Packets with IPv6 extension headers, fragments and protocols other than TCP, UDP
 flow key; they are judged one by one.
 """
 
-from ztna.core.packet.ip import ICMP, ICMPV6, IPV4_HEADER_SIZE, IPV6_HEADER_SIZE, TCP, UDP
+from ztna.core.packet.ip import FRAGMENT, ICMP, ICMPV6, IPV4_HEADER_SIZE, IPV6_HEADER_SIZE, TCP, UDP
 
+_FRAGMENT_SIZE = 8
 _TRANSPORTS = frozenset((TCP, UDP))
 _ECHOES = frozenset((ICMP, ICMPV6))
 
 
 def transport_of(data: bytes) -> tuple[int, int, bool] | None:
     """Protocol, offset of the transport header, and whether it is there (not so in a later
-    fragment). None when data is too short or no IP packet. An IPv6 extension header counts as the
-    protocol."""
+    fragment). None when data is too short or no IP packet. An IPv6 extension header other than the
+    fragment header counts as the protocol."""
     version = data[0] >> 4 if data else 0
     if version == 4 and len(data) >= IPV4_HEADER_SIZE:
         offset = (data[6] & 0x1F) << 8 | data[7]
         return data[9], (data[0] & 0x0F) * 4, offset == 0
     if version == 6 and len(data) >= IPV6_HEADER_SIZE:
+        if data[6] == FRAGMENT and len(data) >= IPV6_HEADER_SIZE + _FRAGMENT_SIZE:
+            offset = int.from_bytes(data[42:44], "big") & 0xFFF8  # RFC 8200 section 4.5
+            return data[40], IPV6_HEADER_SIZE + _FRAGMENT_SIZE, offset == 0
         return data[6], IPV6_HEADER_SIZE, True
     return None
 
