@@ -21,7 +21,7 @@ import trio
 from tests.tun.namespace import in_namespace
 from ztna.core.ports import IpPacket
 from ztna.errors import SystemSetupError
-from ztna.tun import linux
+from ztna.tun import device, linux
 from ztna.tun.device import BATCH_PACKETS, LinuxTun, TunGoneError, open_tun
 from ztna.tun.link import Network
 from ztna.tun.netlink import tun_network
@@ -174,6 +174,18 @@ async def test_burst_of_a_thousand_waits_for_us() -> None:
         with trio.move_on_after(0.05) as nothing_more:
             await tun.receive()
         assert nothing_more.cancelled_caught
+
+
+async def test_batch_is_capped_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "BATCH_BYTES", 2500)
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with writer:
+        reader.setblocking(False)
+        tun = LinuxTun(linux.TunFd(reader.detach(), "utun9", "none"), MTU)
+        for _ in range(5):
+            writer.send(bytes(10) + b"\x45" + bytes(999))
+        assert [len(await tun.receive()) for _ in range(2)] == [3, 2]
+        tun.close()
 
 
 @in_namespace

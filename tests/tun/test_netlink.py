@@ -13,7 +13,7 @@ import attrs
 import pytest
 import trio
 
-from tests.tun.namespace import drop_privileges, in_namespace, run_in_child
+from tests.tun.namespace import drop_privileges, end_by_itself, in_namespace, run_in_child
 from ztna.errors import ConfigError, SystemSetupError
 from ztna.tun import journal
 from ztna.tun.device import open_tun
@@ -38,7 +38,8 @@ def snapshot() -> list[str]:
         "ip -d addr", "ip -4 route show table all", "ip -6 route show table all", "ip rule",
         "ip -6 rule",
     )  # fmt: skip
-    return [line.partition("qdisc")[0] + line.partition("state")[2] for line in text.splitlines()]
+    lines = [line.partition("qdisc")[0] + line.partition("state")[2] for line in text.splitlines()]
+    return lines + run("sysctl net.ipv6.conf").splitlines()
 
 
 @contextmanager
@@ -100,6 +101,11 @@ async def test_set_and_taken_back_exactly() -> None:
                 own = run("ip addr show dev utun0")
                 assert "fe80" not in own
                 assert "tentative" not in own
+                assert "nodad" in own
+                assert (
+                    run("sysctl -n net.ipv6.conf.utun0.accept_ra net.ipv6.conf.utun0.autoconf")
+                    == "0\n0\n"
+                )
             assert snapshot() == before
             assert os.listdir(state_dir) == []
         assert run("ip route", "ip rule", "ip -4 addr") == outside
@@ -141,6 +147,20 @@ async def test_conflict_names_route_and_interface() -> None:
                 assert snapshot() == before
                 assert os.listdir(state_dir) == []
                 run(remove)
+
+
+@in_namespace
+async def test_own_address_is_somebody_elses() -> None:
+    run("ip link add veth0 type veth peer name veth1", "ip addr add 10.100.64.5/24 dev veth0")
+    own: list[Interface] = [ip_interface("10.100.64.5/32")]
+    with folder() as state_dir:
+        async with open_tun("utun", MTU) as tun:
+            with pytest.raises(SystemSetupError, match=r"address 10\.100\.64\.5/32 .* on veth0"):
+                async with tun_network(tun.name, MTU, own, [], state_dir=state_dir):
+                    pass
+            run("ip addr del 10.100.64.5/24 dev veth0")
+            async with tun_network(tun.name, MTU, own, [], state_dir=state_dir) as done:
+                assert (done.addresses, done.routes) == (tuple(own), ())
 
 
 @in_namespace
@@ -226,6 +246,7 @@ def _start_and_report(name: str, state_dir: Path) -> tuple[int, str]:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        end_by_itself()
 
         async def hold() -> None:
             async with (

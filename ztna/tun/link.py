@@ -46,7 +46,6 @@ QUEUE_PACKETS = 1000
 
 _MAIN_TABLE = 254
 _PROTO_STATIC = 4  # RTPROT_STATIC: by the administrator; not touched by routing daemons
-_CLONED = 0x200  # RTM_F_CLONED: a cached exception, not a route
 _IFF_UP = 1
 _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _ADDR_GEN_MODE_NONE = 1
@@ -168,7 +167,7 @@ def _routes(socket: Socket) -> list[tuple[int | None, Network]]:
     routes: list[tuple[int | None, Network]] = []
     for item in socket.get_routes(table=_MAIN_TABLE):
         target = item.get_attr("RTA_DST")
-        if item.get_attr("RTA_TABLE") != _MAIN_TABLE or item["flags"] & _CLONED or not target:
+        if item.get_attr("RTA_TABLE") != _MAIN_TABLE or not target:
             continue  # without a target it is a default route
         hops = item.get_attr("RTA_MULTIPATH")
         owner = hops[0]["oif"] if hops else item.get_attr("RTA_OIF")
