@@ -226,6 +226,7 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
     (A, put("tun", "name", 5), "$.tun.name", "5 is wrong; expected an interface name: 1 to 15 of"),
     (A, put("tun", "name", "a" * 16), "$.tun.name", "is wrong; expected an interface name"),
     (A, put("tun", "name", "a/b"), "$.tun.name", '"a/b" is wrong; expected an interface name'),
+    (A, put("tun", "name", "none"), "$.tun.name", '"none" would mean no tunnel interface'),
     (A, put("tun", "name", ".."), "$.tun.name", '".." is wrong; expected an interface name'),
     (A, put("tun", "address", "fd00::1"), "$.tun.address", "expected an IPv4 address such as"),
     (
@@ -248,6 +249,7 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
     ),
     (A, put("intermediate", "server_name", None), "$.intermediate.server_name", HOST_WORDS),
     (A, put("intermediate", "port", 0), "$.intermediate.port", "a whole number from 1 to 65535"),
+    (A, put("intermediate", "port", True), "$.intermediate.port", "true is wrong; expected a"),
     (A, put("intermediate", "port", 65536), "$.intermediate.port", "65536 is wrong; expected a"),
     (A, put("identity", "key", ""), "$.identity.key", "expected the path of a file or folder"),
     (A, put("identity", "key", "a\0"), "$.identity.key", "expected the path of a file or folder"),

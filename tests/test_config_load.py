@@ -118,6 +118,16 @@ def test_overrides_replace_a_list_of_the_file() -> None:
     assert [service.id for service in config.services] == ["web"]
 
 
+def test_inputs_stay_as_they_were() -> None:
+    """One document may be read twice, for example to guess the role first."""
+    whole = document(CONNECTOR)
+    for _ in range(2):
+        overrides = [*ONE_SERVICE, Override(("p2p", "listen_port"), 5000, "option")]
+        build_config(ConnectorConfig, whole, overrides, {}, check_files=False)
+    assert whole.value == CONNECTOR
+    assert ONE_SERVICE[0].value == []
+
+
 def test_each_override_is_named() -> None:
     overrides = [*NO_FILE, *ONE_SERVICE]
     overrides.append(Override(("services", 0, "backend"), "x", "option --forward"))

@@ -269,6 +269,9 @@ def check_config(config: AnyConfig) -> list[Problem]:
         return problems
     problems = [*_check_services(config.services, config.service_range)]
     if isinstance(config, AgentConfig):
+        if config.tun.name == "none":
+            text = '"none" would mean no tunnel interface, which this version cannot do'
+            problems.append(Problem(("tun", "name"), f"{text}; name one"))
         address4 = config.tun.address
         if address4 is not None and address4 in config.service_range:
             text = f"{address4} lies in service_range {config.service_range}"
