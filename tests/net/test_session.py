@@ -459,3 +459,18 @@ async def test_expected_role_of_the_server(autojump_clock: MockClock) -> None:
         client = pair.connect(roles=frozenset({Role.CONNECTOR}))
         info = await client.wait_closed()
         assert "wrong role" in info.reason
+
+
+async def test_what_was_said_before_the_close_arrives(
+    autojump_clock: MockClock, fast_path: bool
+) -> None:
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        client.send_control(b"x")
+        await server.receive_control()
+        server.send_control(b"this is why")
+        server.send_datagrams([b"refused"])
+        server.close(CloseCode.PROTOCOL_ERROR, "n\N{LATIN SMALL LETTER O WITH DIAERESIS}" * 300)
+        assert await client.receive_control() == b"this is why"
+        assert await client.receive_datagrams() == [b"refused"]
+        assert (await client.wait_closed()).code == CloseCode.PROTOCOL_ERROR

@@ -71,6 +71,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:_MAX_REASON])
 
 
+def ascii_reason(text: str) -> str:
+    """A reason phrase of ours, short enough to fit a packet beside the rest of the frame."""
+    return text.encode("ascii", "replace")[:_MAX_REASON].decode()
+
+
 def describe(end: Termination, view: SessionView) -> CloseInfo:
     """Put how a connection ended into words."""
     said = printable(end.reason)

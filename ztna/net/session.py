@@ -24,7 +24,7 @@ from aioquic.quic.packet import QuicErrorCode
 from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.net import aioquic_state
 from ztna.net.aioquic_private import MutualQuicConnection
-from ztna.net.closing import CloseCode, CloseInfo, SessionView, describe
+from ztna.net.closing import CloseCode, CloseInfo, SessionView, ascii_reason, describe
 from ztna.net.fastpath import FastPath
 from ztna.net.session_queues import SessionQueues, SessionSettings
 
@@ -246,20 +246,21 @@ class Session(SessionQueues):
 
     def _batches_to_send(self, now: float) -> list[UdpBatch]:
         connection = self._connection
-        if self._close_wanted is not None:
-            code, reason = self._close_wanted
-            # 200 bytes: the frame must fit beside others (RFC 9000 section 10.2.3).
-            connection.close(error_code=code, reason_phrase=reason[:200])
         self._write_control()
         packets = connection.datagrams_to_send(now=now)
         batches: list[UdpBatch] = []
-        if self._outgoing and self._peer is not None and self._close_wanted is None:
+        if self._outgoing and self._peer is not None:
             if self._fast.ready():
                 batches = self._seal_datagrams(now)
             else:
                 packets += self._hand_over_datagrams(now)
             self._room_made()
         batches = batches_of(packets) + batches
+        if self._close_wanted is not None:
+            # Behind what was queued before: a message often says why.
+            code, reason = self._close_wanted
+            connection.close(error_code=code, reason_phrase=ascii_reason(reason))
+            batches += batches_of(connection.datagrams_to_send(now=now))
         for batch in batches:
             self._counters["sent_packets"] += math.ceil(len(batch.data) / batch.segment_size)
             self._counters["sent_bytes"] += len(batch.data)
@@ -326,7 +327,7 @@ class Session(SessionQueues):
             refusal=self._connection.refusal,
         )
         self._set_closed(describe(end, view))
-        self._farewell = [] if end.by_peer else batches
+        self._farewell = [] if end.by_peer else batches[-1:]
         self._finished = aioquic_state.finished(self._connection)
 
     def _repeat_farewell(self) -> list[UdpBatch]:

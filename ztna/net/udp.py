@@ -152,6 +152,8 @@ class SocketUdpPort:
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one datagram; return all that are there, up to a cap, as batches."""
         while True:
+            if self._socket.fileno() < 0:
+                raise trio.ClosedResourceError("this UDP port was closed")
             await trio.lowlevel.wait_readable(self._socket)
             if batches := self._receive_nowait():
                 return join_batches(batches) if len(batches) > 1 else batches
@@ -229,6 +231,9 @@ class SocketUdpPort:
                 self._socket.sendmsg([data], control, 0, address)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._socket)
+            except socket.gaierror:
+                # An address of the other family: its error numbers are not errno's.
+                return errno.EAFNOSUPPORT
             except OSError as error:
                 if error.errno == errno.EBADF:
                     raise trio.ClosedResourceError("this UDP port was closed") from None
