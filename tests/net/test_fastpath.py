@@ -215,15 +215,18 @@ def test_closed_connection_opens_nothing() -> None:
     assert fast(link.server).open(*buffers[0], CLIENT, link.now) == []
 
 
-def test_datagrams_that_we_do_not_take_close_the_connection() -> None:
+@pytest.mark.parametrize("limit", [None, 200])
+def test_datagrams_that_we_do_not_take_close_the_connection(limit: int | None) -> None:
     link = connect()
-    for limit in (None, 100):
-        link.server.connection._configuration.max_datagram_frame_size = limit
-        buffers = sealed(link.client, [bytes(200)] * 5, link.now)
-        assert fast(link.server).open(*buffers[0], CLIENT, link.now) == []
+    link.server.connection._configuration.max_datagram_frame_size = limit
+    if limit is not None:
+        [most] = sealed(link.client, [bytes(limit - 1)], link.now)
+        assert len(fast(link.server).open(*most, CLIENT, link.now)) == 1
+    [more] = sealed(link.client, [bytes(200)], link.now)
+    assert fast(link.server).open(*more, CLIENT, link.now) == []
     link.run(1)
-    assert link.server.closed is not None
-    assert link.server.closed.error_code == QuicErrorCode.PROTOCOL_VIOLATION
+    assert link.client.closed is not None
+    assert link.client.closed.error_code == QuicErrorCode.PROTOCOL_VIOLATION
 
 
 @pytest.mark.parametrize("number", [1, 10])
@@ -446,6 +449,7 @@ def test_idle_timers_run_from_the_fast_path() -> None:
     # Only the first packet sent since something was received moves it (RFC 9000 section 10.1).
     sealed(link.client, payloads(5), now + 5)
     assert link.client.connection._close_at == pytest.approx(now + 60)
+    sealed(link.server, [b"x"], now)
     fast(link.server).open(*buffers[0], CLIENT, now + 1)
     assert link.server.connection._close_at == pytest.approx(now + 61)
     assert link.server.connection._ack_eliciting_sent_since_receipt is False
@@ -455,20 +459,21 @@ def test_idle_timers_run_from_the_fast_path() -> None:
 def test_spin_bit(number: int) -> None:
     link = connect()
     client, server = link.client.connection, link.server.connection
+    late: tuple[Buffer, int] | None = None
     for _ in range(4):
         spin = client._spin_bit
-        buffers = sealed(link.client, payloads(number), link.now)
-        late = buffers.pop() if number > 1 else None
-        for data, size in [*buffers, *sealed(link.client, payloads(number), link.now)]:
+        [held] = sealed(link.client, payloads(number), link.now)
+        for data, size in sealed(link.client, payloads(number), link.now):
             fast(link.server).open(data, size, CLIENT, link.now)
         assert server._spin_bit is spin
+        if late is not None:
+            # Only the newest packet counts (RFC 9000 section 17.4).
+            assert len(fast(link.server).open(*late, CLIENT, link.now)) == number
+            assert server._spin_bit is spin
+        late = held
         for data, size in sealed(link.server, payloads(number), link.now):
             fast(link.client).open(data, size, SERVER, link.now)
         assert client._spin_bit is not spin
-        if late is not None:
-            # Only the newest packet counts (RFC 9000 section 17.4).
-            fast(link.server).open(*late, CLIENT, link.now)
-            assert server._spin_bit is spin
 
 
 # --- congestion control and loss -----------------------------------------------------------------
@@ -498,6 +503,8 @@ def test_smallest_window_still_lets_one_packet_go() -> None:
 def test_records_stand_for_up_to_eight_packets() -> None:
     link = connect()
     space = link.client.connection._spaces[ONE_RTT]
+    path = link.client.connection._network_paths[0]
+    bytes_sent = path.bytes_sent
     before, flying = space.ack_eliciting_in_flight, in_flight(link.client.connection)
     mix = [bytes(PAYLOAD)] * 19 + [bytes(100)]
     buffers = sealed(link.client, mix, link.now)
@@ -505,6 +512,7 @@ def test_records_stand_for_up_to_eight_packets() -> None:
     records = [(number - first, each.sent_bytes) for number, each in space.sent_packets.items()][
         -3:
     ]
+    assert path.bytes_sent - bytes_sent == len(buffers[0][0])
     assert records == [(7, 8 * SIZE), (15, 8 * SIZE), (19, 3 * SIZE + 130)]
     assert in_flight(link.client.connection) - flying == len(buffers[0][0])
     assert space.ack_eliciting_in_flight == 3 + before

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 from aioquic.quic.connection import QuicConnection
-from cryptography.exceptions import InvalidTag
 
 from ztna.core.ports import Address, Buffer
 from ztna.errors import LocalProtocolError
@@ -52,18 +51,13 @@ PTOS_TO_KEEP = 3
 LARGEST_BUFFER = 65_000
 
 
-@attrs.define
+@attrs.frozen(slots=True)
 class _Found:
-    """Authentic DATAGRAMs of one buffer, in its order; the lists run in step."""
+    """Authentic DATAGRAMs of one buffer, in its order; the three run in step."""
 
-    numbers: list[int] = attrs.Factory(list)
-    first_bytes: bytearray = attrs.Factory(bytearray)
-    bodies: list[bytes] = attrs.Factory(list)
-
-    def add(self, number: int, first_byte: int, body: bytes) -> None:
-        self.numbers.append(number)
-        self.first_bytes.append(first_byte)
-        self.bodies.append(body)
+    numbers: list[int]
+    first_bytes: bytes | bytearray
+    bodies: Sequence[bytes]
 
 
 class FastPath:
@@ -168,128 +162,79 @@ class FastPath:
         self._keep_keys(state, now)
         payloads: list[bytes] = []
         left: list[int] = []
+        # A shorter last packet is often one of aioquic's: it goes alone.
+        whole = len(data) - len(data) % size
         step = size * MOST
-        for start in range(0, len(data), step):
-            chunk = data if len(data) <= step else bytes(data[start : start + step])
-            few = len(chunk) <= size * protection.FEW_TO_OPEN
-            found, others = (self._open_few if few else self._open_batch)(state, chunk, size)
+        for start in [*range(0, whole, step), *([whole] if whole < len(data) else [])]:
+            stop = min(start + step, whole) if start < whole else len(data)
+            chunk = data if stop - start == len(data) else bytes(data[start:stop])
+            found = self._open_batch(state, chunk, size)
+            if found is None:
+                found, offsets = self._open_each(state, chunk, size)
+                left += [start + offset for offset in offsets]
             if found.numbers:
                 payloads += self._accept(state, found, now)
-            left += [start + offset for offset in others]
         self._opened += len(payloads)
         if left:
             self._pass_on(data, size, left, address, now)
         self._limit_failures(state)
         return payloads
 
-    def _open_batch(
-        self, state: OneRttState, data: Buffer, size: int
-    ) -> tuple[_Found, Sequence[int]]:
-        """Open what can be opened; returns it and the offsets of what is left to aioquic."""
+    @staticmethod
+    def _open_batch(state: OneRttState, data: Buffer, size: int) -> _Found | None:
+        """Open whole packets of one size; None if they are few, or not all are plain."""
+        if not size * protection.FEW_TO_OPEN < len(data) or size > protection.LARGEST_BATCHED:
+            return None
         packets = protection.split(data, size)
         clear = packets.unprotect(state.open_protection)
-        count = len(packets.texts)
-        # A last piece too short for any packet of ours.
-        left = list(range(count * size, len(data), size))
-        cids = state.receive_cids
-        current = SHAPE | state.keys.recv.key_phase << 2
-        headers = protection.cut_headers(clear)
-        firsts = clear[:: protection.HEADER_SIZE]
-        cid = clear[1:NUMBER_OFFSET]
-        plain: Sequence[int] = range(count)
-        if cid not in cids or not protection.all_match(clear, current, cid):
-            plain = [
-                index
-                for index in range(count)
-                if firsts[index] & ~SPIN_BIT == current and headers[index][1:NUMBER_OFFSET] in cids
-            ]
-        results: dict[int, tuple[int, int, bytes]] = {}
-        if plain:
-            numbers = protection.expand(
-                protection.truncated_numbers(clear), state.expected_packet_number
-            )
-            texts: Sequence[bytes] = packets.texts
-            if len(plain) < count:
-                numbers = [numbers[index] for index in plain]
-                texts = [texts[index] for index in plain]
-                headers_of_plain = [headers[index] for index in plain]
-            else:
-                headers_of_plain = list(headers)
-            kinds, bodies = protection.open_packets(
-                state.keys.open_keys, numbers, headers_of_plain, texts
-            )
-            if len(plain) == count and kinds == _FRAME_TYPE * count:
-                good = [body for body in bodies if body is not None]
-                state.keys.opened(state.keys.recv, min(numbers))
-                return _Found(list(numbers), bytearray(firsts), good), left
-            for index, number, kind, body in zip(plain, numbers, kinds, bodies, strict=True):
-                if body is None:
-                    state.keys.failed += 1
-                elif kind == DATAGRAM:
-                    state.keys.opened(state.keys.recv, number)
-                    results[index] = (number, firsts[index], body)
-                else:
-                    left.append(index * size)
-        for index in sorted(set(range(count)) - set(plain)):
-            header, text = headers[index], packets.texts[index]
-            if self._is_ours(header, cids):
-                opened = self._open_one(state, header, text)
-                if opened is not None and opened[1] == DATAGRAM:
-                    results[index] = (opened[0], header[0], opened[2])
-                    continue
-                if opened is None:
-                    continue
-            left.append(index * size)
-        found = _Found()
-        for index in sorted(results):
-            found.add(*results[index])
-        return found, sorted(left)
+        keys, cid = state.keys, clear[1:NUMBER_OFFSET]
+        first_byte = SHAPE | keys.recv.key_phase << 2
+        if cid not in state.receive_cids or not protection.all_match(clear, first_byte, cid):
+            return None
+        truncated = protection.truncated_numbers(clear)
+        numbers = list(protection.expand(truncated, state.expected_packet_number))
+        opened = protection.open_packets(keys.open_keys, numbers, clear, packets.texts)
+        if opened is None or opened[0] != _FRAME_TYPE * len(numbers):
+            return None
+        keys.opened(keys.recv, min(numbers))
+        return _Found(numbers, clear[:: protection.HEADER_SIZE], opened[1])
 
-    def _open_few(
-        self, state: OneRttState, data: Buffer, size: int
-    ) -> tuple[_Found, Sequence[int]]:
-        """The same, packet by packet."""
-        found = _Found()
-        left = []
-        cids = state.receive_cids
+    @staticmethod
+    def _open_each(state: OneRttState, data: Buffer, size: int) -> tuple[_Found, list[int]]:
+        """Open packet by packet; returns also the offsets of what is aioquic's."""
+        numbers: list[int] = []
+        first_bytes = bytearray()
+        bodies: list[bytes] = []
+        left: list[int] = []
+        keys, cids = state.keys, state.receive_cids
         for offset in range(0, len(data), size):
             packet = bytes(data[offset : offset + size])
-            if len(packet) >= SMALLEST_PACKET:
-                header = protection.unprotect_one(state.open_protection, packet)
-                if self._is_ours(header, cids):
-                    opened = self._open_one(state, header, packet[protection.HEADER_SIZE :])
-                    if opened is None:
-                        continue
-                    number, kind, body = opened
-                    if kind == DATAGRAM:
-                        found.add(number, header[0], body)
-                        continue
-            left.append(offset)
-        return found, left
+            if len(packet) < SMALLEST_PACKET:
+                left.append(offset)
+                continue
+            header = protection.unprotect_one(state.open_protection, packet)
+            if header[0] & SHAPE_MASK != SHAPE or header[1:NUMBER_OFFSET] not in cids:
+                left.append(offset)
+                continue
+            number = protection.expand_one(
+                int.from_bytes(header[NUMBER_OFFSET:], "big"), state.expected_packet_number
+            )
+            context = keys.keys_for((header[0] & KEY_PHASE_BIT) >> 2, number)
+            opener = keys.open_keys if context is keys.recv else packet_keys(context)
+            text = packet[protection.HEADER_SIZE :]
+            plaintext = protection.open_one(opener, number, header, text)
+            if plaintext is None:
+                keys.failed += 1
+            elif plaintext[0] != DATAGRAM:
+                left.append(offset)
+            else:
+                keys.opened(context, number)
+                numbers.append(number)
+                first_bytes.append(header[0])
+                bodies.append(plaintext[1:])
+        return _Found(numbers, first_bytes, bodies), left
 
-    @staticmethod
-    def _is_ours(header: bytes, cids: Sequence[bytes]) -> bool:
-        return header[0] & SHAPE_MASK == SHAPE and header[1:NUMBER_OFFSET] in cids
-
-    @staticmethod
-    def _open_one(state: OneRttState, header: bytes, text: bytes) -> tuple[int, int, bytes] | None:
-        """Packet number, frame type and body; None, counted, if the packet is not authentic."""
-        keys = state.keys
-        number = protection.expand_one(
-            int.from_bytes(header[NUMBER_OFFSET:], "big"), state.expected_packet_number
-        )
-        context = keys.keys_for((header[0] & KEY_PHASE_BIT) >> 2, number)
-        opener = keys.open_keys if context is keys.recv else packet_keys(context)
-        try:
-            plaintext = opener.aead.decrypt(opener.nonce(number), text, header)
-        except InvalidTag:
-            keys.failed += 1
-            return None
-        if plaintext[0] == DATAGRAM:
-            keys.opened(context, number)
-        return number, plaintext[0], plaintext[1:]
-
-    def _accept(self, state: OneRttState, found: _Found, now: float) -> list[bytes]:
+    def _accept(self, state: OneRttState, found: _Found, now: float) -> Sequence[bytes]:
         """Drop what was received before, note the rest."""
         numbers, window = found.numbers, state.window
         first, stop = numbers[0], numbers[-1] + 1

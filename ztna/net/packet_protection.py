@@ -6,9 +6,10 @@ number, AES-GCM ciphertext with its 16-byte tag. All loops over packets run insi
 of two big integers applies them.
 
 Out: `seal`: numbers -> nonces and headers -> AEAD -> samples -> masks -> headers masked -> joined.
-In: `split` -> `Packets.unprotect` -> numbers (`expand`) -> `open_packets`.
+In: `split` -> `Packets.unprotect` -> `all_match` -> numbers (`expand`) -> `open_packets`.
 
-Few packets (`FEW_TO_SEAL`, `FEW_TO_OPEN`) go through plain loops, which are cheaper then.
+Few packets (`FEW_TO_SEAL`, `FEW_TO_OPEN`) are better sealed and opened one by one (`unprotect_one`,
+`open_one`), and so is a received buffer that holds anything out of the ordinary.
 """
 
 import functools
@@ -46,6 +47,9 @@ FEW_TO_SEAL = 6
 FEW_TO_OPEN = 3
 # Segments that Linux sends or receives in one UDP GSO or GRO buffer (UDP_MAX_SEGMENTS).
 MOST = 64
+
+# Our choice: larger packets are opened one by one, so that room for decrypted batches stays small.
+LARGEST_BATCHED = 2048
 
 _NUMBER_MASK = 0xFFFFFFFF
 # RFC 9001 section 5.4.1: of a short header's first byte, the lower five bits are masked.
@@ -85,11 +89,6 @@ class PacketKeys:
 
     aead: AESGCM
     iv: int
-
-    @classmethod
-    def from_key(cls, key: bytes, iv: bytes) -> "PacketKeys":
-        """key: 16 or 32 bytes; iv: 12 bytes (RFC 9001 section 5.1)."""
-        return cls(AESGCM(key), int.from_bytes(iv, "big"))
 
     def nonce(self, number: int) -> bytes:
         """RFC 9001 section 5.3."""
@@ -162,43 +161,27 @@ def unprotect_one(protection: HeaderProtection, packet: bytes) -> bytes:
 
 @attrs.frozen(slots=True)
 class Packets:
-    """A received buffer, cut. The three sequences run in step, one item a packet.
+    """A received buffer, cut.
 
-    headers: 13 protected bytes each; texts: what follows them; samples: 16 bytes each, in a row.
+    headers: 13 protected bytes each, in a row; samples: 16 bytes each, in a row; texts: what
+    follows each header.
     """
 
-    headers: Sequence[bytes]
-    texts: Sequence[bytes]
+    headers: bytes
     samples: bytes
+    texts: tuple[bytes, ...]
 
     def unprotect(self, protection: HeaderProtection) -> bytes:
-        """All headers in the clear, in a row, 13 bytes each."""
-        return protection.apply(b"".join(self.headers), self.samples)
+        """All headers in the clear, in a row."""
+        return protection.apply(self.headers, self.samples)
 
 
 def split(data: Buffer, segment_size: int) -> Packets:
-    """Cut a buffer into packets of segment_size bytes, the last maybe shorter.
-
-    segment_size: at least SMALLEST_PACKET. A last piece shorter than that is left out.
-    """
-    whole, rest = divmod(len(data), segment_size)
-    if whole > FEW_TO_OPEN:
-        fields = _header_struct(segment_size, whole).unpack_from(data)
-        headers, samples = list(fields[0::2]), list(fields[1::2])
-        texts = list(_text_struct(segment_size, whole).unpack_from(data))
-    else:
-        headers, samples, texts = [], [], []
-        for start in range(0, whole * segment_size, segment_size):
-            _cut_one(bytes(data[start : start + segment_size]), headers, samples, texts)
-    if rest >= SMALLEST_PACKET:
-        _cut_one(bytes(data[whole * segment_size :]), headers, samples, texts)
-    return Packets(headers, texts, b"".join(samples))
-
-
-def _cut_one(packet: bytes, headers: list[bytes], samples: list[bytes], texts: list[bytes]) -> None:
-    headers.append(packet[:HEADER_SIZE])
-    samples.append(packet[HEADER_SIZE : HEADER_SIZE + SAMPLE_SIZE])
-    texts.append(packet[HEADER_SIZE:])
+    """Cut a buffer of whole packets, segment_size bytes each, at least SMALLEST_PACKET."""
+    count = len(data) // segment_size
+    fields = _header_struct(segment_size, count).unpack_from(data)
+    texts = _text_struct(segment_size, count).unpack_from(data)
+    return Packets(b"".join(fields[0::2]), b"".join(fields[1::2]), texts)
 
 
 def cut_headers(headers: bytes) -> tuple[bytes, ...]:
@@ -244,55 +227,31 @@ def expand_one(truncated: int, expected: int) -> int:
 
 
 def open_packets(
-    keys: PacketKeys,
-    numbers: Sequence[int],
-    headers: Sequence[bytes],
-    texts: Sequence[bytes],
-) -> tuple[bytes, list[bytes | None]]:
-    """Decrypt packets whose headers are in the clear.
+    keys: PacketKeys, numbers: Sequence[int], headers: bytes, texts: Sequence[bytes]
+) -> tuple[bytes, tuple[bytes, ...]] | None:
+    """Decrypt packets of one length whose headers, in a row, are in the clear.
 
-    numbers: full packet numbers. texts: of one length, the last may be shorter.
-    Returns the first byte of every plaintext (0 where it failed), and what follows that byte
-    (None where the packet is not authentic).
+    numbers: full packet numbers. Returns the first byte of every plaintext in a row, and what
+    follows it in each; None if any packet is not authentic.
     """
-    if len(texts) > FEW_TO_OPEN:
-        last = len(texts) if len(texts[-1]) == len(texts[0]) else len(texts) - 1
-        size = len(texts[0]) - TAG_SIZE
-        scratch, views = _scratch(size)
-        nonces, _ = keys.nonces(numbers)
-        try:
-            # zip and map end with the shortest, which is never `views`.
-            for _ in map(keys.aead.decrypt_into, nonces[:last], texts, headers, views):
-                pass
-        except InvalidTag:
-            return _open_each(keys, numbers, headers, texts)
-        kinds = bytes(scratch[0 : last * size : size])
-        bodies: list[bytes | None] = list(_bodies_struct(size, last).unpack_from(scratch))
-        if last == len(texts):
-            return kinds, bodies
-        kind, body = _open_each(keys, numbers[last:], headers[last:], texts[last:])
-        return kinds + kind, bodies + body
-    return _open_each(keys, numbers, headers, texts)
+    count, size = len(texts), len(texts[0]) - TAG_SIZE
+    nonces, _ = keys.nonces(numbers)
+    scratch, views = _scratch(size)
+    try:
+        # The map ends with the shortest of its inputs, which is never `views`.
+        for _ in map(keys.aead.decrypt_into, nonces, texts, cut_headers(headers), views):
+            pass
+    except InvalidTag:
+        return None
+    return bytes(scratch[0 : count * size : size]), _bodies_struct(size, count).unpack_from(scratch)
 
 
-def _open_each(
-    keys: PacketKeys,
-    numbers: Sequence[int],
-    headers: Sequence[bytes],
-    texts: Sequence[bytes],
-) -> tuple[bytes, list[bytes | None]]:
-    kinds = bytearray()
-    bodies: list[bytes | None] = []
-    for number, header, text in zip(numbers, headers, texts, strict=True):
-        try:
-            plaintext = keys.aead.decrypt(keys.nonce(number), text, header)
-        except InvalidTag:
-            kinds.append(0)
-            bodies.append(None)
-        else:
-            kinds.append(plaintext[0])
-            bodies.append(plaintext[1:])
-    return bytes(kinds), bodies
+def open_one(keys: PacketKeys, number: int, header: bytes, text: bytes) -> bytes | None:
+    """Decrypt one packet whose header is in the clear; None if it is not authentic."""
+    try:
+        return keys.aead.decrypt(keys.nonce(number), text, header)
+    except InvalidTag:
+        return None
 
 
 # Compiled layouts, kept by size and count. A peer chooses sizes, so the caches are bounded.
