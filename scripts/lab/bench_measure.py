@@ -65,7 +65,9 @@ def _udp_rate(network: Network, target: str, seconds: int) -> float:
 
     def run(rate: float) -> tuple[float, float]:
         bits = "0" if math.isinf(rate) else str(round(rate * UDP_PAYLOAD * 8))
-        end = _iperf(network, target, seconds, "-u", "-l", str(UDP_PAYLOAD), "-b", bits)["sum"]
+        end = _iperf(
+            network, target, seconds, "-u", "-l", str(UDP_PAYLOAD), "-w", "2M", "-b", bits
+        )["sum"]
         arrived = (end["packets"] - end["lost_packets"]) / end["seconds"]
         return arrived, end["lost_percent"]
 

@@ -16,8 +16,7 @@ import attrs
 from ztna.nat import netns
 from ztna.nat.netns import Namespace
 
-CLIENT, SERVER = "192.0.2.2", "198.51.100.2"
-RELAY_TO_CLIENT, RELAY_TO_SERVER = "192.0.2.1", "198.51.100.1"
+RELAY, CLIENT, SERVER = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 IPERF_PORT = 5201
 
 _TCP_CONGESTION = 13  # linux/tcp.h
@@ -49,19 +48,18 @@ def open_network(mode: str) -> Iterator[Network]:
             stack.callback(namespace.close)
             made.append(namespace)
         client, relay, server = made
-        for end, near, far, namespace in (
-            ("c0", RELAY_TO_CLIENT, CLIENT, client),
-            ("s0", RELAY_TO_SERVER, SERVER, server),
-        ):
+        for end, address, namespace in (("c0", CLIENT, client), ("s0", SERVER, server)):
             relay.ip(
                 f"link add {end} type veth peer name eth0 netns {namespace.name}",
-                f"addr add {near}/24 dev {end}",
+                f"addr add {RELAY}/32 dev {end}",
                 f"link set {end} up",
+                f"route add {address}/32 dev {end}",
             )
             namespace.ip(
-                f"addr add {far}/24 dev eth0",
+                f"addr add {address}/32 dev eth0",
                 "link set eth0 up",
-                f"route add default via {near}",
+                f"route add {RELAY}/32 dev eth0",
+                f"route add default via {RELAY} dev eth0",
             )
             namespace.wait_running("eth0")
             if mode == "wire":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 
-from scripts.lab.bench_network import CLIENT, IPERF_PORT, RELAY_TO_CLIENT, SERVER, Network
+from scripts.lab.bench_network import CLIENT, IPERF_PORT, RELAY, SERVER, Network
 from scripts.lab.deployment import (
     Deployment,
     LoggedProcess,
@@ -57,7 +57,7 @@ def plain(network: Network, folder: Path) -> Iterator[Tunnel]:
 @contextlib.contextmanager
 def ztna_relay(network: Network, folder: Path) -> Iterator[Tunnel]:
     """ztna with its traffic through the intermediate."""
-    deployment = Deployment(folder, RELAY_TO_CLIENT)
+    deployment = Deployment(folder, RELAY)
     deployment.create_authority()
     service: dict[str, object] = {
         "id": "iperf",
@@ -180,7 +180,7 @@ def _nebula_config(role: str, folder: Path, relayed: bool) -> Mapping[str, objec
     everything = [{"port": "any", "proto": "any", "host": "any"}]
     relay_of_client = relayed and role != "relay"
     peers = {
-        "10.12.0.1": [f"{RELAY_TO_CLIENT}:4242"],
+        "10.12.0.1": [f"{RELAY}:4242"],
         **({} if relayed else {"10.12.0.2": [f"{SERVER}:4242"]}),
     }
     return {
