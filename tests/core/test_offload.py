@@ -256,6 +256,14 @@ def test_slice_of_the_wrong_size_ends_the_run(size: int, at: int) -> None:
     assert joiner.statistics()["malformed"] == bad
 
 
+def test_last_slice_without_payload_does_not_end_the_run() -> None:
+    joiner = SliceJoiner()
+    ((_, packet),) = joiner.join([*SLICES[:2], SLICES[2][:61]])
+    assert tcp_payload(bytes(packet.data))[1] == payload_of(3000)[: 2 * 1109]
+    statistics = joiner.statistics()
+    assert (statistics["malformed"], statistics["partial"]) == (1, 1)
+
+
 def test_sums_stay_within_65_535_bytes() -> None:
     """A peer that never ends its packet gets runs that an IP packet can hold."""
     header = tcp_super_packet(b"x").data[:52]

@@ -163,6 +163,11 @@ async def test_udp_as_slices_and_as_segments() -> None:
                     assert [await port.recv(2000) for _ in payloads] == payloads
 
 
+def is_fragment(packet: IpPacket) -> bool:
+    """False for what the kernel sends on its own account, such as router solicitations."""
+    return parse_ip_untrusted(packet.data).fragment is not None
+
+
 @in_namespace
 async def test_datagrams_of_60_000_bytes() -> None:
     """The kernel's fragments are put together, cut by us, and put together by the kernel."""
@@ -171,6 +176,7 @@ async def test_datagrams_of_60_000_bytes() -> None:
     fragments: list[int] = []
 
     def work(packets: list[IpPacket]) -> list[IpPacket]:
+        packets = [packet for packet in packets if is_fragment(packet)]
         fragments.append(len(packets))
         whole = reassembler.receive_fragments([swapped(packet).data for packet in packets], 0.0)
         wholes.extend(map(len, whole))
@@ -194,7 +200,7 @@ async def test_datagrams_of_60_000_bytes() -> None:
                 await port.sendto(payload, (service, port.getsockname()[1]))
                 assert await port.recv(65_535) == payload
     assert wholes == [60_028, 60_048]
-    assert sum(fragments) >= 94
+    assert sum(fragments) == 48 + 49
     assert reassembler.statistics()["malformed"] == 0
 
 
@@ -219,10 +225,12 @@ async def test_errors_are_believed_by_the_kernel() -> None:
 
     async with tunnel(prohibited):
         for family, service in ((socket.AF_INET, SERVICE), (socket.AF_INET6, SERVICE6)):
-            with trio.socket.socket(family) as client:
-                # EHOSTUNREACH over IPv4, EACCES over IPv6
-                with pytest.raises(OSError, match="No route|Permission denied"):
-                    await client.connect((service, 80))
+            # EHOSTUNREACH over IPv4, EACCES over IPv6
+            with (
+                trio.socket.socket(family) as client,
+                pytest.raises(OSError, match=r"No route|Permission denied"),
+            ):
+                await client.connect((service, 80))
 
     def too_big(packets: list[IpPacket]) -> list[IpPacket]:
         answers = [build_packet_too_big(bytes(packet.data), 1000) for packet in packets]

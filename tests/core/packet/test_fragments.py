@@ -213,6 +213,7 @@ def test_whole_packets_pass() -> None:
         (0, bytes(16), True),  # over both
         (16, b"12345678", False),  # ends where another begins
         (32, bytes(8), False),  # overlaps the end of the last
+        (32, bytes(8), True),  # inside the last
         (48, bytes(8), True),  # behind the end
         (40, b"x", False),  # a second end
     ],

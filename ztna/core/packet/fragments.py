@@ -293,7 +293,7 @@ def _contradicts(partial: _Partial, offset: int, size: int, more: bool) -> bool:
     end = offset + size
     if len(partial.pieces) >= MAX_FRAGMENTS:
         return True
-    if partial.size is not None and (end > partial.size or not more):
+    if partial.size is not None and end > partial.size:
         return True
     return any(
         (offset < other + len(piece) and other < end) or (not more and other + len(piece) > end)
