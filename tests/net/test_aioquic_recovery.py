@@ -62,7 +62,7 @@ def numbers_of(packet: QuicSentPacket) -> range:
     return range(first, packet.packet_number + 1)
 
 
-lengths_strategy = st.lists(st.integers(0, 8), min_size=1, max_size=12)
+lengths_strategy = st.lists(st.integers(0, 20), min_size=1, max_size=8)
 ranges_strategy = st.lists(
     st.tuples(st.integers(0, 80), st.integers(1, 30)), min_size=1, max_size=6
 )
@@ -105,7 +105,7 @@ def test_bytes_in_flight_are_right_after_any_ack(
     assert recovery.bytes_in_flight == sum(sizes[number] for number in left)
     assert left.isdisjoint(number for acked_range in ranges for number in acked_range)
     largest = ranges.bounds().stop - 1
-    assert all(number > largest - 3 - 8 for number in left)
+    assert all(number > largest - 3 - 20 for number in left)
     assert {number for number in sizes if number > largest} <= left
     assert space.ack_eliciting_in_flight == len(space.sent_packets)
 
@@ -116,3 +116,12 @@ def test_round_trip_is_measured_at_the_middle_of_a_record() -> None:
     recovery.on_ack_received(ack_rangeset=ranges, ack_delay=0.0, now=0.05, space=space)
     assert recovery._rtt_latest == 0.05
     assert recovery.bytes_in_flight == 4 * SEGMENT + LAST
+
+
+def test_probe_timeout_gives_up_one_packet() -> None:
+    recovery, space, _ = build([8, 8])
+    recovery.handshake_confirmed = True
+    for left in (7, 6):
+        recovery.on_loss_detection_timeout(now=1.0)
+        assert recovery.bytes_in_flight == (left + 7) * SEGMENT + 2 * LAST - SEGMENT
+        assert len(space.sent_packets) == space.ack_eliciting_in_flight == 2

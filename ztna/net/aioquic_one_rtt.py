@@ -27,9 +27,6 @@ from ztna.net.packet_protection import CID_SIZE
 # (RFC 9000 section 17.1); half of that leaves room for reordering.
 UNACKNOWLEDGED_SPAN = 1 << 14
 
-# Our choice: fine enough that one lost packet is not 64, coarse enough to be cheap.
-PACKETS_PER_RECORD = 8
-
 
 class OneRttState:
     """What the fast path reads and moves in a connection that has its 1-RTT keys."""
@@ -143,13 +140,8 @@ class OneRttState:
         """Tell recovery, idle timer and path about sealed packets of one buffer."""
         connection = self._connection
         self.keys.count_sealed(first, count)
-        left = size
-        for start in range(first, first + count, PACKETS_PER_RECORD):
-            last = min(start + PACKETS_PER_RECORD, first + count) - 1
-            part = min(left, (last - start + 1) * segment_size)
-            left -= part
-            run = SentRun(start, last, segment_size, part, now)
-            self._recovery.on_packet_sent(packet=run, space=self._space)
+        run = SentRun(first, first + count - 1, segment_size, size, now)
+        self._recovery.on_packet_sent(packet=run, space=self._space)
         if not connection._ack_eliciting_sent_since_receipt:
             # RFC 9000 section 10.1.
             connection._close_at = now + connection._idle_timeout()
@@ -231,8 +223,8 @@ _SPACE_NAMES = (
     "largest_received_packet largest_received_time received_packets sent_packets"
 )
 _RECOVERY_NAMES = (
-    "_in_persistent_congestion bytes_in_flight congestion_window get_probe_timeout "
-    "on_ack_received on_packet_sent"
+    "_in_persistent_congestion _rtt_first_sample_time _rtt_initialized bytes_in_flight "
+    "congestion_window get_probe_timeout on_ack_received on_packet_sent reschedule_data spaces"
 )
 _PAIR_NAMES = "_update_key _update_key_requested decrypt_packet encrypt_packet recv send teardown"
 _CONTEXT_NAMES = "aead cipher_suite hp is_valid key_phase secret"

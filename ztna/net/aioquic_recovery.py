@@ -1,9 +1,9 @@
 """Loss recovery beside aioquic: records of runs of packets, and ACKs that are checked.
 
-The fourth part of `aioquic_private`. A record of its own for every packet of a batch would cost
-more than sealing it; one a batch would count 64 packets lost for one. So `SentRun` stands for up to
-eight packets, and is split exactly where an ACK range ends: what is acknowledged, lost or in flight
-is right to the byte, whatever a peer acknowledges.
+The fourth part of `aioquic_private`. A record for every packet of a batch would cost as much as
+sealing it. So one `SentRun` stands for the packets of a buffer, and is split exactly where an ACK
+range ends: what is acknowledged, lost or in flight is right to the byte, whatever a peer
+acknowledges in whatever order.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,12 @@ from aioquic.quic.connection import QuicConnectionError
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
 from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.quic.rangeset import RangeSet
-from aioquic.quic.recovery import QuicPacketNumberWindow, QuicPacketRecovery, QuicPacketSpace
+from aioquic.quic.recovery import (
+    K_PERSISTENT_CONGESTION_THRESHOLD,
+    QuicPacketNumberWindow,
+    QuicPacketRecovery,
+    QuicPacketSpace,
+)
 from aioquic.tls import Epoch
 
 from ztna.net.replay import ReplayWindow
@@ -53,14 +58,6 @@ class SentRun(QuicSentPacket):
         self.sent_bytes -= size
         return lower
 
-    def singles(self) -> list[QuicSentPacket]:
-        """One record a packet."""
-        assert self.sent_time is not None
-        return [
-            SentRun(number, number, self.segment_size, self.segment_size, self.sent_time)
-            for number in range(self.first, self.packet_number + 1)
-        ]
-
 
 class RunRecovery(QuicPacketRecovery):
     """Loss recovery that knows `SentRun`s."""
@@ -91,15 +88,35 @@ class RunRecovery(QuicPacketRecovery):
             ack_rangeset=ack_rangeset, ack_delay=ack_delay, now=now, space=space
         )
 
+    def reschedule_data(self, *, now: float, speed_up_handshake: bool = False) -> None:
+        """As aioquic's, which gives up the oldest record: here one packet of it, no more."""
+        for space in self.spaces:
+            for packet in space.sent_packets.values():
+                if packet.is_ack_eliciting:
+                    if isinstance(packet, SentRun):
+                        split_runs(space, [range(packet.first + 1, packet.first + 1)])
+                    break
+        super().reschedule_data(now=now, speed_up_handshake=speed_up_handshake)
+
     def _in_persistent_congestion(self, *, packets: list[QuicSentPacket]) -> bool:
-        """As aioquic's, which looks for gaps in single packet numbers."""
-        return super()._in_persistent_congestion(
-            packets=[
-                single
-                for packet in packets
-                for single in (packet.singles() if isinstance(packet, SentRun) else (packet,))
-            ]
-        )
+        """As aioquic's (RFC 9002 section 7.6.2), which looks for gaps between single packets."""
+        if not self._rtt_initialized:
+            return False
+        duration = K_PERSISTENT_CONGESTION_THRESHOLD * self.get_probe_timeout()
+        expected: int | None = None
+        start: float | None = None
+        for packet in packets:
+            assert packet.sent_time is not None
+            first = packet.first if isinstance(packet, SentRun) else packet.packet_number
+            if first != expected:
+                start = None  # something between was acknowledged
+            expected = packet.packet_number + 1
+            if packet.is_ack_eliciting and packet.sent_time > self._rtt_first_sample_time:
+                if start is None:
+                    start = packet.sent_time
+                elif packet.sent_time - start > duration:
+                    return True
+        return False
 
 
 def split_runs(space: QuicPacketSpace, ack_rangeset: Iterable[range]) -> None:
