@@ -184,10 +184,10 @@ class Receiver:
         wanted = self.next + max(self.config.receive_buffer - self.ready.size, 0)
         if wanted - self.edge < self._least_growth:
             wanted = self.edge
-        least = max(self.edge - self.next, 0)
+        # Rounding down may take back less than one unit: RFC 7323 section 2.4 knows of it, the
+        # window to `edge` is still kept open for what was sent before, and rounding up would
+        # let the edge creep beyond the buffer with every ACK.
         field = max(wanted - self.next, 0) >> scale
-        if field << scale < least:
-            field += 1  # rounding down would take back what was announced
         field = min(field, 0xFFFF)
         self.edge = max(self.edge, self.next + (field << scale))
         return field
