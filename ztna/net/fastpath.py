@@ -306,6 +306,8 @@ def _run(sizes: Sequence[int], start: int, limit: int) -> int:
     """How many payloads from start on, before limit, go into one buffer: all of one size, and
     one shorter behind them."""
     size = sizes[start]
+    if sizes[start:limit].count(size) == limit - start:
+        return limit - start
     stop = start + 1
     while stop < limit and sizes[stop] == size:
         stop += 1
