@@ -48,7 +48,9 @@ Configure = Callable[[ipaddress.IPv4Address], AbstractAsyncContextManager[None]]
 
 async def run_agent_from_config(config: AgentConfig) -> None:
     """Carry the host's packets until cancelled, then leave the host as it was."""
-    credentials = load_credentials(config.identity.cert, config.identity.key, config.identity.ca)
+    credentials = load_credentials(
+        config.identity.cert, config.identity.key, config.identity.ca, role=Role.AGENT
+    )
     await repair(config.state_dir)
     server = await resolve(config.intermediate.host, config.intermediate.port)
     check_outside(

@@ -47,7 +47,9 @@ SHORT_HEADER = 3
 
 async def run_connector_from_config(config: ConnectorConfig) -> None:
     """Provide the configured services until cancelled."""
-    credentials = load_credentials(config.identity.cert, config.identity.key, config.identity.ca)
+    credentials = load_credentials(
+        config.identity.cert, config.identity.key, config.identity.ca, role=Role.CONNECTOR
+    )
     server = await resolve(config.intermediate.host, config.intermediate.port)
     async with AsyncExitStack() as stack:
         port = await stack.enter_async_context(

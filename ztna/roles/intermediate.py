@@ -82,7 +82,9 @@ class Intermediate:
 
 async def run_intermediate_from_config(config: IntermediateConfig) -> None:
     """Serve until cancelled, with real sockets and the files that the configuration names."""
-    credentials = load_credentials(config.identity.cert, config.identity.key, config.identity.ca)
+    credentials = load_credentials(
+        config.identity.cert, config.identity.key, config.identity.ca, role=Role.INTERMEDIATE
+    )
     async with AsyncExitStack() as stack:
         book = await stack.enter_async_context(
             open_address_book(config.state_dir / "intermediate.sqlite", config.tunnel_range)
