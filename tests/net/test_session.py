@@ -97,6 +97,7 @@ async def test_control_is_not_starved_by_datagrams(
         for task, session in itertools.product((flood, sink), (client, server)):
             n.start_soon(task, session)
         await trio.sleep(0.2)
+        assert not client._connection._datagrams_pending  # or it would write those first
         with trio.fail_after(3):
             client.send_control(b"c" * 100_000)
             assert await receive_control(server, 100_000) == b"c" * 100_000
@@ -104,6 +105,53 @@ async def test_control_is_not_starved_by_datagrams(
             assert await receive_control(client, 100_000) == b"s" * 100_000
         assert server.statistics()["received_datagrams"] > 500
         n.cancel_scope.cancel()
+
+
+async def test_a_full_window_has_room_for_control(
+    autojump_clock: MockClock, fast_path: bool
+) -> None:
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        pair.network.block(pair.client_host, pair.server_host)
+        client.send_datagrams([b"d" * 1170] * 500)
+        await trio.sleep(0.03)
+        sent = client.statistics()["sent_packets"]
+        assert client.datagram_room < 1024  # the window is full
+        pair.network.unblock(pair.client_host, pair.server_host)
+        client.send_control(b"c" * 2000)
+        with trio.fail_after(0.02):
+            assert await receive_control(server, 2000) == b"c" * 2000
+        assert client.statistics()["sent_packets"] - sent == 2
+
+
+async def test_small_datagrams_use_the_whole_window(
+    autojump_clock: MockClock, fast_path: bool
+) -> None:
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        client.send_datagrams([b"small"] * 100)
+        with trio.fail_after(0.05):
+            assert len(await receive_count(server, 100)) == 100
+
+
+async def test_both_sides_change_connection_ids(autojump_clock: MockClock) -> None:
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        ids = pair.server.statistics()["connection_ids"]
+        for number in range(30):
+            for sender, receiver in ((client, server), (server, client)):
+                before = sender._connection._peer_cid.cid
+                sender._connection.change_connection_id()
+                assert sender._connection._peer_cid.cid != before
+                sender.send_datagrams([bytes([number])])
+                with trio.fail_after(1):
+                    assert await receiver.receive_datagrams() == [bytes([number])]
+                await trio.sleep(1)
+        assert pair.server.statistics()["connection_ids"] == ids
+        assert pair.server.statistics()["drop_unknown_connection"] == 0
 
 
 async def test_too_large_datagram_is_refused_and_later_ones_flow(
@@ -215,6 +263,8 @@ async def test_other_streams_are_refused_and_hold_nothing(autojump_clock: MockCl
     async with open_pair() as pair:
         client, server = await pair.connected()
         connection = client._connection
+        assert connection._remote_max_streams_bidi == connection._remote_max_streams_uni == 4
+        assert server._connection._remote_max_streams_bidi == 0
         for _ in range(40):
             for one_way in (False, True):
                 stream = connection.get_next_available_stream_id(is_unidirectional=one_way)
@@ -318,16 +368,20 @@ async def test_keepalive_holds_an_idle_session(autojump_clock: MockClock) -> Non
         assert 59 <= client.statistics()["sent_packets"] - sent <= 130
 
 
-async def test_keepalive_does_not_pile_up_on_a_dead_path(autojump_clock: MockClock) -> None:
+async def test_keepalive_does_not_pile_up_on_a_dead_path(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_pair(settings=SessionSettings(idle_timeout=300)) as pair:
         client, _server = await pair.connected()
+        pings: list[int] = []
+        monkeypatch.setattr(client._connection, "send_ping", pings.append)  # and never sent
         pair.network.block(pair.client_host, pair.server_host)
         client.send_datagrams([b"x" * 1170] * 100)
         sent = client.statistics()["sent_packets"]
         await trio.sleep(200)
         assert not client.closed
         assert client.statistics()["sent_packets"] - sent < 150
-        assert len(client._connection._ping_pending) <= 20
+        assert 5 < len(pings) <= 20
 
 
 async def test_no_answer_at_all(autojump_clock: MockClock) -> None:
@@ -452,6 +506,18 @@ async def test_inbox_is_bounded(autojump_clock: MockClock) -> None:
         assert client.statistics()["drop_inbox_full"] == 2
         await trio.sleep(1)
         assert client.statistics()["inbox_bytes"] == 0
+
+
+async def test_client_without_a_certificate_is_refused(autojump_clock: MockClock) -> None:
+    async with open_pair() as pair:
+        client = pair.connect()
+        client._connection.tls.certificate = None
+        info = await client.wait_closed()
+        assert info.by_peer
+        assert "refused our certificate: certificate required" in info.reason
+        await trio.sleep(20)
+        with pytest.raises(trio.WouldBlock):
+            pair.accepted.receive_nowait()
 
 
 async def test_expected_role_of_the_server(autojump_clock: MockClock) -> None:
