@@ -540,3 +540,15 @@ async def test_what_was_said_before_the_close_arrives(
         assert await client.receive_control() == b"this is why"
         assert await client.receive_datagrams() == [b"refused"]
         assert (await client.wait_closed()).code == CloseCode.PROTOCOL_ERROR
+
+
+async def test_datagrams_flow_in_the_smallest_window(
+    autojump_clock: MockClock, fast_path: bool
+) -> None:
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        client._connection._loss._cc.congestion_window = 2400
+        client.send_datagrams([b"d" * 1170] * 5)
+        with trio.fail_after(1):
+            assert len(await receive_count(server, 5)) == 5

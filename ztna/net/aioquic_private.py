@@ -52,6 +52,7 @@ _CONNECTION_NAMES = (
     "_local_max_streams_bidi",
     "_local_max_streams_uni",
     "_loss",
+    "_max_datagram_size",
     "_peer_cid",
     "_remote_max_datagram_frame_size",
     "_state",

@@ -88,8 +88,12 @@ def stream_is_open(connection: QuicConnection, stream_id: int) -> bool:
 
 
 def window_room(connection: QuicConnection) -> int:
-    """Bytes that congestion control allows to send now; may be negative."""
-    return int(connection._loss.congestion_window) - int(connection._loss.bytes_in_flight)
+    """Bytes that congestion control leaves for DATAGRAMs now, less two packets for the control
+    stream, or a quarter of a small window; may be negative. The smallest window is two packets
+    (RFC 9002 section 7.2)."""
+    window = int(connection._loss.congestion_window)
+    reserve = min(2 * connection._max_datagram_size, window // 4)
+    return window - int(connection._loss.bytes_in_flight) - reserve
 
 
 def largest_datagram(connection: QuicConnection, max_udp_payload: int) -> int:

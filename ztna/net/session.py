@@ -35,8 +35,6 @@ log = structlog.get_logger()
 CONTROL_STREAM = 0
 # Our choice: what one round seals before others may run; 0.4 ms, or 10 ms by plain aioquic.
 _ROUND_DATAGRAMS = 256
-# Packets of the congestion window that DATAGRAMs leave to the control stream.
-_CONTROL_RESERVE = 2
 # A few, so that a client with other habits is answered with a reset and not left waiting.
 _PEER_STREAMS = 4
 # Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
@@ -282,16 +280,14 @@ class Session(SessionQueues):
         self._control_unacknowledged = aioquic_state.stream_backlog(connection, CONTROL_STREAM)
 
     def _seal_datagrams(self, now: float) -> list[UdpBatch]:
-        """Send DATAGRAMs on the fast path: what the window takes but two packets."""
-        queue, payload = self._outgoing, self.settings.max_udp_payload
-        # Counted as if all were of full size; small ones get their due in the next rounds.
-        room = aioquic_state.window_room(self._connection) // payload - _CONTROL_RESERVE
-        offered = list(itertools.islice(queue, max(0, min(room, _ROUND_DATAGRAMS))))
+        """Send DATAGRAMs on the fast path, as far as the window allows."""
+        queue = self._outgoing
+        offered = list(itertools.islice(queue, _ROUND_DATAGRAMS))
         buffers, count = self._fast.seal(offered, now)
         for _ in range(count):
             queue.popleft()
         self._counters["sent_datagrams"] += count
-        if queue and 0 < count == len(offered):
+        if queue and count == len(offered):
             self._wake.set()  # another round, after others have run
         return [UdpBatch(data, size, self.remote_address) for data, size in buffers]
 
@@ -299,9 +295,8 @@ class Session(SessionQueues):
         """The same by plain aioquic. What its pacing holds back is queued here again, so that its
         own queue is empty when the next round writes the control stream."""
         connection, queue = self._connection, self._outgoing
-        payload = self.settings.max_udp_payload
-        room = aioquic_state.window_room(connection) - _CONTROL_RESERVE * payload
-        overhead = payload - self.max_datagram_data
+        room = aioquic_state.window_room(connection)
+        overhead = self.settings.max_udp_payload - self.max_datagram_data
         count = 0
         while queue and count < _ROUND_DATAGRAMS:
             room -= len(queue[0]) + overhead
