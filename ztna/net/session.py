@@ -84,6 +84,8 @@ class Session(SessionQueues):
     _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
     _inbox_bytes: int = attrs.field(default=0, init=False, repr=False)
     _finished: bool = attrs.field(default=False, init=False, repr=False)
+    # Whether aioquic may have something to send: it was fed, told something, or its timer fired.
+    _stirred: bool = attrs.field(default=True, init=False, repr=False)
     _broken: bool = attrs.field(default=False, init=False, repr=False)
     # What closed the session, to be said again to a peer that has not heard it.
     _farewell: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
@@ -161,6 +163,7 @@ class Session(SessionQueues):
         timer = connection.get_timer()
         if timer is not None and timer <= now:
             connection.handle_timer(now=now)
+            self._stirred = True
         if self._close_info is not None:
             self._drain_events()
             self._finished = aioquic_state.finished(connection)
@@ -184,6 +187,8 @@ class Session(SessionQueues):
             payloads = self._fast.open(batch.data, batch.segment_size, batch.address, now)
             if payloads:
                 self._put_datagrams(payloads)
+            if len(payloads) * batch.segment_size < len(batch.data):
+                self._stirred = True  # some went to aioquic
             # After each batch: small frames would pile up as events.
             self._drain_events()
         if inbox and aioquic_state.nothing_understood(connection) and not self.is_client:
@@ -240,14 +245,19 @@ class Session(SessionQueues):
                     frame_type=0,
                     reason_phrase="the handshake took too long",
                 )
+                self._stirred = True
         elif now >= self._keepalive_at:
             self._connection.send_ping(0)
+            self._stirred = True
             self._keepalive_at = now + self.settings.keepalive
 
     def _batches_to_send(self, now: float) -> list[UdpBatch]:
         connection = self._connection
         self._write_control()
-        packets = connection.datagrams_to_send(now=now)
+        packets: list[tuple[bytes, Address]] = []
+        if self._stirred:
+            packets = connection.datagrams_to_send(now=now)
+            self._stirred = False
         batches: list[UdpBatch] = []
         if self._outgoing and self._peer is not None:
             if self._fast.ready():
@@ -276,6 +286,7 @@ class Session(SessionQueues):
             and (self.is_client or aioquic_state.stream_is_open(connection, CONTROL_STREAM))
         ):
             connection.send_stream_data(CONTROL_STREAM, bytes(self._control_out))
+            self._stirred = True
             self._control_out.clear()
         self._control_unacknowledged = aioquic_state.stream_backlog(connection, CONTROL_STREAM)
 
@@ -287,6 +298,8 @@ class Session(SessionQueues):
         for _ in range(count):
             queue.popleft()
         self._counters["sent_datagrams"] += count
+        if count == 0:
+            self._stirred = True  # it may have closed the connection at a limit of the AEAD
         if queue and count == len(offered):
             self._wake.set()  # another round, after others have run
         return [UdpBatch(data, size, self.remote_address) for data, size in buffers]
