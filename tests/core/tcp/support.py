@@ -10,9 +10,176 @@ from ztna.core.packet.tcp import TcpFlags
 from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.segment import TcpSegment
 from ztna.core.tcp.sequence import MASK
-from ztna.core.tcp.state import TcpConfig, TcpEvent
+from ztna.core.tcp.state import TcpConfig, TcpEvent, TcpState
 
 F = TcpFlags
+
+OURS = 1000
+"""Initial sequence number of the core in a `Script`."""
+
+PEER = 5000
+"""The peer's."""
+
+_LETTERS = (("S", F.SYN), ("F", F.FIN), ("R", F.RST), ("P", F.PSH), ("A", F.ACK))
+
+
+def show(segment: TcpSegment) -> str:
+    """A segment that our core sent, as a line of a transcript: flags, position+length, ack."""
+    letters = "".join(letter for letter, flag in _LETTERS if segment.flags & flag)
+    at = (segment.sequence - OURS) & MASK
+    text = f"{letters} {at}+{len(segment.payload)}"
+    if segment.flags & F.ACK:
+        text += f" ack {(segment.acknowledgment - PEER) & MASK}"
+    for left, right in segment.sack_blocks:
+        text += f" sack {(left - PEER) & MASK}-{(right - PEER) & MASK}"
+    return text
+
+
+def peer(
+    flags: int,
+    at: int,
+    ack: int | None = None,
+    payload: bytes | memoryview = b"",
+    *,
+    window: int = 60_000,
+    timestamp: tuple[int, int] | None = None,
+    sack: tuple[tuple[int, int], ...] = (),
+    mss: int | None = None,
+    scale: int | None = None,
+    sack_permitted: bool = False,
+    segment_size: int = 0,
+) -> TcpSegment:
+    """A segment of the peer, by positions. ack: position in our stream; None: no ACK flag."""
+    return TcpSegment(
+        (PEER + at) & MASK,
+        (OURS + (ack or 0)) & MASK,
+        flags | (F.ACK if ack is not None else 0),
+        window,
+        payload,
+        segment_size,
+        timestamp,
+        tuple(((OURS + left) & MASK, (OURS + right) & MASK) for left, right in sack),
+        mss,
+        scale,
+        sack_permitted,
+    )
+
+
+@attrs.define
+class Script:
+    """One core; the test plays the peer, the network and the clock."""
+
+    core: TcpConnection
+    now: float = 0.0
+
+    @classmethod
+    def passive(cls, config: TcpConfig | None = None, **syn: object) -> "Script":
+        """A passive open that is still held. syn: options of the peer's SYN."""
+        options = {"mss": 1000, **syn}
+        segment = peer(F.SYN, 0, **options)  # type: ignore[arg-type] # the test's own keywords
+        core = TcpConnection.accept(
+            segment, config=config or plain(), initial_sequence=OURS, now=0.0
+        )
+        return cls(core)
+
+    @classmethod
+    def established(cls, config: TcpConfig | None = None, **syn: object) -> "Script":
+        """After the handshake, at time 0, everything drained."""
+        script = cls.passive(config, **syn)
+        script.core.establish(0.0)
+        assert [show(segment) for segment in script.segments()] == ["SA 0+0 ack 1"]
+        stamp = syn.get("timestamp")
+        assert stamp is None or isinstance(stamp, tuple)
+        window = syn.get("window", 60_000)
+        assert isinstance(window, int)
+        script.core.receive_segments([peer(0, 1, 1, timestamp=stamp, window=window)], 0.0)
+        assert script.segments() == []
+        script.events()
+        return script
+
+    @classmethod
+    def active(cls, config: TcpConfig | None = None) -> "Script":
+        """An active open whose SYN has not left."""
+        core = TcpConnection.connect(config=config or plain(), initial_sequence=OURS, now=0.0)
+        return cls(core)
+
+    def state(self) -> TcpState:
+        """The core's state; a call, so that mypy does not believe that it stays."""
+        return self.core.state
+
+    def segments(self) -> list[TcpSegment]:
+        """Drain."""
+        found: list[TcpSegment] = []
+        while segments := self.core.segments_to_send(self.now):
+            found += segments
+        return found
+
+    def sent(self) -> list[str]:
+        """Drain, as lines."""
+        return [show(segment) for segment in self.segments()]
+
+    def receive(self, *segments: TcpSegment) -> list[str]:
+        """Take segments as one batch; return what is sent at once."""
+        self.core.receive_segments(segments, self.now)
+        return self.sent()
+
+    def write(self, data: bytes) -> list[str]:
+        """Write, and return what is sent at once."""
+        assert self.core.write(data, self.now) == len(data)
+        return self.sent()
+
+    def at(self, time: float) -> list[str]:
+        """Let time pass with no timer before it; then let those due at it fire."""
+        timer = self.core.get_timer()
+        assert timer is None or timer >= time - 1e-9, f"a timer at {timer} comes before {time}"
+        self.now = time + 1e-9
+        self.core.handle_timer(self.now)
+        return self.sent()
+
+    def silence(self, until: float) -> None:
+        """Let time pass through all timers and see nothing sent."""
+        while (timer := self.core.get_timer()) is not None and timer <= until:
+            assert self.at(timer) == []
+        self.now = until
+
+    def read(self) -> bytes:
+        """Read everything."""
+        found = b""
+        while self.core.readable:
+            found += self.core.read()
+        return found
+
+    def events(self) -> list[TcpEvent]:
+        """Take all events."""
+        found: list[TcpEvent] = []
+        while (event := self.core.next_event()) is not None:
+            found.append(event)
+        return found
+
+
+def plain(**options: object) -> TcpConfig:
+    """No options, reno, no keepalive: transcripts stay short."""
+    values = {
+        "timestamps": False,
+        "sack": False,
+        "window_scaling": False,
+        "cubic": False,
+        "keepalive_idle": None,
+        "mss": 1000,
+        "receive_buffer": 60_000,
+        **options,
+    }
+    return TcpConfig(**values)  # type: ignore[arg-type] # the test's own keywords
+
+
+def advance_to_end(script: Script, limit: int = 200) -> None:
+    """Let every timer fire until there is none."""
+    for _ in range(limit):
+        timer = script.core.get_timer()
+        if timer is None:
+            return
+        script.at(timer)
+    raise AssertionError("timers without end")
 
 
 def cut(segment: TcpSegment, keep: Callable[[], bool] | None) -> Iterator[TcpSegment]:
@@ -63,6 +230,7 @@ class Link:
     _random: random.Random = attrs.field(init=False)
     _queue: list[tuple[float, int, str, TcpSegment]] = attrs.field(factory=list)
     _count: int = 0
+    _held_until: float = 0.0
 
     def __attrs_post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -100,6 +268,12 @@ class Link:
                     core.handle_timer(self.now)
             self.flush()
 
+    def hold(self, until: float) -> None:
+        """Let nothing arrive before that time; nothing is lost."""
+        self._held_until = until
+        self._queue = [(max(item[0], until), *item[1:]) for item in self._queue]
+        heapq.heapify(self._queue)
+
     def flush(self) -> None:
         """Drain both cores."""
         for core, to, events in (
@@ -122,7 +296,8 @@ class Link:
             for _ in range(copies):
                 late = rng.uniform(0, self.delay) if rng.random() < self.reorder else 0.0
                 self._count += 1
-                item = (self.now + self.delay + late, self._count, to, piece)
+                at = max(self.now + self.delay + late, self._held_until)
+                item = (at, self._count, to, piece)
                 heapq.heappush(self._queue, item)
 
     def _deliver(self) -> None:

@@ -151,15 +151,6 @@ def _parse_options(
     return mss, window_scale, sack_permitted, sack_blocks, timestamp
 
 
-def options_size(
-    mss: int | None, window_scale: int | None, sack_permitted: bool, blocks: int, timestamp: bool
-) -> int:
-    """Bytes of options that `build_tcp_header` writes for these, padding included."""
-    size = 4 * (mss is not None) + 4 * (window_scale is not None) + 12 * timestamp
-    size += 4 * (sack_permitted and not timestamp)
-    return size + (4 + 8 * blocks if blocks else 0)
-
-
 def build_tcp_header(
     source_port: int,
     destination_port: int,
