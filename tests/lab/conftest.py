@@ -22,7 +22,7 @@ from scripts.lab.deployment import (
     LoggedProcess,
     start,
 )
-from ztna.nat.kernel_lab import Host, KernelLab, supported
+from ztna.nat.kernel_lab import Gateway, Host, KernelLab, supported
 
 RELAY_ADDRESS = "198.51.100.10"
 WEB, ECHO, IPERF, FILES = "10.100.0.2", "10.100.0.1", "10.100.0.3", "10.100.0.4"
@@ -55,6 +55,7 @@ class Site:
 
     lab: KernelLab
     deployment: Deployment
+    home: Gateway
     relay: Host
     connector: Host
     apps: Host
@@ -92,6 +93,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         site = Site(
             lab,
             Deployment(folder, RELAY_ADDRESS),
+            home,
             relay=lab.public_host("relay", RELAY_ADDRESS),
             connector=lab.host("connector", "10.2.0.2", behind=office),
             apps=lab.host("apps", "10.2.0.3", behind=office),
