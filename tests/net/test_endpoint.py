@@ -405,10 +405,11 @@ def test_garbage_and_mutations_hurt_no_other_session(seed: int, raw: list[bytes]
     assert [line for line in logs if line["event"] == "quic_internal_error"] == []
 
 
-async def test_real_sockets_with_offloads() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_real_sockets_with_offloads(host: str) -> None:
     async with (
-        open_udp_port("127.0.0.1", 0) as server_port,
-        open_udp_port("127.0.0.1", 0) as client_port,
+        open_udp_port(host, 0) as server_port,
+        open_udp_port(host, 0) as client_port,
         trio.open_nursery() as nursery,
     ):
         server, client = Endpoint(server_port, clock=clock), Endpoint(client_port, clock=clock)
@@ -417,7 +418,7 @@ async def test_real_sockets_with_offloads() -> None:
         await nursery.start(client.run)
         with trio.fail_after(10):
             session = client.connect(
-                server_port.local_address, deployment().agent, "127.0.0.1", SERVER_ROLES
+                server_port.local_address, deployment().agent, host, SERVER_ROLES
             )
             peer = await accepted.receive()
             session.send_control(b"c" * 50_000)
@@ -437,7 +438,7 @@ async def test_real_sockets_with_offloads() -> None:
             assert await session.receive_datagrams() == [b"back"]
         assert set(map(len, received)) == {1170}
         counters = client_port.statistics()
-        if counters["gso"] and client.statistics():
+        if counters["gso"]:
             assert counters["sent_packets"] > 2 * counters["send_calls"]
         nursery.cancel_scope.cancel()
 

@@ -117,7 +117,7 @@ def _alert_words(end: Termination, view: SessionView, said: str) -> str:
     kind = AlertKind(alert).name.lower().replace("_", " ")
     if end.by_peer:
         return f"the {peer} refused our certificate: {kind}" + (f": {said}" if said else "")
-    why = view.refusal or said
+    why = printable(view.refusal) if view.refusal else said
     return f"we refused the {peer}'s certificate: {kind}" + (f": {why}" if why else "")
 
 

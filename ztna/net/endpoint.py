@@ -28,7 +28,6 @@ from ztna.net.aioquic_private import (
 from ztna.net.closing import CloseCode
 from ztna.net.demux import (
     MIN_INITIAL,
-    MIN_SHORT,
     QUIC_VERSION_1,
     Kind,
     LongHeader,
@@ -93,7 +92,6 @@ class _Listener:
 
 _COUNTERS = (
     *(f"drop_{kind.value}" for kind in Kind),
-    "drop_empty",
     "drop_malformed",
     "drop_unknown_connection",
     "drop_short_initial",
@@ -254,14 +252,9 @@ class Endpoint:
             self._sort_single(UdpBatch(data, len(data), batch.address), answers)
 
     def _sort_single(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
-        data = batch.data
-        if not data:
-            self._counters["drop_empty"] += 1
-            return
-        match kind_of(data[0]):
+        match kind_of(batch.data[0]):
             case Kind.QUIC_SHORT:
-                connection_id = uniform_connection_id(batch) if len(data) >= MIN_SHORT else None
-                session = self._by_id.get(connection_id or b"")
+                session = self._by_id.get(uniform_connection_id(batch) or b"")
                 if session is None:
                     self._counters["drop_unknown_connection"] += 1
                 else:

@@ -40,6 +40,7 @@ _COUNTERS = (
 class SessionSettings:
     """What a kind of session promises and bounds; docs/protocol.md section 1.
 
+    congestion_control: a name in aioquic's registry.
     idle_timeout, keepalive, handshake_timeout (a server's patience): seconds.
     outgoing_datagrams, incoming_datagrams: messages; incoming_bytes, inbox_bytes (UDP payloads
     that wait for the pump), control_backlog: bytes.
@@ -50,6 +51,7 @@ class SessionSettings:
     keepalive: float = 10.0
     handshake_timeout: float = 10.0
     max_udp_payload: int = 1200
+    congestion_control: str = "reno"
     outgoing_datagrams: int = 1024
     incoming_datagrams: int = 4096
     incoming_bytes: int = 8 << 20
@@ -60,6 +62,7 @@ class SessionSettings:
         """The same in aioquic's terms; certificates come later."""
         return QuicConfiguration(
             alpn_protocols=[self.alpn],
+            congestion_control_algorithm=self.congestion_control,
             connection_id_length=CONNECTION_ID_LENGTH,
             idle_timeout=self.idle_timeout,
             max_data=4 * _STREAM_WINDOW,
