@@ -34,7 +34,9 @@ _OURS, _YARDSTICK = "ztna relay", "wireguard-go"
 def main() -> int:
     """Run the benchmark; the exit code tells whether all that is here could be measured."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="runs of 3 s instead of 10 s")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=int, default=10, help="length of a run (default 10)")
+    length.add_argument("--quick", action="store_const", const=3, dest="seconds", help="3 s runs")
     parser.add_argument("--install", action="store_true", help="install the rivals with apt-get")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--mode", choices=("wire", "veth"), default="wire", help="kind of cable")
@@ -44,7 +46,7 @@ def main() -> int:
     if reason := supported():
         print(f"scripts/bench: {reason}", file=sys.stderr)
         return SystemSetupError.exit_code
-    seconds = 3 if options.quick else 10
+    seconds: int = options.seconds
     rounds: dict[str, list[Figures]] = {}
     missing: dict[str, str] = {}
     failed = False

@@ -9,6 +9,7 @@ The lab is made once a module. On a failure the logs of all processes are part o
 
 import contextlib
 import os
+import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ RELAY_ADDRESS = "198.51.100.10"
 WEB, ECHO, IPERF, FILES = "10.100.0.2", "10.100.0.1", "10.100.0.3", "10.100.0.4"
 DOWNLOAD_BYTES = 64 * 1024 * 1024
 
+_PROGRAMS = ("curl", "ping", "iperf3", "ethtool")
+
 _ECHO_SERVER = """
 import socket
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -46,7 +49,8 @@ def reason_to_skip() -> str | None:
         return reason
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         return "needs /dev/net/tun"
-    return None
+    missing = [name for name in _PROGRAMS if shutil.which(name) is None]
+    return f"missing programs: {', '.join(missing)}" if missing else None
 
 
 @attrs.define(eq=False)
