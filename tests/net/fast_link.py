@@ -187,11 +187,14 @@ def connect(
     update_after: int = 1 << 22,
     cipher_suites: Sequence[tls.CipherSuite] = (),
     max_datagram_frame_size: int = 65535,
+    congestion: str = "reno",
     **impairments: float,
 ) -> Link:
     """Both ends connected, at rest. Impairments hold only from then on."""
     configuration = QuicConfiguration(
-        alpn_protocols=["ztna-v1"], max_datagram_frame_size=max_datagram_frame_size
+        alpn_protocols=["ztna-v1"],
+        max_datagram_frame_size=max_datagram_frame_size,
+        congestion_control_algorithm=congestion,
     )
     good = deployment()
     client = client_connection(

@@ -6,6 +6,7 @@ range ends: what is acknowledged, lost or in flight is right to the byte, whatev
 acknowledges in whatever order.
 """
 
+import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Self
@@ -51,9 +52,9 @@ class SentRun(QuicSentPacket):
 
     def split_off(self, boundary: int) -> "SentRun":
         """Cut in two before packet `boundary`; returns the lower part, keeps the upper."""
-        assert self.sent_time is not None
-        size = (boundary - self.first) * self.segment_size
-        lower = SentRun(self.first, boundary - 1, self.segment_size, size, self.sent_time)
+        lower = copy.copy(self)  # with all that a congestion control keeps in it
+        lower.packet_number = boundary - 1
+        lower.sent_bytes = size = (boundary - self.first) * self.segment_size
         self.first = boundary
         self.sent_bytes -= size
         return lower
