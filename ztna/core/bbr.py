@@ -165,7 +165,7 @@ class Bbr:
         self._set_window(0)
 
     def on_persistent_congestion(self) -> None:
-        """Begin again from the smallest window; ACKs bring it back (the draft does so after an RTO)."""
+        """Begin again from the smallest window; ACKs bring it back (as the draft after an RTO)."""
         self.congestion_window = self.minimum
 
     def _end_round(self) -> None:
