@@ -557,3 +557,46 @@ async def test_datagrams_flow_in_the_smallest_window(
         client.send_datagrams([b"d" * 1170] * 5)
         with trio.fail_after(1):
             assert len(await receive_count(server, 5)) == 5
+
+
+async def test_close_is_repeated_ever_more_rarely(autojump_clock: MockClock) -> None:
+    async with open_pair(LinkSpec(delay=0.05)) as pair:
+        _client, server = await pair.connected()
+        await trio.sleep(1)
+        server.close(CloseCode.EXPIRED, "")
+        await server.wait_closed()
+        sent = server._port.statistics()["sent_packets"]
+        for _ in range(60):
+            server.take_batch(UdpBatch(b"\x40" * 1200, 1200, server.remote_address))
+            await trio.sleep(0.001)
+        assert 3 <= server._port.statistics()["sent_packets"] - sent <= 7
+
+
+async def test_end_empties_the_queues(autojump_clock: MockClock) -> None:
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        pair.network.block(pair.client_host, pair.server_host)
+        client.send_datagrams([b"x" * 1170] * 1000)
+        await trio.sleep(0.001)
+        assert client.statistics()["outgoing_queue"] > 0
+        client.close(CloseCode.GOODBYE, "")
+        await client.wait_closed()
+        assert client.statistics()["outgoing_queue"] == 0
+        assert server.send_datagrams([b"not yet told"]) == 1
+
+
+async def test_timer_that_stays_due_does_not_spin(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_pair() as pair:
+        client, _server = await pair.connected()
+        fired: list[float] = []
+
+        def handle_timer(*, now: float) -> None:
+            fired.append(now)
+            assert len(fired) < 10_000
+
+        monkeypatch.setattr(client._connection, "get_timer", lambda: 0.0)
+        monkeypatch.setattr(client._connection, "handle_timer", handle_timer)
+        await trio.sleep(1)
+        assert 100 < len(fired) <= 1001
