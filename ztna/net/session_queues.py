@@ -14,6 +14,7 @@ from trio.lowlevel import ParkingLot
 
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, SessionClosedError
+from ztna.net.aioquic_congestion import TUNNEL
 from ztna.net.closing import CloseCode, CloseInfo
 from ztna.net.demux import CONNECTION_ID_LENGTH
 from ztna.net.tls import VerifiedPeer
@@ -51,7 +52,7 @@ class SessionSettings:
     keepalive: float = 10.0
     handshake_timeout: float = 10.0
     max_udp_payload: int = 1200
-    congestion_control: str = "reno"
+    congestion_control: str = TUNNEL
     outgoing_datagrams: int = 1024
     incoming_datagrams: int = 4096
     incoming_bytes: int = 8 << 20
