@@ -134,12 +134,13 @@ def test_short_buffer_is_not_flooded(share: float, carried: float) -> None:
     assert path.lost < LOSS_THRESHOLD * (path.delivered - before)
 
 
-def test_more_bandwidth_is_found() -> None:
-    path = Path(10 * MEGABIT, 0.03)
+def test_more_bandwidth_is_found_soon() -> None:
+    """Ten times as much in twenty round trips; one step a cycle would take three times as long."""
+    path = Path(20 * MEGABIT, 0.05)
     path.run(3)
-    path.rate = 40 * MEGABIT
-    path.run(5)
-    assert path.throughput(3) > 0.8
+    path.rate = 200 * MEGABIT
+    path.run(1)
+    assert path.throughput(0.3) > 0.85
 
 
 def test_less_bandwidth_is_noticed() -> None:
@@ -223,10 +224,32 @@ def test_no_interval_is_no_sample() -> None:
     assert model.product == math.inf
 
 
+def test_acks_in_a_bunch_are_no_bandwidth() -> None:
+    model = Bbr(PACKET)
+    first = model.on_sent(PACKET, 0, 0.0)
+    model.on_acked(first, PACKET, 0, 0.1)
+    late = model.on_sent(PACKET, PACKET, 0.1)
+    model.on_acked(late, 10 * PACKET, 0, 0.101)
+    # Ten packets took 0.1 s to send, whatever held back the ACKs.
+    assert model.bandwidth == pytest.approx(10 * PACKET / 0.1)
+
+
+def test_sample_shorter_than_the_round_trip_is_none() -> None:
+    model = Bbr(PACKET)
+    model.on_acked(model.on_sent(PACKET, 0, 0.0), PACKET, 0, 0.1)
+    model.on_rtt(0.1, 0.1)
+    known = model.bandwidth
+    assert model.product == pytest.approx(known * (0.1 + ACK_SLACK))
+    model.on_acked(model.on_sent(PACKET, 0, 1.0), 10 * PACKET, 0, 1.01)
+    assert model.bandwidth == known
+
+
 def test_heavy_loss_ends_the_start() -> None:
-    path = Path(30 * MEGABIT, 0.02, loss=0.2)
-    path.run(1)
+    """Long before the path is full."""
+    path = Path(3000 * MEGABIT, 0.02, loss=0.2)
+    path.run(0.15)
     assert path.model.state is not State.STARTUP
+    assert path.model.bandwidth < path.rate / 10
 
 
 def test_cycle_carries_as_much_as_it_drains() -> None:

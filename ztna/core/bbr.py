@@ -99,7 +99,6 @@ class Bbr:
     _round_lost: int = attrs.field(default=0, init=False)
     _round_lost_at: float = attrs.field(default=math.inf, init=False)
     _round_full: bool = attrs.field(default=False, init=False)
-    _last_round_full: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.congestion_window = INITIAL_PACKETS * self.max_datagram_size
@@ -189,7 +188,7 @@ class Bbr:
             self._next_phase(grown=grown, lossy=lossy)
         self._round_end = self._round_start = self._delivered
         self._round_rate = 0.0
-        self._round_full, self._last_round_full = False, self._round_full
+        self._round_full = False
         self._round_bandwidth = self.bandwidth
         self._round_lost, self._round_lost_at = 0, math.inf
 
@@ -222,11 +221,7 @@ class Bbr:
             State.PROBE_RTT: PROBE_RTT_GAIN,
         }[self.state]
         target = max(self.minimum, min(gain * self.product + self.minimum, self._bound))
-        grown = self.congestion_window + acked
         if self.state is State.STARTUP:
-            # Slow start only while the window is used (RFC 9002 section 7.8), and never back: what
-            # an application that sends little delivers says nothing of the path.
-            used = self._round_full or self._last_round_full
-            grown = grown if used else self.congestion_window
+            # Never back: what an application that sends little delivers says nothing of the path.
             target = max(target, self.congestion_window)
-        self.congestion_window = int(min(grown, target))
+        self.congestion_window = int(min(self.congestion_window + acked, target))
