@@ -569,6 +569,30 @@ def test_fin_out_of_order_waits() -> None:
     assert script.core.at_eof
 
 
+def test_fin_in_front_of_data_is_not_believed() -> None:
+    script = Script.established()
+    script.receive(peer(0, 4, 1, b"def"), peer(F.FIN, 3, 1))
+    assert script.receive(peer(0, 1, 1, b"abc")) == ["A 1+0 ack 7"]
+    assert script.state() is TcpState.ESTABLISHED
+    assert script.receive(peer(F.FIN, 7, 1)) == ["A 1+0 ack 8"]
+    assert script.state() is TcpState.CLOSE_WAIT
+
+
+def test_overlapping_data_is_taken_once() -> None:
+    script = Script.established()
+    script.receive(peer(0, 1, 1, b"abcd"))
+    assert script.receive(peer(F.FIN, 3, 1, b"cdef")) == ["A 1+0 ack 8"]
+    assert script.read() == b"abcdef"
+
+
+def test_reading_after_the_end_sends_nothing() -> None:
+    script = Script.established()
+    script.receive(peer(0, 1, 1, bytes(50_000), segment_size=1000))
+    script.receive(peer(F.RST, 50_001))
+    assert len(script.read()) == 50_000
+    assert script.sent() == []
+
+
 def test_text_after_the_fin_is_ignored() -> None:
     script = Script.established()
     script.receive(peer(F.FIN, 1, 1))

@@ -153,6 +153,11 @@ class ReassemblyQueue:
     def __len__(self) -> int:
         return len(self._ranges)
 
+    @property
+    def end(self) -> int:
+        """Behind the last byte; 0 if there is none."""
+        return self._ranges[-1].end if self._ranges else 0
+
     def insert(self, start: int, payload: Payload) -> bool:
         """Keep payload, at least one byte, at position start; False if it was dropped because
         it would make one range too many. Of bytes that are there already the old ones stay."""

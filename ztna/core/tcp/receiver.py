@@ -104,8 +104,7 @@ class Receiver:
     def duplicate(self, start: int, end: int) -> None:
         """Positions that were there already: an ACK, with DSACK (RFC 2883)."""
         self.ack_now = True
-        if end > start:
-            self._duplicate = (start, end)
+        self._duplicate = (start, end)
 
     def accept(
         self, start: int, payload: Payload, finish: bool, segment_size: int, now: float
@@ -119,7 +118,8 @@ class Receiver:
             self._in_order(len(payload), segment_size or len(payload), now)
         elif payload:
             self._accept_any(start, payload)
-        if finish and end <= self.edge and self.finish_at is None and end >= self.next:
+        # A FIN in front of data that is there already is a lie, and not believed.
+        if finish and self.finish_at is None and max(self.next, self.queue.end) <= end <= self.edge:
             self.finish_at = end
         if self.next == self.finish_at:
             self.next += 1

@@ -54,7 +54,7 @@ def receive_ack(sender: Sender, ack: Acknowledgment, now: float) -> None:
         sender.first = ack.first
         sender.buffer.release(min(max(ack.first, 1), sender.buffer.end))
     if ack.blocks:
-        delivery = board.sack(ack.blocks, now, floor)
+        delivery = board.sack(ack.blocks, now, floor, sender.mss)
         delivered += delivery.size
         sample = delivery.rtt if sample is None else sample
     if ack.duplicate:
@@ -75,9 +75,9 @@ def receive_ack(sender: Sender, ack: Acknowledgment, now: float) -> None:
         sender.congestion.recovering(delivered, sender.pipe, advanced and not lost)
     elif delivered and sender.connected and (sender.limited or sender.by_timeout):
         sender.congestion.acknowledged(delivered, now, sender.rtt.smoothed or 0.0)
+    sender.arm(now)
     if advanced:
         sender.arm_tail_probe(now)
-    sender.arm(now)
 
 
 def _update_window(sender: Sender, ack: Acknowledgment, now: float) -> bool:

@@ -13,9 +13,9 @@ from typing import Final
 
 import attrs
 
-# No flight is split beyond so many: a peer that sacks single bytes gains nothing but slower
-# recovery. Our choice; 1 MiB at 1,121 bytes a segment has 936.
-MAX_FLIGHTS: Final = 4096
+# No flight is split beyond so many: a peer with a tiny MSS gains nothing but slower recovery. Our
+# choice; 1 MiB at 1,121 bytes a segment has 936.
+MAX_FLIGHTS: Final = 2048
 # RFC 5681 section 3.2 and RFC 8985 section 6.2, step 4: DupThresh.
 DUPLICATE_THRESHOLD: Final = 3
 # RFC 8985 section 6.2, step 4: a reordering window never exceeds the smoothed RTT, and persists
@@ -90,7 +90,14 @@ class Scoreboard:
     def split(self, index: int, position: int) -> None:
         """Cut flight `index` in two at position, which lies inside it."""
         flight = self.flights[index]
-        rest = attrs.evolve(flight, start=position)
+        rest = Flight(
+            position,
+            flight.end,
+            flight.sent_at,
+            flight.retransmitted,
+            flight.sacked,
+            flight.lost,
+        )
         flight.end = position
         self.flights.insert(index + 1, rest)
 
@@ -134,41 +141,50 @@ class Scoreboard:
         del self.flights[:done]
         return Delivery(size, rtt)
 
-    def sack(self, blocks: list[tuple[int, int]], now: float, floor: float) -> Delivery:
-        """Mark what the blocks (start, end), all within the flights, cover."""
+    def sack(self, blocks: list[tuple[int, int]], now: float, floor: float, mss: int) -> Delivery:
+        """Mark what the blocks (start, end), all within the flights, cover.
+
+        Flights are split only where a segment of mss bytes begins: nothing else arrives alone.
+        """
         size = 0
         rtt: float | None = None
         flights = self.flights
         for start, end in blocks:
             index = max(0, bisect_right(flights, start, key=_START) - 1)
             while index < len(flights) and flights[index].start < end:
+                if not flights[index].sacked:
+                    index = self._cut_out(index, start, end, mss)
                 flight = flights[index]
-                if flight.sacked or flight.end <= start:
-                    index += 1
-                    continue
-                inside = flight.start >= start and flight.end <= end
-                if not inside and len(flights) >= MAX_FLIGHTS:
-                    index += 1
-                    continue
-                if flight.start < start:
-                    self.split(index, start)
-                    index += 1
-                    flight = flights[index]
-                if flight.end > end:
-                    self.split(index, end)
-                length = flight.end - flight.start
-                size += length
-                if flight.lost:
-                    self.lost -= length
-                    flight.lost = False
-                if flight.end < self.highest_sacked and not flight.retransmitted:
-                    self._reordering_seen = True
-                flight.sacked = True
-                self.sacked += length
-                rtt = self._deliver(flight, flight.end, now, floor, rtt)
+                if not flight.sacked and flight.start >= start and flight.end <= end:
+                    length = flight.end - flight.start
+                    size += length
+                    if flight.lost:
+                        self.lost -= length
+                        flight.lost = False
+                    if flight.end < self.highest_sacked and not flight.retransmitted:
+                        self._reordering_seen = True
+                    flight.sacked = True
+                    self.sacked += length
+                    rtt = self._deliver(flight, flight.end, now, floor, rtt)
                 index += 1
             self.highest_sacked = max(self.highest_sacked, end)
         return Delivery(size, rtt)
+
+    def _cut_out(self, index: int, start: int, end: int, mss: int) -> int:
+        """Split flight `index` so that the whole segments of it between start and end are a
+        flight of their own; return the index of that one, or of the last piece looked at."""
+        flight = self.flights[index]
+        at = flight.start
+        left = at if start <= at else at - (at - start) // mss * mss
+        right = flight.end if end >= flight.end else at + (end - at) // mss * mss
+        if left >= right or len(self.flights) >= MAX_FLIGHTS:
+            return index
+        if right < flight.end:
+            self.split(index, right)
+        if left > at:
+            self.split(index, left)
+            index += 1
+        return index
 
     def _deliver(
         self, flight: Flight, end: int, now: float, floor: float, rtt: float | None
@@ -189,8 +205,6 @@ class Scoreboard:
 
         Return (bytes newly lost, when to look again: None if nothing is suspected).
         """
-        if not self.sacked and not self._newest_end:
-            return 0, None
         window = self._reordering_window(mss, recovering, min_rtt, smoothed)
         newest_at, newest_end = self._newest_sent_at, self._newest_end
         deadline: float | None = None

@@ -137,10 +137,10 @@ class Sender:
             if not self.board.flights and now - self.last_sent_at > self.rtt.rto and self.next > 1:
                 self.congestion.idle()
             self._send_new(now, limit, emit)
+        self.arm(now)
         if self.next > before:
             self.last_sent_at = now
             self.arm_tail_probe(now)
-        self.arm(now)
 
     def _retransmit(self, now: float, limit: int, clock: int, emit: Emit) -> int:
         """Send again what is lost, from the front (RFC 6675 section 5, NextSeg rule 1)."""
@@ -198,7 +198,7 @@ class Sender:
             self.congestion.sent(size)
             room -= size
             limit -= size
-        self.limited = (
+        self.limited = room < self.mss or (
             self.congestion.slow_start
             and 2 * (self.congestion.window - room) > self.congestion.window
         )
@@ -283,13 +283,14 @@ class Sender:
             self.timeout_at = now + self.rtt.rto
 
     def arm_tail_probe(self, now: float) -> None:
-        """RFC 8985 section 7.2: when, and whether, to probe for a lost tail."""
+        """RFC 8985 section 7.2: when, and whether, to probe for a lost tail. After `arm`."""
         board = self.board
         self.probe_at = None
         smoothed = self.rtt.smoothed
         if (
             not self.sack
             or smoothed is None
+            or self.persist_at is not None
             or self.recovery_point is not None
             or self.tail_end is not None
             or not board.flights
@@ -300,9 +301,8 @@ class Sender:
         delay = 2 * smoothed
         if board.in_flight <= self.mss:
             delay += _WORST_ACK_DELAY
-        self.probe_at = now + max(delay, _MIN_PROBE_TIMEOUT)
-        if self.timeout_at is not None and self.timeout_at < self.probe_at:
-            self.probe_at = None
+        assert self.timeout_at is not None, "armed first"
+        self.probe_at = min(now + max(delay, _MIN_PROBE_TIMEOUT), self.timeout_at)
 
     def handle_timer(self, now: float) -> bool:
         """Act on timers that are due; False when the peer has not answered for too long."""
@@ -312,8 +312,10 @@ class Sender:
             if self.detect_losses(now) and self.in_recovery:
                 self.congestion.recovering(0, self.pipe, False)
         if self.probe_at is not None and now >= self.probe_at:
+            # It goes in place of a timeout that is due at the same time.
             self.probe_at = None
             self._tail_due = True
+            self.timeout_at = now + self.rtt.rto
         if self.persist_at is not None and now >= self.persist_at:
             if self.persists and now - self.waiting_since >= patience:
                 return False

@@ -4,6 +4,7 @@ import enum
 
 import attrs
 
+from ztna.core.packet.tcp import MAX_WINDOW_SCALE
 from ztna.errors import LocalProtocolError
 
 
@@ -120,4 +121,4 @@ class TcpConfig:
     @property
     def window_scale(self) -> int:
         """The shift that our window field needs (RFC 7323 section 2.3)."""
-        return max(0, self.receive_buffer.bit_length() - 16)
+        return min(max(0, self.receive_buffer.bit_length() - 16), MAX_WINDOW_SCALE)
