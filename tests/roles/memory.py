@@ -187,7 +187,7 @@ class AgentHost:
     """A user's machine: its side of the TUN."""
 
     tun: MemoryTun
-    address: ipaddress.IPv4Address = ipaddress.IPv4Address(0)
+    address: ipaddress.IPv4Address = attrs.Factory(lambda: ipaddress.IPv4Address(0))
     configured: trio.Event = attrs.Factory(trio.Event)
 
     async def exchange(self, packet: bytes, attempts: int = 20) -> IpPacket:

@@ -18,6 +18,9 @@ MAX_SEGMENTS = 64
 # One wake-up takes at most that many datagrams, so that flows take turns.
 MAX_BATCH = 64
 MAX_DATAGRAM = 65_535
+# What a route answers that cannot segment: too small an MTU, no checksum offload (udp(7), EINVAL
+# and EIO of net/ipv4/udp.c).
+_NO_SEGMENTATION = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP})
 # SO_LINGER with no time: close sends RST (socket(7)).
 _LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
 
@@ -81,15 +84,22 @@ class _KernelDatagrams:
     """A connected, non-blocking UDP socket."""
 
     _socket: socket.socket
+    _error: OSError | None = None
 
     async def receive(self) -> Sequence[Datagram]:
         while True:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
             await trio.lowlevel.wait_readable(self._socket)
             datagrams: list[Datagram] = []
             while len(datagrams) < MAX_BATCH:
                 try:
                     payload = self._socket.recv(MAX_DATAGRAM)
                 except BlockingIOError:
+                    break
+                except OSError as error:
+                    self._error = error  # behind what came before it
                     break
                 datagrams.append((payload, 0))
             if datagrams:
@@ -116,7 +126,11 @@ class _KernelDatagrams:
             except BlockingIOError:
                 dropped = 1
             except OSError as error:
-                if error.errno not in {errno.EMSGSIZE, errno.ENOBUFS}:
+                if ancillary and error.errno in _NO_SEGMENTATION:
+                    for at in range(0, len(part), segment_size):
+                        dropped |= self._send(part[at : at + segment_size], 0)
+                elif error.errno not in {errno.EMSGSIZE, errno.ENOBUFS}:
                     raise
-                dropped = 1
+                else:
+                    dropped = 1
         return dropped

@@ -38,17 +38,23 @@ class Terminator:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve flows until cancelled; their backends' sockets close with it."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            while True:
-                self._timer_changed = trio.Event()
-                due = self.table.get_timer()
-                with trio.move_on_at(math.inf if due is None else due) as timer:
-                    await self._timer_changed.wait()
-                if timer.cancelled_caught:
-                    self.table.handle_timer(trio.current_time())
-                    self.settle()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await self._keep_time()
+        finally:
+            self._nursery = None
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._timer_changed = trio.Event()
+            due = self.table.get_timer()
+            with trio.move_on_at(math.inf if due is None else due) as timer:
+                await self._timer_changed.wait()
+            if timer.cancelled_caught:
+                self.table.handle_timer(trio.current_time())
+                self.settle()
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
         """Take a batch of users' packets, each with the id of its service."""
@@ -98,4 +104,18 @@ class Terminator:
         else:
             driver = UdpForward(flow, backend, self)
         self._drivers[flow] = driver
-        self._nursery.start_soon(driver.run)
+        self._nursery.start_soon(self._drive, driver)
+
+    async def _drive(self, driver: TcpSplice | UdpForward) -> None:
+        try:
+            await driver.run()
+        except* Exception:
+            # A bug that one flow can reach must not end the others, nor the connector.
+            log.exception("internal error in a flow", backend=driver.backend)
+            self._drivers.pop(driver.flow, None)
+            if isinstance(driver.flow, TcpFlow):
+                driver.flow.connection.abort(trio.current_time())
+                self.touch(driver.flow)
+            elif not driver.flow.closed:
+                self.table.refuse_flow(driver.flow, trio.current_time())
+                self.settle()

@@ -10,6 +10,7 @@ import ipaddress
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import attrs
@@ -35,7 +36,7 @@ from ztna.core.messages import (
 from ztna.core.ports import IpPacket
 from ztna.core.registration import Registrar, RegistrationEvent, RegistrationState
 from ztna.core.wire import FEATURES, Feature
-from ztna.errors import RemoteProtocolError, SessionClosedError
+from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
@@ -48,8 +49,16 @@ log = structlog.get_logger(__name__)
 VERSION = 1
 # docs/protocol.md section 5: after that, a 0x12 means a (seed) intermediate.
 HELLO_PATIENCE = 2.0
+# Our choice. aioquic sends its Initial at 0, 0.2, 0.6, 1.4, 3.0 and 6.2 s: a server that comes up
+# late is found sooner by a new attempt than by the ever longer waits of an old one.
+HANDSHAKE_DEADLINE = 5.0
 # Our choice: a server that says nothing at all after the handshake is not worth waiting for.
 UP_DEADLINE = 10.0
+# Our choice: a session that ends sooner counts as a failed attempt, or a server that accepts us
+# only to break the protocol would be called again and again without a pause.
+STEADY_AFTER = 5.0
+# docs/protocol.md section 1: what close code `replaced` asks for, should `Goodbye` be lost.
+REPLACED_WAIT = 30.0
 # What a clock may be off before certificates begin to fail for reasons that nobody finds.
 CLOCK_TOLERANCE = datetime.timedelta(minutes=1)
 
@@ -94,6 +103,7 @@ class ControlLink:
     malformed: int = 0
     numbers: dict[str, int] = attrs.Factory(dict)
     wake: trio.Event = attrs.Factory(trio.Event)
+    reader: FrameReader = attrs.Factory(FrameReader)
 
     @property
     def tunnel_address(self) -> ipaddress.IPv4Address | None:
@@ -148,44 +158,68 @@ async def run_control_session(
 ) -> float:
     """Serve one session until it ends in order; return the seconds to wait before the next.
 
-    succeeded: called when the session is up. Raises SessionClosedError when it breaks,
-    RemoteProtocolError when the intermediate breaks the protocol.
+    succeeded: called when the session has been up for a while. Raises UnreachableError when the
+    intermediate does not answer, SessionClosedError when the session breaks, RemoteProtocolError
+    when the intermediate breaks the protocol. The session is closed afterwards in any case.
     """
     kind = wire.AGENT_WANTS if role is Role.AGENT else wire.CONNECTOR_PROVIDES
-    link = ControlLink(
-        session, Registrar.of(kind, service_ids), Encapsulator(max_size=0)
-    )
+    link = ControlLink(session, Registrar.of(kind, service_ids), Encapsulator(max_size=0))
     try:
-        with trio.move_on_after(UP_DEADLINE) as patience:
-            await session.wait_verified()
-            link.encapsulator.max_size = session.max_datagram_data
-            session.send_control(encode_message(_hello(role, session.max_datagram_data)))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_read_control, link, handler)
-                nursery.start_soon(_read_datagrams, link, handler)
-                nursery.start_soon(_register, link)
-                nursery.start_soon(_accept_seed, link, handler)
+        await _wait_verified(session)
+        link.encapsulator.max_size = session.max_datagram_data
+        session.send_control(encode_message(_hello(role, session.max_datagram_data)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_read_control, link, handler)
+            nursery.start_soon(_read_datagrams, link, handler)
+            nursery.start_soon(_register, link)
+            nursery.start_soon(_accept_seed, link, handler)
+            with trio.move_on_after(UP_DEADLINE):
                 await link.up.wait()
-                patience.deadline = math.inf
-                succeeded()
-                await session.wait_closed()
-                nursery.cancel_scope.cancel()
+            if link.up.is_set():
+                await _serve_until_closed(session, succeeded)
+            nursery.cancel_scope.cancel()
+        if not link.up.is_set():
+            raise SessionClosedError(
+                "the intermediate completed the handshake but did not accept us in "
+                f"{UP_DEADLINE:.0f} s"
+            )
     except* SessionClosedError:
         if not link.up.is_set():
             raise
     finally:
+        session.close(CloseCode.GOODBYE, "" if link.up.is_set() else "not accepted")
         if link.up.is_set():
             handler.session_down(link)
-    if not link.up.is_set():
-        session.close(CloseCode.GOODBYE, "no answer to Hello")
-        raise SessionClosedError(
-            f"the intermediate completed the handshake but did not accept us in {UP_DEADLINE:.0f} s"
-        )
     closed = await session.wait_closed()
-    if link.goodbye_wait:
-        log.warning("the intermediate said goodbye", wait=link.goodbye_wait, reason=closed.reason)
-        return link.goodbye_wait
+    with suppress(SessionClosedError):
+        # A goodbye may have come together with the end: what is there is read, nothing is awaited.
+        await _read_control(link, handler)
+    wait = link.goodbye_wait
+    if closed.by_peer and closed.code == CloseCode.REPLACED:
+        wait = max(wait, REPLACED_WAIT)
+    if wait:
+        log.warning("the intermediate said goodbye", wait=wait, reason=closed.reason)
+        return wait
     raise SessionClosedError(f"session ended: {closed.reason}")
+
+
+async def _wait_verified(session: Session) -> None:
+    with trio.move_on_after(HANDSHAKE_DEADLINE) as patience:
+        await session.wait_verified()
+    if patience.cancelled_caught:
+        raise UnreachableError(
+            f"no QUIC handshake with {format_address(session.remote_address)} in "
+            f"{HANDSHAKE_DEADLINE:.0f} s; check that the intermediate runs there and that no "
+            "firewall drops UDP"
+        )
+
+
+async def _serve_until_closed(session: Session, succeeded: Callable[[], None]) -> None:
+    with trio.move_on_after(STEADY_AFTER):
+        await session.wait_closed()
+        return
+    succeeded()
+    await session.wait_closed()
 
 
 def _hello(role: Role, max_datagram: int) -> Hello:
@@ -193,10 +227,9 @@ def _hello(role: Role, max_datagram: int) -> Hello:
 
 
 async def _read_control(link: ControlLink, handler: PacketHandler) -> None:
-    reader = FrameReader()
     while data := await link.session.receive_control():
         try:
-            for message in reader.receive_bytes_untrusted(data):
+            for message in link.reader.receive_bytes_untrusted(data):
                 _receive_message_untrusted(link, message, handler)
         except RemoteProtocolError as error:
             link.session.send_control(encode_message(ProtocolError(str(error))))
@@ -209,9 +242,10 @@ def _receive_message_untrusted(link: ControlLink, message: Message, handler: Pac
     match message:
         case Accepted():
             _receive_accepted_untrusted(link, message)
-            if not link.up.is_set():
-                link.up.set()
-                handler.session_up(link)
+            # Also when 0x12 alone had brought the session up: now there is an address, too.
+            link.up.set()
+            handler.session_up(link)
+            handler.services_changed(link)
         case ServiceMap():
             link.numbers = {entry.id: entry.number for entry in message.services}
             link.labels = {i: ServiceLabel(i, link.numbers.get(i, 0)) for i in link.labels}
@@ -231,6 +265,8 @@ def _receive_message_untrusted(link: ControlLink, message: Message, handler: Pac
 
 
 def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
+    if link.accepted is not None:
+        raise RemoteProtocolError("a second Accepted")
     if accepted.version != VERSION:
         raise RemoteProtocolError(f"the intermediate chose version {accepted.version}, not ours")
     try:
@@ -238,7 +274,7 @@ def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
             ipaddress.IPv4Address(accepted.tunnel_address)
         server_time = datetime.datetime.fromisoformat(accepted.time)
         offset = server_time - datetime.datetime.now(datetime.UTC)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise RemoteProtocolError(f"malformed Accepted: {error}") from error
     if abs(offset) > CLOCK_TOLERANCE:
         log.warning("clocks differ; certificates may fail", seconds=int(offset.total_seconds()))

@@ -6,6 +6,7 @@ that the relay names.
 """
 
 import datetime
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import attrs
@@ -15,6 +16,8 @@ import trio
 from ztna.config import IntermediateConfig
 from ztna.core import wire
 from ztna.core.addresses import format_address, packed_pair, twin
+from ztna.core.allocation import AddressesExhaustedError
+from ztna.core.error_groups import leaves
 from ztna.core.identity import Role
 from ztna.core.messages import (
     Accepted,
@@ -33,7 +36,7 @@ from ztna.core.ports import UdpPort
 from ztna.core.registry import Client, Registration, Registry
 from ztna.core.relay import Relay
 from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
-from ztna.errors import RemoteProtocolError, SessionClosedError
+from ztna.errors import RemoteProtocolError, SessionClosedError, SystemSetupError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
@@ -41,15 +44,15 @@ from ztna.net.session_queues import SessionSettings
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials, load_credentials
 from ztna.roles.address_book import AddressBook, open_address_book
-from ztna.roles.control_client import VERSION
+from ztna.roles.control_client import REPLACED_WAIT, VERSION
 from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
 
 CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})
-# docs/protocol.md section 1: a replaced session comes back after that at the earliest.
-REPLACED_WAIT = 30.0
+# Our choice: lines that one session can cause in the log by malformed messages, and by asking.
 MALFORMED_LOG_LIMIT = 5
+ANSWER_LOG_LIMIT = 1000
 
 
 @attrs.define(eq=False)
@@ -59,6 +62,7 @@ class _Served:
     client: Client
     session: Session
     malformed: int = 0
+    answered: int = 0
 
 
 @attrs.define
@@ -149,15 +153,26 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
         except* SessionClosedError:
             pass  # the reason is logged below, once for all ways to end
         except* RemoteProtocolError as group:
-            reason = str(group.exceptions[0])
+            reason = _words(group)
             session.send_control(encode_message(ProtocolError(reason)))
             session.close(CloseCode.PROTOCOL_ERROR, reason)
+        except* (AddressesExhaustedError, SystemSetupError) as group:
+            log.error("no tunnel address for a client", error=_words(group))
+            session.close(CloseCode.LIMIT, "the intermediate has no tunnel address to give")
+        except* Exception as group:
+            # A bug that one client can reach must not end the sessions of all others.
+            log.exception("internal error in a session", error=_words(group))
+            session.close(CloseCode.GOODBYE, "internal error of the intermediate")
         finally:
             intermediate.registry.remove(client)
             intermediate.relay.remove(client)
             intermediate.served.pop(client.key, None)
         closed = await session.wait_closed()
         log.info("client gone", reason=closed.reason, by_peer=closed.by_peer)
+
+
+def _words(group: BaseException) -> str:
+    return "; ".join(str(error) or type(error).__name__ for error in leaves(group))
 
 
 def _replace(intermediate: Intermediate, replaced: Client) -> None:
@@ -243,51 +258,63 @@ async def _read_datagrams(intermediate: Intermediate, served: _Served) -> None:
     client, session, sessions = served.client, served.session, intermediate.served
     while True:
         messages = await session.receive_datagrams()
-        if any(message[:1] < b"\x20" for message in messages):
-            for message in messages:
-                if message[:1] < b"\x20":
-                    _receive_dialogue(intermediate, served, message)
-            messages = [message for message in messages if message[:1] >= b"\x20"]
         if client.key not in sessions:
             continue  # replaced; the session is about to close
+        if any(message[:1] < b"\x20" for message in messages):
+            dialogue = [message for message in messages if message[:1] < b"\x20"]
+            _receive_dialogue(intermediate, served, dialogue)
+            messages = [message for message in messages if message[:1] >= b"\x20"]
         outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
         for target, batch in outgoing.items():
             sessions[target.key].session.send_datagrams(batch)
 
 
-def _receive_dialogue(intermediate: Intermediate, served: _Served, data: bytes) -> None:
-    """A registration; anything else of the dialogue is the server's to send, and is counted."""
-    try:
-        message = wire.parse_service_message_untrusted(data)
-    except RemoteProtocolError as error:
-        served.malformed += 1
-        if served.malformed <= MALFORMED_LOG_LIMIT:
-            log.warning("malformed message dropped", error=str(error))
-        return
+def _receive_dialogue(
+    intermediate: Intermediate, served: _Served, messages: Sequence[bytes]
+) -> None:
+    """Registrations; anything else of the dialogue is the server's to send, and is counted."""
     client, session = served.client, served.session
-    expected = wire.AGENT_WANTS if client.is_agent else wire.CONNECTOR_PROVIDES
-    if message.kind == expected:
+    answers: list[bytes] = []
+    map_changed = False
+    for data in messages:
+        try:
+            message = wire.parse_service_message_untrusted(data)
+            if message.kind not in {wire.AGENT_WANTS, wire.CONNECTOR_PROVIDES}:
+                raise RemoteProtocolError(f"0x{message.kind:02x} is not for a server")
+        except RemoteProtocolError as error:
+            served.malformed += 1
+            if served.malformed <= MALFORMED_LOG_LIMIT:
+                log.warning("malformed message dropped", error=str(error))
+            continue
+        answer = _answer(intermediate, served, message)
+        refusal = answer.refusal
+        kind = wire.REGISTERED if refusal is None else wire.REFUSED
+        answers.append(
+            wire.encode_service_message(ServiceMessage(kind, answer.service_id, refusal or 0))
+        )
+        map_changed |= refusal is None
+        if refusal is not None and client.speaks_control:
+            session.send_control(encode_message(Denied(answer.service_id, answer.reason)))
+    session.send_datagrams(answers)
+    if map_changed and client.speaks_control:
+        _send_service_map(served)  # once for all: it holds the whole map
+
+
+def _answer(intermediate: Intermediate, served: _Served, message: ServiceMessage) -> Registration:
+    client = served.client
+    if message.kind == (wire.AGENT_WANTS if client.is_agent else wire.CONNECTOR_PROVIDES):
         answer = intermediate.registry.register(client, message.service_id)
-    elif message.kind in {wire.AGENT_WANTS, wire.CONNECTOR_PROVIDES}:
+    else:
         reason = f"{client.identity} cannot ask that: it is no {_other(client.identity.role)}"
         answer = Registration(message.service_id, 0, Refusal.NOT_AUTHORISED, reason)
-    else:
-        served.malformed += 1
-        return
-    if answer.refusal is None:
-        log.info("registered", service=answer.service_id, rule=answer.reason)
-        kind, reason_byte = wire.REGISTERED, 0
-    else:
-        log.warning("registration refused", service=answer.service_id[:80], reason=answer.reason)
-        kind, reason_byte = wire.REFUSED, int(answer.refusal)
-    session.send_datagrams(
-        [wire.encode_service_message(ServiceMessage(kind, answer.service_id, reason_byte))]
-    )
-    if client.speaks_control:
+    served.answered += 1
+    if served.answered <= ANSWER_LOG_LIMIT:
+        name = answer.service_id[:80]
         if answer.refusal is None:
-            _send_service_map(served)
+            log.info("registered", service=name, rule=answer.reason)
         else:
-            session.send_control(encode_message(Denied(answer.service_id, answer.reason)))
+            log.warning("registration refused", service=name, reason=answer.reason)
+    return answer
 
 
 def _other(role: Role) -> Role:
