@@ -48,6 +48,9 @@ class UdpPort(Protocol):
         """Send all; wait while the socket's buffer is full. Unreachable addresses are counted,
         not raised: UDP promises nothing."""
 
+    def send_nowait(self, batches: Sequence[UdpBatch]) -> Sequence[UdpBatch]:
+        """Send as much as goes without waiting; return the rest, for `send`."""
+
     def statistics(self) -> Mapping[str, int]:
         """Counters: packets, bytes, system calls, drops."""
 

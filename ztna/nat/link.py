@@ -222,6 +222,10 @@ class MemoryUdpPort:
     async def send(self, batches: Sequence[UdpBatch]) -> None:
         """Send all; a network in memory never makes its sender wait."""
         await trio.lowlevel.checkpoint()
+        self.send_nowait(batches)
+
+    def send_nowait(self, batches: Sequence[UdpBatch]) -> Sequence[UdpBatch]:
+        """Send all; nothing is ever left."""
         if self._closed:
             raise trio.ClosedResourceError("this UDP port was closed")
         source = self.local_address
@@ -230,6 +234,7 @@ class MemoryUdpPort:
             # A copy, as a system call makes one: the sender may use its buffer again.
             wire = WireBatch(source, batch.address, bytes(batch.data), batch.segment_size)
             self.host.network.send(self.host, wire, trio.current_time())
+        return ()
 
     def put(self, batch: UdpBatch) -> bool:
         """Take a batch from the network; False when the inbox is full."""

@@ -76,6 +76,11 @@ def limit_streams(connection: QuicConnection, count: int) -> None:
         limit.value = limit.sent = count
 
 
+def set_ack_delay(connection: QuicConnection, seconds: float) -> None:
+    """How long an ACK of 1-RTT packets may wait for more of them (RFC 9000 section 13.2.1)."""
+    connection._ack_delay = seconds
+
+
 def stream_backlog(connection: QuicConnection, stream_id: int) -> int:
     """Bytes written to a stream that the peer has not acknowledged."""
     stream = connection._streams.get(stream_id)

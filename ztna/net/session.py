@@ -38,6 +38,9 @@ _ROUND_DATAGRAMS = 256
 # A few, so that a client with other habits is answered with a reset and not left waiting.
 _PEER_STREAMS = 4
 # Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
+# Our choice, below the 25 ms that a peer expects by default (RFC 9000 section 18.2): an ACK costs
+# each side as much as 50 packets of a batch, and ten batches may come in that time.
+_ACK_DELAY = 0.005
 _MIN_WAIT = 0.001
 
 
@@ -49,6 +52,9 @@ class SessionOwner(Protocol):
 
     def connection_id_retired(self, session: "Session", connection_id: bytes) -> None:
         """Packets with this id are for it no longer."""
+
+    def session_due(self, session: "Session") -> bool:
+        """A session has something to do; whether the present round of the endpoint does it."""
 
     def session_verified(self, session: "Session") -> None:
         """The handshake is complete and the peer's certificate was judged good."""
@@ -83,6 +89,8 @@ class Session(SessionQueues):
     _keepalive_at: float = attrs.field(default=math.inf, init=False, repr=False)
     _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
     _inbox_bytes: int = attrs.field(default=0, init=False, repr=False)
+    _pumping: bool = attrs.field(default=False, init=False, repr=False)
+    _sleep: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False, repr=False)
     _finished: bool = attrs.field(default=False, init=False, repr=False)
     # Whether aioquic may have something to send: it was fed, told something, or its timer fired.
     _stirred: bool = attrs.field(default=True, init=False, repr=False)
@@ -95,6 +103,7 @@ class Session(SessionQueues):
     def __attrs_post_init__(self) -> None:
         self._fast = FastPath(self._connection)
         # A client offers no stream to its server: the only one is its own stream 0.
+        aioquic_state.set_ack_delay(self._connection, _ACK_DELAY)
         aioquic_state.limit_streams(self._connection, 0 if self.is_client else _PEER_STREAMS)
         if self.is_client:
             self._connection.connect(self.remote_address, now=self._opened_at)
@@ -120,7 +129,7 @@ class Session(SessionQueues):
             return
         self._inbox.append(batch)
         self._inbox_bytes += len(batch.data)
-        self._wake.set()
+        self._kick()
 
     async def run(self) -> None:
         """Pump until the session has ended and its closing period is over."""
@@ -131,10 +140,31 @@ class Session(SessionQueues):
             if batches:
                 await self._port.send(batches)
             if not self._wake.is_set() and not self._finished:
-                with trio.move_on_at(self._next_timer(now)):
+                self._sleep = trio.CancelScope(deadline=self._next_timer(now))
+                with self._sleep:
                     await self._wake.wait()
             elif not batches:
                 await trio.lowlevel.checkpoint()
+
+    def pump_now(self, now: float) -> list[UdpBatch]:
+        """A round outside of the session's own task, which only learns its new timer."""
+        batches = self.pump(now)
+        if self._finished:
+            self._wake.set()
+        else:
+            self._sleep.deadline = self._next_timer(now)
+        return batches
+
+    async def send_datagrams_now(self, datagrams: Sequence[bytes]) -> int:
+        """As `send_datagrams`, but sent by the caller's task: a wake-up less for each batch."""
+        self._pumping = True
+        count = self.send_datagrams(datagrams)
+        self._pumping = False
+        if batches := self.pump_now(trio.current_time()):
+            await self._port.send(batches)
+        else:
+            await trio.lowlevel.checkpoint()
+        return count
 
     def say_goodbye(self, now: float) -> list[UdpBatch]:
         """Close at once, for an endpoint that stops; return what is to be sent."""
@@ -147,19 +177,29 @@ class Session(SessionQueues):
     # --- the pump, in the order of a round ----------------------------------------------------
 
     def pump(self, now: float) -> list[UdpBatch]:
-        """One round without waiting: feed, timers, events, then what is to be sent."""
+        """One round without waiting: feed, deliver, timers, events, then what is to be sent."""
+        try:
+            self._pumping = True
+            self._feed(now)
+        except aioquic_state.LEAKED_ERRORS as error:
+            return self._fail(error, now)
+        finally:
+            self._pumping = False
+        self._pumping = True
+        try:
+            # Outside of the other try: an error of the receiver is ours, not QUIC's.
+            self._deliver()
+        finally:
+            self._pumping = False
+        if self._finished:
+            return []
         try:
             return self._round(now)
         except aioquic_state.LEAKED_ERRORS as error:
-            words = f"{type(error).__name__}: {error}"
-            log.warning("quic_internal_error", remote=self.remote_address, error=words)
-            return self._give_up(now)
+            return self._fail(error, now)
 
     def _round(self, now: float) -> list[UdpBatch]:
         connection = self._connection
-        self._feed(now)
-        if self._finished:
-            return []
         timer = connection.get_timer()
         if timer is not None and timer <= now:
             connection.handle_timer(now=now)
@@ -348,6 +388,16 @@ class Session(SessionQueues):
             return []
         self._farewell_after = 2 * self._late_batches
         return self._farewell
+
+    def _kick(self) -> None:
+        # What is queued while we feed and deliver goes out at the end of the same round.
+        if not self._pumping and not self._owner.session_due(self):
+            self._wake.set()
+
+    def _fail(self, error: Exception, now: float) -> list[UdpBatch]:
+        words = f"{type(error).__name__}: {error}"
+        log.warning("quic_internal_error", remote=self.remote_address, error=words)
+        return self._give_up(now)
 
     def _give_up(self, now: float) -> list[UdpBatch]:
         """End a session whose connection has failed inside; once without a word if need be."""

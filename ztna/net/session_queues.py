@@ -5,7 +5,7 @@ here change a queue or a flag and wake the pump; they never touch the connection
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import trio
@@ -21,6 +21,9 @@ from ztna.net.tls import VerifiedPeer
 
 # Above the largest control frame of 64 KiB; bounds what the peer can make us hold.
 _STREAM_WINDOW = 256 << 10
+
+Receiver = Callable[[list[bytes]], None]
+"""Takes DATAGRAMs, in order."""
 
 _COUNTERS = (
     "sent_packets",
@@ -91,6 +94,7 @@ class SessionQueues:
     _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)
     _outgoing: deque[bytes] = attrs.field(factory=deque, init=False, repr=False)
     _incoming: list[bytes] = attrs.field(factory=list, init=False, repr=False)
+    _receiver: Receiver | None = attrs.field(default=None, init=False, repr=False)
     _incoming_bytes: int = attrs.field(default=0, init=False, repr=False)
     _control_out: bytearray = attrs.field(factory=bytearray, init=False, repr=False)
     _control_unacknowledged: int = attrs.field(default=0, init=False, repr=False)
@@ -146,6 +150,14 @@ class SessionQueues:
             await self._changed.park()
         return self._close_info
 
+    def deliver_datagrams(self, receiver: Receiver) -> None:
+        """From now on hand DATAGRAMs to a function as they come, instead of `receive_datagrams`.
+
+        It is called by the pump, must not wait, and raises nothing for what the peer sent.
+        """
+        self._receiver = receiver
+        self._deliver()
+
     async def receive_datagrams(self) -> list[bytes]:
         """Wait for at least one DATAGRAM; return all that are there, in order.
 
@@ -174,7 +186,7 @@ class SessionQueues:
             self._counters["drop_outgoing_full"] += len(datagrams) - room
             datagrams = datagrams[:room]
         self._outgoing.extend(datagrams)
-        self._wake.set()
+        self._kick()
         return len(datagrams)
 
     @property
@@ -200,7 +212,7 @@ class SessionQueues:
             self.close(CloseCode.LIMIT, "the peer does not read its control stream")
             return
         self._control_out += data
-        self._wake.set()
+        self._kick()
 
     async def receive_control(self) -> bytes:
         """Wait for bytes of the control stream; b"" at its end. Raises SessionClosedError."""
@@ -218,13 +230,23 @@ class SessionQueues:
         """Close with an application code; the pump sends it. The first close counts."""
         if self._close_wanted is None:
             self._close_wanted = (code, reason)
-            self._wake.set()
+            self._kick()
 
     def _raise_if_closed(self) -> None:
         if self._close_info is not None:
             raise SessionClosedError(self._close_info.reason)
 
     # --- for the pump -------------------------------------------------------------------------
+
+    def _kick(self) -> None:
+        """There is something for the pump to do."""
+        self._wake.set()
+
+    def _deliver(self) -> None:
+        """Hand what came to the receiver, if there is one."""
+        if self._receiver is not None and self._incoming:
+            datagrams, self._incoming, self._incoming_bytes = self._incoming, [], 0
+            self._receiver(datagrams)
 
     def _put_datagrams(self, datagrams: Sequence[bytes]) -> None:
         """Take what the peer sent; the newest is dropped when nobody reads."""

@@ -120,6 +120,14 @@ def _join_run(run: Sequence[UdpBatch]) -> UdpBatch:
     return UdpBatch(data, first.segment_size, first.address)
 
 
+class _SocketFullError(Exception):
+    """The socket's buffer is full; `sent` bytes of the piece have gone out before."""
+
+    def __init__(self, sent: int) -> None:
+        super().__init__(sent)
+        self.sent = sent
+
+
 @attrs.define(eq=False)
 class SocketUdpPort:
     """`UdpPort` on a kernel socket. Made by `open_udp_port`.
@@ -131,6 +139,7 @@ class SocketUdpPort:
     local_address: Address
     gro: bool
     gso: bool
+    _writing: trio.Lock = attrs.field(factory=trio.Lock, repr=False)
     _buffer: bytearray = attrs.field(factory=lambda: bytearray(_RECEIVE_SIZE), repr=False)
     _counters: dict[str, int] = attrs.field(
         factory=lambda: dict.fromkeys(
@@ -187,61 +196,76 @@ class SocketUdpPort:
     async def send(self, batches: Sequence[UdpBatch]) -> None:
         """Send all; wait while the socket's buffer is full. What the network refuses is counted."""
         await trio.lowlevel.checkpoint()
-        for batch in batches:
-            for piece in split_batch(batch):
-                if self.gso or len(piece) <= batch.segment_size:
-                    await self._send_piece(piece, batch.segment_size, batch.address)
-                else:
-                    await self._send_single(piece, batch.segment_size, batch.address)
+        rest = self.send_nowait(batches)
+        while rest:
+            async with self._writing:  # trio lets one task wait for a socket
+                await trio.lowlevel.wait_writable(self._socket)
+            rest = self.send_nowait(rest)
 
-    async def _send_piece(self, piece: Buffer, segment: int, address: Address) -> None:
+    def send_nowait(self, batches: Sequence[UdpBatch]) -> Sequence[UdpBatch]:
+        """Send as much as the socket takes; return the rest. What is refused is counted."""
+        for number, batch in enumerate(batches):
+            sent = 0
+            try:
+                for piece in split_batch(batch):
+                    if self.gso or len(piece) <= batch.segment_size:
+                        self._send_piece(piece, batch.segment_size, batch.address)
+                    else:
+                        self._send_single(piece, batch.segment_size, batch.address)
+                    sent += len(piece)
+            except _SocketFullError as full:
+                left = memoryview(batch.data)[sent + full.sent :]
+                return [attrs.evolve(batch, data=left), *batches[number + 1 :]]
+        return ()
+
+    def _send_piece(self, piece: Buffer, segment: int, address: Address) -> None:
         if len(piece) <= segment:
-            error = await self._send_once(piece, [], address)
-            self._count_sent(error, len(piece), 1)
+            self._count_sent(self._send_once(piece, [], address), len(piece), 1)
             return
         control = [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("H", segment))]
-        error = await self._send_once(piece, control, address)
+        error = self._send_once(piece, control, address)
         if error not in (errno.EIO, errno.EINVAL):
             self._count_sent(error, len(piece), math.ceil(len(piece) / segment))
             return
         # EIO: the device cannot checksum; EINVAL: the route's MTU is smaller than a segment, or
         # it is not about GSO at all. If the first segment passes alone, it was about GSO.
-        if await self._send_single(piece, segment, address) and self.gso:
+        if self._send_single(piece, segment, address) and self.gso:
             self.gso = False
             log.info("udp_gso_refused", local=self.local_address, error=os.strerror(error))
 
-    async def _send_single(self, piece: Buffer, segment: int, address: Address) -> bool:
+    def _send_single(self, piece: Buffer, segment: int, address: Address) -> bool:
         """Send segments one by one; return whether the first one passed."""
         view = memoryview(piece)
         first_passed = False
         for start in range(0, len(piece), segment):
             data = view[start : start + segment]
-            error = await self._send_once(data, [], address)
+            try:
+                error = self._send_once(data, [], address)
+            except _SocketFullError:
+                raise _SocketFullError(start) from None
             self._count_sent(error, len(data), 1)
             first_passed = first_passed or (start == 0 and error == 0)
         return first_passed
 
-    async def _send_once(
+    def _send_once(
         self, data: Buffer, control: list[tuple[int, int, bytes]], address: Address
     ) -> int:
-        """One system call, repeated while it would block; return its errno, 0 for success."""
-        while True:
-            self._counters["send_calls"] += 1
-            try:
-                self._socket.sendmsg([data], control, 0, address)
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._socket)
-            except socket.gaierror:
-                # An address of the other family: its error numbers are not errno's.
-                return errno.EAFNOSUPPORT
-            except OSError as error:
-                if error.errno == errno.EBADF:
-                    raise trio.ClosedResourceError("this UDP port was closed") from None
-                if error.errno not in _SEND_DROPS:
-                    raise
-                return error.errno
-            else:
-                return 0
+        """One system call; return its errno, 0 for success."""
+        self._counters["send_calls"] += 1
+        try:
+            self._socket.sendmsg([data], control, 0, address)
+        except BlockingIOError:
+            raise _SocketFullError(0) from None
+        except socket.gaierror:
+            # An address of the other family: its error numbers are not errno's.
+            return errno.EAFNOSUPPORT
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise trio.ClosedResourceError("this UDP port was closed") from None
+            if error.errno not in _SEND_DROPS:
+                raise
+            return error.errno
+        return 0
 
     def _count_sent(self, error: int, size: int, packets: int) -> None:
         if error:

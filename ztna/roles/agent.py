@@ -7,7 +7,7 @@ one that gives the interface its address and routes when the intermediate has na
 
 import ipaddress
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import attrs
 import structlog
@@ -41,6 +41,9 @@ from ztna.tun.netlink import check_outside, repair, tun_network
 log = structlog.get_logger(__name__)
 
 PROTOCOLS = {"tcp": TCP, "udp": UDP}
+
+# DATAGRAMs that one reading of the TUN may give: four super-packets and more.
+LEAST_ROOM = 512
 
 Configure = Callable[[ipaddress.IPv4Address], AbstractAsyncContextManager[None]]
 """Gives the interface a tunnel address and the routes; takes both back at its exit."""
@@ -153,18 +156,15 @@ class _Agent:
     async def tun_to_session(self) -> None:
         """The host's packets, batch by batch."""
         while True:
-            link = self.link
-            if link is not None:
-                try:
-                    await link.session.wait_datagram_room()
-                except SessionClosedError:
-                    await trio.lowlevel.checkpoint()
+            if self.link is not None and self.link.session.datagram_room < LEAST_ROOM:
+                with suppress(SessionClosedError):
+                    await self.link.session.wait_datagram_room()
             packets = await self.tun.receive()
             forward, answers = self.routes.route_outbound(packets)
             if answers:
                 self.tun.send_nowait(answers)
             if forward and self.link is not None:
-                self.link.send_packets(forward)
+                await self.link.send_packets(forward)
 
     async def configure_tun(self, configure: Configure) -> None:
         """Keep the interface's address the one that the intermediate gave last."""

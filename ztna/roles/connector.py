@@ -149,7 +149,7 @@ class _Connector:
             packets = await self.terminator.packets_to_send(SEND_BATCH)
             link = self.link or link  # that was a long wait, perhaps
             labels = link.labels
-            link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
+            await link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
 
 
 def _offer(service: ConnectorService) -> OfferedService:

@@ -6,6 +6,7 @@ session is up: before `Accepted`, or before a 0x12 of a (seed) intermediate that
 """
 
 import datetime
+import functools
 import ipaddress
 import math
 import random
@@ -111,11 +112,9 @@ class ControlLink:
         given = self.accepted.tunnel_address if self.accepted else None
         return None if given is None else ipaddress.IPv4Address(given)
 
-    def send_packets(self, packets: Sequence[tuple[ServiceLabel, IpPacket]]) -> None:
-        """Queue users' packets; what the session has no room for is dropped and counted there."""
-        messages = self.encapsulator.encapsulate(packets)
-        if messages:
-            self.session.send_datagrams(messages)
+    async def send_packets(self, packets: Sequence[tuple[ServiceLabel, IpPacket]]) -> None:
+        """Send users' packets; what the session has no room for is dropped and counted there."""
+        await self.session.send_datagrams_now(self.encapsulator.encapsulate(packets))
 
     def statistics(self) -> Mapping[str, object]:
         """Counters of the session and of both directions."""
@@ -170,7 +169,7 @@ async def run_control_session(
         session.send_control(encode_message(_hello(role, session.max_datagram_data)))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_read_control, link, handler)
-            nursery.start_soon(_read_datagrams, link, handler)
+            session.deliver_datagrams(functools.partial(_receive_datagrams, link, handler))
             nursery.start_soon(_register, link)
             nursery.start_soon(_accept_seed, link, handler)
             with trio.move_on_after(UP_DEADLINE):
@@ -285,22 +284,20 @@ def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
     link.observed_address = (accepted.observed_address.host, accepted.observed_address.port)
 
 
-async def _read_datagrams(link: ControlLink, handler: PacketHandler) -> None:
-    while True:
-        messages = await link.session.receive_datagrams()
-        now = trio.current_time()
-        if any(message[:1] < b"\x20" for message in messages):
-            for message in messages:
-                if message[:1] < b"\x20":
-                    try:
-                        _receive_dialogue_untrusted(link, message, handler, now)
-                    except RemoteProtocolError:
-                        link.malformed += 1
-            messages = [message for message in messages if message[:1] >= b"\x20"]
-        if messages and link.up.is_set():
-            packets = link.decapsulator.decapsulate(messages, now)
-            if packets:
-                handler.packets_received(link, packets)
+def _receive_datagrams(link: ControlLink, handler: PacketHandler, messages: list[bytes]) -> None:
+    now = trio.current_time()
+    if any(message[:1] < b"\x20" for message in messages):
+        for message in messages:
+            if message[:1] < b"\x20":
+                try:
+                    _receive_dialogue_untrusted(link, message, handler, now)
+                except RemoteProtocolError:
+                    link.malformed += 1
+        messages = [message for message in messages if message[:1] >= b"\x20"]
+    if messages and link.up.is_set():
+        packets = link.decapsulator.decapsulate(messages, now)
+        if packets:
+            handler.packets_received(link, packets)
 
 
 def _receive_dialogue_untrusted(

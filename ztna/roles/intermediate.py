@@ -6,6 +6,7 @@ that the relay names.
 """
 
 import datetime
+import functools
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
@@ -144,10 +145,12 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
             _replace(intermediate, replaced)
         try:
             async with trio.open_nursery() as nursery:
+                session.deliver_datagrams(
+                    functools.partial(_receive_datagrams, intermediate, served)
+                )
                 nursery.start_soon(_report_address, session)
                 nursery.start_soon(_close_when_expired, session, peer.not_after)
                 nursery.start_soon(_read_control, intermediate, served)
-                nursery.start_soon(_read_datagrams, intermediate, served)
                 await session.wait_closed()
                 nursery.cancel_scope.cancel()
         except* SessionClosedError:
@@ -253,20 +256,18 @@ async def _receive_hello_untrusted(
     _send_service_map(served)
 
 
-async def _read_datagrams(intermediate: Intermediate, served: _Served) -> None:
+def _receive_datagrams(intermediate: Intermediate, served: _Served, messages: list[bytes]) -> None:
     """The data path: a batch in, batches out."""
-    client, session, sessions = served.client, served.session, intermediate.served
-    while True:
-        messages = await session.receive_datagrams()
-        if client.key not in sessions:
-            continue  # replaced; the session is about to close
-        if any(message[:1] < b"\x20" for message in messages):
-            dialogue = [message for message in messages if message[:1] < b"\x20"]
-            _receive_dialogue(intermediate, served, dialogue)
-            messages = [message for message in messages if message[:1] >= b"\x20"]
-        outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
-        for target, batch in outgoing.items():
-            sessions[target.key].session.send_datagrams(batch)
+    client, sessions = served.client, intermediate.served
+    if client.key not in sessions:
+        return  # replaced; the session is about to close
+    if any(message[:1] < b"\x20" for message in messages):
+        dialogue = [message for message in messages if message[:1] < b"\x20"]
+        _receive_dialogue(intermediate, served, dialogue)
+        messages = [message for message in messages if message[:1] >= b"\x20"]
+    outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
+    for target, batch in outgoing.items():
+        sessions[target.key].session.send_datagrams(batch)
 
 
 def _receive_dialogue(
