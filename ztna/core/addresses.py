@@ -31,6 +31,15 @@ def packed_pair(address: ipaddress.IPv4Address) -> tuple[bytes, bytes]:
     return address.packed, twin(address).packed
 
 
+def in_range(address: bytes, network: ipaddress.IPv4Network) -> bool:
+    """Whether a packed address, or the IPv4 address that it is the twin of, lies in network."""
+    if len(address) == 16:
+        if address[:12] != _PREFIX_BYTES:
+            return False
+        address = address[12:]
+    return int.from_bytes(address) & int(network.netmask) == int(network.network_address)
+
+
 def source_and_destination(packet: bytes, offset: int = 0) -> tuple[bytes, bytes] | None:
     """Addresses of the IP header that starts at offset, by position alone: no other field is
     judged. None when it is neither IPv4 nor IPv6, or too short."""

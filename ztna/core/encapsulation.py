@@ -12,6 +12,7 @@ import attrs
 
 from ztna.core import wire
 from ztna.core.offload import SliceJoiner, segment, slice_super_packet
+from ztna.core.packet.ip import MAX_PACKET_SIZE
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.reassembly import MessageReassembler, fragment
 from ztna.core.wire import Feature
@@ -36,12 +37,15 @@ class Encapsulator:
     max_size: bytes of the largest DATAGRAM of the session.
     features: what the other side understands.
     bare: send bare IP packets instead of 0x2F when there is no better form (seed connectors).
+    too_large, malformed: packets that were dropped because no form holds them, or because they are
+    not what their offload fields say.
     """
 
     max_size: int
     features: frozenset[Feature] = frozenset()
     bare: bool = False
     too_large: int = 0
+    malformed: int = 0
     _packet_id: int = 0
     _message_id: int = 0
 
@@ -49,28 +53,32 @@ class Encapsulator:
         """Messages for a batch, in order. What cannot be carried is dropped and counted."""
         messages: list[bytes] = []
         waiting: list[tuple[int, Buffer]] = []  # for the next container
-        size = 1
+        room = self.max_size - 1  # in that container
+        contain = Feature.CONTAINER in self.features
         for label, packet in packets:
-            if packet.segment_size and label.number and Feature.SLICE in self.features:
-                slices = slice_super_packet(packet, label.number, self._packet_id, self.max_size)
+            plain_packets: Sequence[Buffer] = (packet.data,)
+            if packet.segment_size or packet.checksum_start:
+                slices = self._slices(label, packet)
                 if slices:
-                    self._packet_id = (self._packet_id + 1) & 0xFFFF
-                    self._flush(waiting, messages)
-                    size = 1
+                    room = self._flush(waiting, messages)
                     messages += slices
                     continue
-            for plain in _plain_packets(packet):
-                if not (label.number and Feature.CONTAINER in self.features):
-                    self._flush(waiting, messages)
-                    size = 1
-                    self._append(self._single(label, plain), messages)
+                try:
+                    plain_packets = segment(packet)
+                except RemoteProtocolError:
+                    self.malformed += 1
                     continue
+            for plain in plain_packets:
                 entry = wire.ENTRY_SIZE + len(plain)
-                if size + entry > self.max_size:
-                    self._flush(waiting, messages)
-                    size = 1
-                waiting.append((label.number, plain))
-                size += entry
+                if entry > room and waiting:
+                    room = self._flush(waiting, messages)
+                if contain and entry <= room and label.number:
+                    waiting.append((label.number, plain))
+                    room -= entry
+                    continue
+                if waiting:
+                    room = self._flush(waiting, messages)
+                self._append_single(label, plain, messages)
         self._flush(waiting, messages)
         return messages
 
@@ -83,17 +91,36 @@ class Encapsulator:
             self._append(message, fitting)
         return fitting
 
-    def _single(self, label: ServiceLabel, packet: Buffer) -> bytes:
-        if label.number and Feature.SHORT in self.features:
-            return wire.encode_short(label.number, packet)
-        return bytes(packet) if self.bare else wire.encode_routed(label.id, packet)
+    def _slices(self, label: ServiceLabel, packet: IpPacket) -> list[bytes]:
+        if not (packet.segment_size and label.number and Feature.SLICE in self.features):
+            return []
+        slices = slice_super_packet(packet, label.number, self._packet_id, self.max_size)
+        if slices:
+            self._packet_id = (self._packet_id + 1) & 0xFFFF
+        return slices
 
-    def _flush(self, waiting: list[tuple[int, Buffer]], messages: list[bytes]) -> None:
-        if len(waiting) == 1:
-            self._append(wire.encode_short(*waiting[0]), messages)
+    def _append_single(self, label: ServiceLabel, packet: Buffer, messages: list[bytes]) -> None:
+        """A packet in a message of its own, in the shortest form that the other side knows."""
+        if len(packet) > MAX_PACKET_SIZE:
+            self.too_large += 1  # IPv6 could say 40 bytes more; no TUN takes them
+        elif label.number and Feature.SHORT in self.features:
+            self._append(wire.encode_short(label.number, packet), messages)
+        elif label.number and Feature.CONTAINER in self.features:
+            self._append(wire.encode_container([(label.number, packet)]), messages)
+        elif self.bare:
+            self._append(bytes(packet), messages)
+        else:
+            self._append(wire.encode_routed(label.id, packet), messages)
+
+    def _flush(self, waiting: list[tuple[int, Buffer]], messages: list[bytes]) -> int:
+        """Send what waits for a container; return the room in the next one. Its entries fit, so
+        the message does."""
+        if len(waiting) == 1 and Feature.SHORT in self.features:
+            messages.append(wire.encode_short(*waiting[0]))
         elif waiting:
             messages.append(wire.encode_container(waiting))
         waiting.clear()
+        return self.max_size - 1
 
     def _append(self, message: bytes, messages: list[bytes]) -> None:
         if len(message) <= self.max_size:
@@ -108,12 +135,6 @@ class Encapsulator:
             self.too_large += 1
             return
         self._message_id = (self._message_id + 1) & 0xFFFF
-
-
-def _plain_packets(packet: IpPacket) -> Sequence[Buffer]:
-    if packet.segment_size or packet.checksum_start:
-        return segment(packet)
-    return (packet.data,)
 
 
 @attrs.define
@@ -135,35 +156,48 @@ class Decapsulator:
         packets: list[tuple[ServiceKey, IpPacket]] = []
         slices: list[bytes] = []
         for message in messages:
-            if message[:1] == b"\x22":
-                slices.append(message)
-                continue
-            if slices:
-                packets += self._joiner.join(slices)
-                slices = []
+            kind = message[0] if message else -1
             try:
-                self._receive_untrusted(message, packets, now)
+                if kind == wire.FRAGMENT:
+                    whole = self._fragments.receive_fragment(message, now)
+                    if whole is None:
+                        continue
+                    message, kind = whole, whole[0]
+                if kind == wire.SLICE:
+                    slices.append(message)
+                    continue
+                if slices:
+                    packets += self._join(slices)
+                    slices = []
+                self._receive_untrusted(kind, message, packets)
             except RemoteProtocolError:
                 self.malformed += 1
         if slices:
-            packets += self._joiner.join(slices)
-        # A run that the batch left open ends here: waiting for the rest would delay an ACK.
-        packets += self._joiner.flush()
+            packets += self._join(slices)
         return packets
 
     def statistics(self) -> dict[str, int]:
         """Counters of what was dropped, and of the reassembly."""
+        joiner = self._joiner.statistics()
         return {
-            "malformed": self.malformed,
+            "malformed": self.malformed + joiner["malformed"],
             "unknown": self.unknown,
+            "slices": joiner["slices"],
+            "super_packets": joiner["packets"],
+            "super_packets_partial": joiner["partial"],
             **self._fragments.statistics(),
-            **self._joiner.statistics(),
         }
 
+    def _join(self, slices: list[bytes]) -> list[tuple[int, IpPacket]]:
+        """A run that they leave open ends here: waiting for the rest would delay an ACK, and what
+        comes behind it would overtake it."""
+        joined = self._joiner.join(slices)
+        joined += self._joiner.flush()
+        return joined
+
     def _receive_untrusted(
-        self, message: bytes, packets: list[tuple[ServiceKey, IpPacket]], now: float
+        self, kind: int, message: bytes, packets: list[tuple[ServiceKey, IpPacket]]
     ) -> None:
-        kind = message[0] if message else -1
         if kind == wire.CONTAINER:
             packets += [(n, IpPacket(p)) for n, p in wire.parse_container_untrusted(message)]
         elif kind == wire.SHORT:
@@ -175,14 +209,6 @@ class Decapsulator:
         elif kind >> 4 in {4, 6}:
             packets.append((None, IpPacket(message)))
         elif kind == wire.FRAGMENT:
-            whole = self._fragments.receive_fragment(message, now)
-            if whole is None:
-                return
-            if whole[0] == wire.FRAGMENT:
-                raise RemoteProtocolError("a fragment of a fragment")
-            if whole[0] == wire.SLICE:
-                packets += self._joiner.join([whole])
-            else:
-                self._receive_untrusted(whole, packets, now)
+            raise RemoteProtocolError("a fragment of a fragment")
         else:
             self.unknown += 1

@@ -31,6 +31,9 @@ class OfferedService:
         )
 
 
+FlowIndex = tuple[str, int, bytes, int, bytes, int]
+
+
 @attrs.frozen
 class FlowKey:
     """What makes a flow. Addresses are packed; source is the user's end."""
@@ -42,14 +45,25 @@ class FlowKey:
     destination: bytes = attrs.field(repr=bytes.hex)
     destination_port: int
 
+    @property
+    def index(self) -> FlowIndex:
+        """The same as a tuple, which is much cheaper to look up by for each packet."""
+        return (
+            self.service_id,
+            self.protocol,
+            self.source,
+            self.source_port,
+            self.destination,
+            self.destination_port,
+        )
+
 
 @attrs.define(eq=False)
 class TcpFlow:
-    """A user's TCP connection, terminated here. timers: when the table will look at it."""
+    """A user's TCP connection, terminated here."""
 
     key: FlowKey
     connection: TcpConnection
-    timers: list[float] = attrs.Factory(list)
 
 
 @attrs.define(eq=False)

@@ -7,28 +7,28 @@ the flows that have something to say. The driver (`backend`) hears of flows thro
 acts on `TcpFlow.connection` or `UdpFlow.inbox`, and calls `touch` afterwards.
 """
 
-import heapq
 import ipaddress
-import itertools
 import secrets
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from ztna.core.addresses import twin_network
+from ztna.core.addresses import in_range
 from ztna.core.flow import (
     MAX_INBOX,
     Flow,
     FlowActive,
     FlowClosed,
     FlowEvent,
+    FlowIndex,
     FlowKey,
     FlowOpened,
     OfferedService,
     TcpFlow,
     UdpFlow,
 )
+from ztna.core.flow_timers import FlowTimers
 from ztna.core.packet import icmp
 from ztna.core.packet.fragments import Reassembler, fragment
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
@@ -54,9 +54,13 @@ MAX_PENDING_CONNECTS = 512
 MAX_ANSWERS = 1024
 # (seed); RFC 4787 REQ-5 asks for at least two minutes.
 UDP_IDLE = 120.0
+# What UDP over IPv4 holds (RFC 768, RFC 791); a backend over IPv6 can send 20 bytes more.
+MAX_DATAGRAM = 65_507
+# What a flow may send in its turn: one super-packet. More than any MSS, below which a connection
+# would say nothing and lose its turn for good.
+TURN_BYTES = 65_536
 
 _OPENING_FLAGS = TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST
-
 
 TcpConfigFor = Callable[[bool], TcpConfig]
 InitialNumbers = Callable[[FlowKey, float], tuple[int, int]]
@@ -77,14 +81,13 @@ class FlowTable:
     initial_numbers: InitialNumbers
     packet_size: int = 1160
     dropped: Counter[str] = attrs.Factory(Counter)
-    _flows: dict[FlowKey, Flow] = attrs.Factory(dict)
+    _flows: dict[FlowIndex, Flow] = attrs.Factory(dict)
     _per_user: Counter[bytes] = attrs.Factory(Counter)
     _pending: int = 0
     _answers: deque[tuple[str, IpPacket]] = attrs.Factory(deque)
     _ready: OrderedDict[TcpFlow, None] = attrs.Factory(OrderedDict)
     _events: deque[FlowEvent] = attrs.Factory(deque)
-    _timers: list[tuple[float, int, Flow]] = attrs.Factory(list)
-    _order: Iterator[int] = attrs.Factory(itertools.count)
+    _timers: FlowTimers = attrs.Factory(FlowTimers)
     _reassembler: Reassembler = attrs.Factory(Reassembler)
     # RFC 7739 section 3: not to be guessed by others.
     _identification: int = attrs.Factory(lambda: secrets.randbits(32))
@@ -92,19 +95,21 @@ class FlowTable:
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
         """Take a batch; the string is the id of the service that the message named."""
         segments: dict[TcpFlow, list[TcpSegment]] = {}
+        datagrams: dict[UdpFlow, None] = {}
         for service_id, packet in packets:
             service = self.services.get(service_id)
             if service is None:
                 self.dropped["unknown_service"] += 1
                 continue
             try:
-                self._receive_packet_untrusted(service, packet, segments, now)
+                self._receive_packet_untrusted(service, packet, segments, datagrams, now)
             except RemoteProtocolError:
                 self.dropped["malformed"] += 1
         for flow, batch in segments.items():
             flow.connection.receive_segments(batch, now)
             self.touch(flow, now)
             self._events.append(FlowActive(flow))
+        self._events.extend(map(FlowActive, datagrams))
 
     def next_event(self) -> FlowEvent | None:
         """What the driver has to know next, or None."""
@@ -112,8 +117,8 @@ class FlowTable:
 
     def touch(self, flow: TcpFlow, now: float) -> None:
         """The flow's connection was acted upon: it may have something to send, or be over."""
-        if self._flows.get(flow.key) is not flow:
-            return
+        if self._flows.get(flow.key.index) is not flow:
+            return  # gone, and perhaps a newer one in its place
         if flow.connection.closed:
             self._end(flow, now)
         else:
@@ -126,7 +131,7 @@ class FlowTable:
         return bool(self._answers or self._ready)
 
     def packets_to_send(self, now: float, max_bytes: int) -> list[tuple[str, IpPacket]]:
-        """Packets for the users, some max_bytes in all, flows taking turns."""
+        """Packets for the users, flows taking turns: none begins once max_bytes are there."""
         packets: list[tuple[str, IpPacket]] = []
         size = 0
         while self._answers and size < max_bytes:
@@ -135,7 +140,7 @@ class FlowTable:
             size += len(packet.data)
         while self._ready and size < max_bytes:
             flow, _ = self._ready.popitem(last=False)
-            segments = flow.connection.segments_to_send(now, max_bytes - size)
+            segments = flow.connection.segments_to_send(now, TURN_BYTES)
             if segments:
                 built = _to_packets(flow.key, segments)
                 packets += [(flow.key.service_id, packet) for packet in built]
@@ -150,7 +155,10 @@ class FlowTable:
     def send_datagrams(
         self, flow: UdpFlow, payloads: Sequence[tuple[Buffer, int]], now: float
     ) -> None:
-        """Queue the backend's answers: (payload, segment size or 0 for a single datagram)."""
+        """Queue the backend's answers: (payload, segment size or 0 for a single datagram). No
+        effect on a flow that is closed."""
+        if flow.closed:
+            return
         flow.last_used = now
         key = flow.key
         for payload, segment_size in payloads:
@@ -163,6 +171,8 @@ class FlowTable:
 
     def refuse_flow(self, flow: UdpFlow, now: float) -> None:
         """The backend refuses the datagrams of a flow: port unreachable, and the flow is over."""
+        if flow.closed:
+            return
         key = flow.key
         sent = build_udp_packet(
             key.source, key.destination, key.source_port, key.destination_port, b""
@@ -173,26 +183,24 @@ class FlowTable:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` is due."""
-        return self._timers[0][0] if self._timers else None
+        return self._timers.get_timer()
 
     def handle_timer(self, now: float) -> None:
         """Run the timers of connections and give up idle flows."""
-        while self._timers and self._timers[0][0] <= now:
-            at, _, flow = heapq.heappop(self._timers)
-            if self._flows.get(flow.key) is not flow:
-                continue
+        for flow in self._timers.due(now):
             if isinstance(flow, UdpFlow):
                 if flow.last_used + UDP_IDLE <= now:
                     self._close(flow)
                 else:
-                    self._push(flow.last_used + UDP_IDLE, flow)
+                    self._timers.arm(flow, flow.last_used + UDP_IDLE)
                 continue
-            flow.timers.remove(at)
             due = flow.connection.get_timer()
             if due is not None and due <= now:
                 flow.connection.handle_timer(now)
                 self._events.append(FlowActive(flow))
-            self.touch(flow, now)
+                self.touch(flow, now)
+            else:
+                self._arm(flow, now)
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables, and what was dropped by reason."""
@@ -215,6 +223,7 @@ class FlowTable:
         service: OfferedService,
         packet: IpPacket,
         segments: dict[TcpFlow, list[TcpSegment]],
+        datagrams: dict[UdpFlow, None],
         now: float,
     ) -> None:
         ip = parse_ip_untrusted(packet.data)
@@ -224,13 +233,18 @@ class FlowTable:
                 return
             packet = IpPacket(whole[0])
             ip = parse_ip_untrusted(packet.data)
-        if not self._owns(service, ip.destination):
+        addresses = service.addresses
+        if not (
+            ip.destination in addresses
+            if addresses
+            else in_range(ip.destination, self.service_range)
+        ):
             self.dropped["destination_is_not_the_service"] += 1
             return
         if ip.protocol == TCP:
             self._receive_tcp_untrusted(service, packet, ip, segments, now)
         elif ip.protocol == UDP:
-            self._receive_udp_untrusted(service, packet, ip, now)
+            self._receive_udp_untrusted(service, packet, ip, datagrams, now)
         elif ip.protocol in {ICMP, ICMPV6}:
             self._answer(service.id, icmp.echo_reply(packet.data))
         else:
@@ -249,13 +263,14 @@ class FlowTable:
         if not service.accepts(TCP, destination_port):
             self._refuse(service, packet)
             return
-        key = FlowKey(service.id, TCP, ip.source, source_port, ip.destination, destination_port)
-        flow = self._flows.get(key)
+        index = (service.id, TCP, ip.source, source_port, ip.destination, destination_port)
+        flow = self._flows.get(index)
         if isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment):
             self._end(flow, now)
         elif isinstance(flow, TcpFlow):
             segments.setdefault(flow, []).append(segment)
             return
+        key = FlowKey(*index)
         if segment.flags & _OPENING_FLAGS != TcpFlags.SYN:
             reset = reset_for(segment)
             if reset is not None:
@@ -279,44 +294,40 @@ class FlowTable:
             self._arm(flow, now)
 
     def _receive_udp_untrusted(
-        self, service: OfferedService, packet: IpPacket, ip: IpHeader, now: float
+        self,
+        service: OfferedService,
+        packet: IpPacket,
+        ip: IpHeader,
+        datagrams: dict[UdpFlow, None],
+        now: float,
     ) -> None:
         datagram = parse_udp_untrusted(packet.data, ip, verify_checksum=not packet.checksum_start)
         if not service.accepts(UDP, datagram.destination_port):
             self._refuse(service, packet)
             return
-        key = FlowKey(
-            service.id,
-            UDP,
-            ip.source,
-            datagram.source_port,
-            ip.destination,
-            datagram.destination_port,
-        )
-        flow = self._flows.get(key)
+        ports = datagram.source_port, datagram.destination_port
+        index = (service.id, UDP, ip.source, ports[0], ip.destination, ports[1])
+        flow = self._flows.get(index)
         if not isinstance(flow, UdpFlow):
-            flow = UdpFlow(key, now)
+            flow = UdpFlow(FlowKey(*index), now)
             if not self._open(flow):
                 return
-            self._push(now + UDP_IDLE, flow)
+            self._timers.arm(flow, now + UDP_IDLE)
         if len(flow.inbox) >= MAX_INBOX:
             self.dropped["udp_inbox_full"] += 1
             return
         flow.last_used = now
         flow.inbox.append((datagram.payload, packet.segment_size))
-        self._events.append(FlowActive(flow))
-
-    def _owns(self, service: OfferedService, destination: bytes) -> bool:
-        if service.addresses:
-            return destination in service.addresses
-        ip = ipaddress.ip_address(destination)
-        return ip in self.service_range or ip in twin_network(self.service_range)
+        datagrams[flow] = None
 
     def _refuse(self, service: OfferedService, packet: IpPacket) -> None:
         self.dropped["port_is_not_the_service"] += 1
         self._answer(service.id, refuse(packet))
 
     def _answer_datagram(self, key: FlowKey, payload: Buffer) -> None:
+        if len(payload) > MAX_DATAGRAM:
+            self.dropped["datagram_too_large"] += 1
+            return
         packet = build_udp_packet(
             key.destination,
             key.source,
@@ -347,7 +358,7 @@ class FlowTable:
         if len(self._flows) >= MAX_FLOWS or self._per_user[user] >= MAX_FLOWS_PER_USER:
             self.dropped["too_many_flows"] += 1
             return False
-        self._flows[flow.key] = flow
+        self._flows[flow.key.index] = flow
         self._per_user[user] += 1
         self._events.append(FlowOpened(flow))
         return True
@@ -359,8 +370,8 @@ class FlowTable:
         self._close(flow)
 
     def _close(self, flow: Flow) -> None:
-        if self._flows.pop(flow.key, None) is None:
-            return
+        del self._flows[flow.key.index]
+        self._timers.forget(flow)
         user = flow.key.source
         self._per_user[user] -= 1
         if not self._per_user[user]:
@@ -373,14 +384,8 @@ class FlowTable:
 
     def _arm(self, flow: TcpFlow, now: float) -> None:
         due = flow.connection.get_timer()
-        # An earlier entry that is no longer due costs one look; a later one must not stand alone.
-        if due is not None and all(at > due for at in flow.timers):
-            at = max(due, now)
-            flow.timers.append(at)
-            self._push(at, flow)
-
-    def _push(self, at: float, flow: Flow) -> None:
-        heapq.heappush(self._timers, (at, next(self._order), flow))
+        if due is not None:
+            self._timers.arm(flow, max(due, now))
 
 
 def _to_packets(key: FlowKey, segments: Sequence[TcpSegment]) -> list[IpPacket]:

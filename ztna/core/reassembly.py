@@ -26,13 +26,13 @@ MAX_COUNT = 255
 def fragment(message: bytes, message_id: int, max_size: int) -> list[bytes]:
     """Cut a message into 0x23 fragments of at most max_size bytes.
 
-    Raises LocalProtocolError when it would take more than 255, or nothing fits.
+    Raises LocalProtocolError when it would take one, which the receiver refuses, or more than 255.
     """
     room = max_size - HEADER_SIZE
     if room < 1:
         raise LocalProtocolError(f"a fragment of {max_size} bytes holds no piece")
     count = -(-len(message) // room)
-    if count > MAX_COUNT:
+    if not 2 <= count <= MAX_COUNT:
         raise LocalProtocolError(f"a message of {len(message)} bytes takes {count} fragments")
     return [
         _HEADER.pack(FRAGMENT, message_id & 0xFFFF, index, count)

@@ -6,11 +6,13 @@ clients may send from. `core.relay` reads it for each batch.
 """
 
 import ipaddress
+from collections import deque
 
 import attrs
 
-from ztna.core.addresses import DEFAULT_SERVICE_RANGE, twin_network
+from ztna.core.addresses import DEFAULT_SERVICE_RANGE, in_range
 from ztna.core.identity import Identity, Role
+from ztna.core.messages import MAX_MAP_SIZE, service_entry_size
 from ztna.core.policy import Policy
 from ztna.core.wire import MAX_SERVICE_ID, Feature, Refusal
 from ztna.errors import LocalProtocolError
@@ -96,7 +98,7 @@ class Registry:
     _by_address: dict[bytes, Client] = attrs.Factory(dict)
     _providers: dict[str, list[Client]] = attrs.Factory(dict)
     _numbers: dict[str, "_Number"] = attrs.Factory(dict)
-    _free_numbers: list[int] = attrs.Factory(list)
+    _free_numbers: deque[int] = attrs.Factory(deque)
 
     @property
     def clients(self) -> list[Client]:
@@ -106,20 +108,20 @@ class Registry:
     def add(self, client: Client) -> Client | None:
         """Take in a client; return the one of the same identity that it replaces."""
         replaced = self._clients.get(client.identity)
+        if replaced is client:
+            raise LocalProtocolError(f"{client.identity} is here already")
         if replaced is not None:
             self.remove(replaced)
         self._clients[client.identity] = client
-        for address in client.addresses:
-            self._claim(client, address)
+        self.assign_addresses(client, client.addresses)
         return replaced
 
     def remove(self, client: Client) -> None:
         """Forget a client that is gone; those it served get another connector when they send."""
-        if self._clients.get(client.identity) is not client:
+        if not self._has(client):
             return
         del self._clients[client.identity]
-        for address in client.addresses:
-            del self._by_address[address]
+        self._disclaim(client)
         for service_id in [*client.routes, *client.provides]:
             self.withdraw(client, service_id)
 
@@ -131,39 +133,58 @@ class Registry:
         """Give a client without an address the first one that it uses and nobody owns (seed)."""
         if client.speaks_control or client.addresses or address in self._by_address:
             return False
+        if not self._has(client):
+            return False
         if self.reserved.get(address, client.identity) != client.identity:
             return False
         ip = ipaddress.ip_address(address)
         if ip.is_multicast or ip.is_loopback or ip.is_unspecified or ip.is_link_local:
             return False
-        if ip in self.service_range or ip in twin_network(self.service_range):
+        if ip.is_reserved or in_range(address, self.service_range):
             return False
         client.addresses = frozenset([address])
-        self._claim(client, address)
+        self._by_address[address] = client
         return True
 
     def assign_addresses(self, client: Client, addresses: frozenset[bytes]) -> None:
-        """Set the tunnel addresses of a client. Raises LocalProtocolError if another has one."""
-        for address in client.addresses:
-            del self._by_address[address]
+        """Set the tunnel addresses of a client.
+
+        What is given here goes before what a (seed) client took for itself: that one loses it, and
+        may take another. Raises LocalProtocolError if the client is gone, or one that was given
+        an address already has it.
+        """
+        if not self._has(client):
+            raise LocalProtocolError(f"{client.identity} is not connected by this session")
+        others = {self._by_address.get(address, client) for address in addresses} - {client}
+        for owner in others:
+            if owner.speaks_control:
+                raise LocalProtocolError(f"{client.identity} gets an address of {owner.identity}")
+            self._disclaim(owner)
+        self._disclaim(client)
         client.addresses = addresses
-        for address in addresses:
-            self._claim(client, address)
+        self._by_address.update(dict.fromkeys(addresses, client))
 
     def register(self, client: Client, service_id: str) -> Registration:
         """Answer a client that wants (agent) or provides (connector) a service."""
         if not 1 <= len(service_id.encode()) <= MAX_SERVICE_ID:
             return Registration(service_id, 0, Refusal.MALFORMED, "malformed service id")
+        if not self._has(client):
+            # What a replaced session had still in its queue must not come to life again.
+            words = f"{client.identity} has a newer session"
+            return Registration(service_id, 0, Refusal.NOT_AUTHORISED, words)
         judge = self.policy.may_reach if client.is_agent else self.policy.may_provide
         decision = judge(client.identity, service_id)
         if not decision.allowed:
             self.withdraw(client, service_id)
             return Registration(service_id, 0, Refusal.NOT_AUTHORISED, decision.reason)
         held = client.routes if client.is_agent else client.provides
-        if service_id not in held and len(held) >= self.max_services:
-            words = f"{client.identity} has {self.max_services} services already"
-            return Registration(service_id, 0, Refusal.LIMIT, words)
         if service_id not in held:
+            if len(held) >= self.max_services:
+                words = f"{client.identity} has {self.max_services} services already"
+                return Registration(service_id, 0, Refusal.LIMIT, words)
+            if sum(map(service_entry_size, [*held, service_id])) > MAX_MAP_SIZE:
+                words = f"the services of {client.identity} no longer fit one ServiceMap"
+                return Registration(service_id, 0, Refusal.LIMIT, words)
             number = self._take_number(service_id)
             if number is None:
                 return Registration(service_id, 0, Refusal.LIMIT, "all service numbers are taken")
@@ -192,6 +213,7 @@ class Registry:
                 held = other.routes.get(service_id)
                 if held is not None and held.provider is client:
                     held.provider = None
+                    client.serves -= 1
 
     def provider_for(self, route: AgentRoute) -> Client | None:
         """The connector that serves a route: the same one while it is there, so that flows stay;
@@ -214,20 +236,24 @@ class Registry:
             "service_numbers": len(self._numbers),
         }
 
-    def _claim(self, client: Client, address: bytes) -> None:
-        owner = self._by_address.setdefault(address, client)
-        if owner is not client:
-            raise LocalProtocolError(f"{address.hex()} belongs to {owner.identity}")
+    def _has(self, client: Client) -> bool:
+        return self._clients.get(client.identity) is client
+
+    def _disclaim(self, client: Client) -> None:
+        for address in client.addresses:
+            self._by_address.pop(address, None)
+        client.addresses = frozenset()
 
     def _take_number(self, service_id: str) -> int | None:
         """Numbers are the same for all sessions, so that a relayed message needs no rewriting.
 
-        A number is free again when nobody holds the service; a message that still carries it then
-        finds no route in its sender's session. So no identity can use them up.
+        A number is free again when nobody holds the service, so no identity can use them up; the
+        one that is free for longest goes first, so that a message which still carries it finds no
+        route in its sender's session.
         """
         number = self._numbers.get(service_id)
         if number is None:
-            value = self._free_numbers.pop() if self._free_numbers else len(self._numbers) + 1
+            value = self._free_numbers.popleft() if self._free_numbers else len(self._numbers) + 1
             if value > MAX_SERVICE_NUMBER:
                 return None
             number = self._numbers[service_id] = _Number(value)

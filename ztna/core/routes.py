@@ -9,12 +9,12 @@ TCP's MSS is clamped both ways, so that a full segment fits one message.
 """
 
 import ipaddress
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from ztna.core.addresses import packed_pair
+from ztna.core.addresses import packed_pair, source_and_destination
 from ztna.core.encapsulation import ServiceKey, ServiceLabel
 from ztna.core.mss import clamp_mss, mss_limits
 from ztna.core.packet import icmp
@@ -25,6 +25,7 @@ from ztna.core.refusal import refuse
 
 # Our choice: the flows of a busy desktop several times over; 100 bytes each.
 MAX_FLOWS = 16_384
+_TRANSPORTS = frozenset((TCP, UDP))
 
 
 @attrs.frozen
@@ -42,7 +43,7 @@ class ServiceRoute:
         ICMP always is. Later fragments of a packet carry no port (None) and are judged by the
         connector, which sees the packet whole.
         """
-        if protocol not in {TCP, UDP}:
+        if protocol not in _TRANSPORTS:
             return protocol in {ICMP, ICMPV6}
         if self.protocols and protocol not in self.protocols:
             return False
@@ -60,7 +61,7 @@ class RouteTable:
     mss_limits: tuple[int, int] = mss_limits(1170)
     dropped: Counter[str] = attrs.Factory(Counter)
     _by_number: dict[int, str] = attrs.Factory(dict)
-    _flows: dict[bytes, ServiceRoute] = attrs.Factory(dict)
+    _flows: OrderedDict[bytes, ServiceRoute] = attrs.Factory(OrderedDict)
 
     @classmethod
     def of(cls, routes: Iterable[ServiceRoute]) -> "RouteTable":
@@ -68,8 +69,11 @@ class RouteTable:
         return cls({a: route for route in routes for a in packed_pair(route.virtual_ip)})
 
     def set_addresses(self, addresses: Iterable[ipaddress.IPv4Address]) -> None:
-        """Our own tunnel addresses, without their twins."""
-        self.own_addresses = frozenset(a for address in addresses for a in packed_pair(address))
+        """Our own tunnel addresses, without their twins. Flows from other addresses are over."""
+        own_addresses = frozenset(a for address in addresses for a in packed_pair(address))
+        if own_addresses != self.own_addresses:
+            self.own_addresses = own_addresses
+            self._flows.clear()
 
     def set_labels(self, labels: Mapping[str, ServiceLabel]) -> None:
         """Services that the present session registered."""
@@ -94,10 +98,7 @@ class RouteTable:
             if label is None:
                 self._answer_unregistered(route, data, answers)
                 continue
-            if not packet.segment_size:
-                data = clamp_mss(data, *self.mss_limits)
-                packet = attrs.evolve(packet, data=data)
-            forward.append((label, packet))
+            forward.append((label, self._clamp(packet, data)))
         return forward, answers
 
     def route_inbound(self, packets: Sequence[tuple[ServiceKey, IpPacket]]) -> list[IpPacket]:
@@ -105,25 +106,21 @@ class RouteTable:
         accepted = []
         for key, packet in packets:
             data = bytes(packet.data)
-            version = data[0] >> 4 if data else 0
-            if version == 4:
-                source, destination, protocol = data[12:16], data[16:20], data[9:10]
-            elif version == 6:
-                source, destination, protocol = data[8:24], data[24:40], data[6:7]
-            else:
+            addresses = source_and_destination(data)
+            if addresses is None:
                 self.dropped["malformed"] += 1
                 continue
+            source, destination = addresses
+            protocol = data[9] if len(source) == 4 else data[6]
             route = self._by_address.get(source)
             if route is None or (key is not None and self._service_of(key) != route.id):
                 self.dropped["source_is_not_the_service"] += 1
             elif destination not in self.own_addresses:
                 self.dropped["not_for_us"] += 1
-            elif protocol in b"\x01\x3a" and not self._is_wanted_icmp(data):
+            elif protocol not in _TRANSPORTS and not self._is_wanted_icmp(data):
                 self.dropped["icmp_about_no_flow"] += 1
             else:
-                if not packet.segment_size:
-                    packet = attrs.evolve(packet, data=clamp_mss(data, *self.mss_limits))
-                accepted.append(packet)
+                accepted.append(self._clamp(packet, data))
         return accepted
 
     def statistics(self) -> dict[str, int]:
@@ -137,10 +134,7 @@ class RouteTable:
         self, packet: IpPacket, data: bytes, key: bytes | None, answers: list[IpPacket]
     ) -> ServiceRoute | None:
         """Judge the first packet of a flow."""
-        version = data[0] >> 4 if data else 0
-        source, destination = (
-            (data[12:16], data[16:20]) if version == 4 else (data[8:24], data[24:40])
-        )
+        source, destination = source_and_destination(data) or (b"", b"")
         if source not in self.own_addresses:
             # The kernel's own chatter (router solicitations, multicast reports), spoofed sources.
             self.dropped["source_is_not_ours"] += 1
@@ -150,14 +144,14 @@ class RouteTable:
             self.dropped["no_service_at_address"] += 1
             _append(answers, icmp.build_unreachable(data, source=destination))
             return None
-        transport = transport_of(data)
-        if transport is None or not route.accepts(transport[0], destination_port(data)):
+        protocol, _, _ = transport_of(data) or (-1, 0, False)
+        if not route.accepts(protocol, destination_port(data)):
             self.dropped["port_is_not_the_service"] += 1
             _append(answers, refuse(packet))
             return None
         if key is not None:
             if len(self._flows) >= MAX_FLOWS:
-                del self._flows[next(iter(self._flows))]
+                self._flows.popitem(last=False)
             self._flows[key] = route
         return route
 
@@ -174,8 +168,17 @@ class RouteTable:
         else:
             self.dropped["service_not_registered"] += 1
 
+    def _clamp(self, packet: IpPacket, data: bytes) -> IpPacket:
+        """The packet with its MSS clamped. Super-packets never carry a SYN."""
+        if packet.segment_size:
+            return packet
+        clamped = clamp_mss(data, *self.mss_limits)
+        # Most packets come back as they are, and need no new record.
+        return packet if clamped is data else attrs.evolve(packet, data=clamped)
+
     def _is_wanted_icmp(self, data: bytes) -> bool:
-        """Answers to echoes pass; errors only when they quote a packet of ours."""
+        """Errors pass only when they quote a packet of ours, echo replies and what is no ICMP
+        always. Errors may stand behind IPv6 extension headers, so the chain is walked."""
         quoted = icmp.quoted_by_error(data)
         if quoted is None:
             return True
