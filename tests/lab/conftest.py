@@ -124,7 +124,6 @@ def _start_apps(site: Site, folder: Path) -> None:
             "Listening at",
         ),
         "echo": ((PYTHON, "-c", _ECHO_SERVER), READY),
-        "iperf3": (("iperf3", "-s", "--forceflush", "-B", "10.2.0.3"), "Server listening"),
         "files": (
             (PYTHON, "-u", "-m", "http.server", "8081", "-b", "10.2.0.3", "-d", files),
             "Serving HTTP",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lab.deployment import REFUSED
+from scripts.lab.deployment import REFUSED, start
 from tests.lab.conftest import DOWNLOAD_BYTES, ECHO, FILES, IPERF, WEB, Site, reason_to_skip
 from ztna.nat.kernel_lab import Host
 
@@ -52,6 +52,16 @@ def udp_socket(host: Host, target: tuple[str, int], port: int = 0) -> Iterator[s
 def echo(udp: socket.socket, payload: bytes) -> None:
     udp.send(payload)
     assert udp.recv(65_535) == payload
+
+
+@pytest.fixture
+def iperf_server(site: Site, tmp_path: Path) -> Iterator[None]:
+    """One of its own for each test: after a broken one it stays busy."""
+    words = ("iperf3", "-s", "--forceflush", "-B", site.apps.address)
+    server = start(site.apps, "iperf3", tmp_path / "log", *words)
+    server.wait_for("Server listening")
+    yield
+    server.kill()
 
 
 def test_get(site: Site) -> None:
@@ -114,6 +124,7 @@ def test_many_udp_flows(site: Site) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("iperf_server")
 @pytest.mark.parametrize("flags", [[], ["-R"], ["-P", "4"]], ids=["up", "down", "four streams"])
 def test_iperf3_tcp(site: Site, flags: list[str]) -> None:
     answer = site.agent.run("iperf3", "-c", IPERF, "-t", "2", "-J", *flags)
@@ -122,6 +133,7 @@ def test_iperf3_tcp(site: Site, flags: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("iperf_server")
 @pytest.mark.parametrize("flags", [[], ["-R"]], ids=["up", "down"])
 def test_iperf3_udp(site: Site, flags: list[str]) -> None:
     answer = site.agent.run(
