@@ -64,3 +64,16 @@ class LocalProtocolError(ZtnaError):
     """Our own code broke an interface: a bug of ours, never the peer's doing."""
 
     exit_code = 70
+
+
+CONTAINED: tuple[type[Exception], ...] = (
+    ZtnaError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What a bug of ours may raise on a peer's input. Caught, logged with its trace and answered with
+the end of that one session or flow, only at the few places where many peers meet."""

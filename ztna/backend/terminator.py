@@ -17,6 +17,7 @@ from ztna.backend.udp import UdpForward
 from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowOpened, TcpFlow
 from ztna.core.flows import FlowTable
 from ztna.core.ports import Address, IpPacket
+from ztna.errors import CONTAINED
 
 log = structlog.get_logger(__name__)
 
@@ -109,7 +110,7 @@ class Terminator:
     async def _drive(self, driver: TcpSplice | UdpForward) -> None:
         try:
             await driver.run()
-        except* Exception:
+        except* CONTAINED:
             # A bug that one flow can reach must not end the others, nor the connector.
             log.exception("internal error in a flow", backend=driver.backend)
             self._drivers.pop(driver.flow, None)

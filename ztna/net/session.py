@@ -22,6 +22,7 @@ from aioquic.quic import events
 from aioquic.quic.packet import QuicErrorCode
 
 from ztna.core.ports import Address, UdpBatch, UdpPort
+from ztna.errors import CONTAINED
 from ztna.net import aioquic_state
 from ztna.net.aioquic_private import MutualQuicConnection
 from ztna.net.closing import CloseCode, CloseInfo, SessionView, ascii_reason, describe
@@ -187,8 +188,11 @@ class Session(SessionQueues):
             self._pumping = False
         self._pumping = True
         try:
-            # Outside of the other try: an error of the receiver is ours, not QUIC's.
             self._deliver()
+        except CONTAINED as error:
+            # A bug of ours that this peer has reached; the others must not feel it.
+            log.exception("receiver_failed", remote=self.remote_address, error=str(error))
+            self.close(CloseCode.GOODBYE, "internal error")
         finally:
             self._pumping = False
         if self._finished:

@@ -37,7 +37,7 @@ from ztna.core.ports import UdpPort
 from ztna.core.registry import Client, Registration, Registry
 from ztna.core.relay import Relay
 from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
-from ztna.errors import RemoteProtocolError, SessionClosedError, SystemSetupError
+from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
@@ -162,7 +162,7 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
         except* (AddressesExhaustedError, SystemSetupError) as group:
             log.error("no tunnel address for a client", error=_words(group))
             session.close(CloseCode.LIMIT, "the intermediate has no tunnel address to give")
-        except* Exception as group:
+        except* CONTAINED as group:
             # A bug that one client can reach must not end the sessions of all others.
             log.exception("internal error in a session", error=_words(group))
             session.close(CloseCode.GOODBYE, "internal error of the intermediate")
