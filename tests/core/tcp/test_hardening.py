@@ -269,7 +269,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([*STATES, None, TcpState.SYN_SENT]),
     st.booleans(),

@@ -22,8 +22,18 @@ def test_floor_and_ceiling() -> None:
     for _ in range(100):
         rtt.sample(0.001, 0.0)
     assert rtt.rto == pytest.approx(0.201)
-    rtt.sample(100.0, 0.0)
+    for _ in range(50):
+        rtt.sample(100.0, 0.0)
     assert rtt.rto == 60.0
+
+
+def test_one_sample_far_above_the_others_counts_for_less() -> None:
+    rtt = RttEstimator()
+    rtt.sample(0.02, 0.0)
+    rtt.sample(30.0, 1.0)
+    assert rtt.rto < 1.3
+    rtt.sample(30.0, 2.0)
+    assert rtt.rto > 2.0
 
 
 def test_backoff_doubles_to_a_minute_and_ends_with_progress() -> None:

@@ -7,7 +7,7 @@ SYN, ACK, then text and FIN. What is to be answered is left in the control block
 
 from ztna.core.packet.tcp import TcpFlags
 from ztna.core.tcp.block import RECEIVING, ControlBlock
-from ztna.core.tcp.recovery import Acknowledgment, receive_ack
+from ztna.core.tcp.recovery import Acknowledgment, receive_ack, update_window
 from ztna.core.tcp.segment import TcpSegment
 from ztna.core.tcp.state import (
     Closed,
@@ -166,13 +166,19 @@ def _check_ack(block: ControlBlock, segment: TcpSegment, start: int, now: float)
         return False
     if first < sender.first:
         return True
-    _acknowledge(block, segment, first, start, segment.window << block.peer_scale, now)
+    window = segment.window << block.peer_scale
+    if not sender.board.flights and sender.next == sender.end:
+        # Nothing is sent or waits: the way of a segment of a download the other way.
+        update_window(sender, window, start, first, now)
+        return True
+    _acknowledge(block, segment, first, start, window, now)
     if sender.finishing and sender.first == sender.end:
         if block.state is TcpState.FIN_WAIT_1:
             block.state = TcpState.FIN_WAIT_2
         elif block.state is TcpState.CLOSING:
             block.wait(now)
-        elif block.state is TcpState.LAST_ACK:
+        else:
+            assert block.state is TcpState.LAST_ACK
             block.close(Closed(), now)
             return False
     return True

@@ -28,10 +28,15 @@ _TIMESTAMP_SIZE: Final = 12
 _LEAST_MSS: Final = 48
 
 # States in which the application may still get data, and in which it may still send.
-RECEIVING: Final = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT_1, TcpState.FIN_WAIT_2})
-SENDING: Final = frozenset(
-    {TcpState.SYN_SENT, TcpState.SYN_RECEIVED, TcpState.ESTABLISHED, TcpState.CLOSE_WAIT}
+# Tuples: a look-up in a set calls an enum's Python hash.
+RECEIVING: Final = (TcpState.ESTABLISHED, TcpState.FIN_WAIT_1, TcpState.FIN_WAIT_2)
+SENDING: Final = (
+    TcpState.ESTABLISHED,
+    TcpState.CLOSE_WAIT,
+    TcpState.SYN_SENT,
+    TcpState.SYN_RECEIVED,
 )
+_KEPT_ALIVE: Final = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT, TcpState.FIN_WAIT_2)
 
 
 @attrs.define(eq=False)
@@ -164,11 +169,7 @@ class ControlBlock:
         """When the next keepalive probe is due; only an idle connection has one."""
         idle = self.config.keepalive_idle
         sender = self.sender
-        if idle is None or self.state not in {
-            TcpState.ESTABLISHED,
-            TcpState.CLOSE_WAIT,
-            TcpState.FIN_WAIT_2,
-        }:
+        if idle is None or self.state not in _KEPT_ALIVE:
             return None
         if sender.board.flights or sender.next < sender.end:
             return None

@@ -27,14 +27,12 @@ from ztna.errors import LocalProtocolError
 _ALL: Final = 1 << 40
 
 # States whose RST is due when the application aborts (RFC 9293 section 3.10.5).
-_RESETTING: Final = frozenset(
-    {
-        TcpState.SYN_RECEIVED,
-        TcpState.ESTABLISHED,
-        TcpState.FIN_WAIT_1,
-        TcpState.FIN_WAIT_2,
-        TcpState.CLOSE_WAIT,
-    }
+_RESETTING: Final = (
+    TcpState.SYN_RECEIVED,
+    TcpState.ESTABLISHED,
+    TcpState.FIN_WAIT_1,
+    TcpState.FIN_WAIT_2,
+    TcpState.CLOSE_WAIT,
 )
 
 

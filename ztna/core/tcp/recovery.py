@@ -39,7 +39,7 @@ class Acknowledgment:
 def receive_ack(sender: Sender, ack: Acknowledgment, now: float) -> None:
     """Take one ACK with sender.first <= ack.first <= sender.next."""
     board = sender.board
-    same_window = _update_window(sender, ack, now)
+    same_window = update_window(sender, ack.window, ack.sequence, ack.first, now)
     if not board.flights:
         sender.arm(now)
         return
@@ -80,26 +80,27 @@ def receive_ack(sender: Sender, ack: Acknowledgment, now: float) -> None:
         sender.arm_tail_probe(now)
 
 
-def _update_window(sender: Sender, ack: Acknowledgment, now: float) -> bool:
+def update_window(sender: Sender, window: int, sequence: int, first: int, now: float) -> bool:
     """RFC 9293 section 3.10.7.4: take SND.WND from a segment newer than the last one that told
-    it. Return whether it stayed the same."""
-    if ack.sequence < sender.window_sequence or (
-        ack.sequence == sender.window_sequence and ack.first < sender.window_acknowledgment
+    it. window, sequence, first: as in `Acknowledgment`. Return whether it stayed the same."""
+    if sequence < sender.window_sequence or (
+        sequence == sender.window_sequence and first < sender.window_acknowledgment
     ):
         return True
-    old, sender.window = sender.window, ack.window
-    sender.window_sequence, sender.window_acknowledgment = ack.sequence, ack.first
-    sender.max_window = max(sender.max_window, ack.window)
-    if not old or not ack.window:
+    old, sender.window = sender.window, window
+    sender.window_sequence, sender.window_acknowledgment = sequence, first
+    if window > sender.max_window:
+        sender.max_window = window
+    if not old or not window:
         # The peer answers: a window of zero may stay as long as it likes (MUST-36).
         sender.waiting_since = now
-    if ack.window and not old and sender.connected:
+    if window and not old and sender.connected:
         sender.persist_at = None
         if sender.persists and sender.board.flights:
             # What was sent into the closed window was thrown away there, not lost on the way.
             sender.board.lose_all()
         sender.persists = 0
-    return old == ack.window
+    return old == window
 
 
 def _time(sender: Sender, ack: Acknowledgment, sample: float | None, now: float) -> None:

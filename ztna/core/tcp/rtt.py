@@ -12,6 +12,8 @@ INITIAL_RTO: Final = 1.0
 _MIN_VARIANCE: Final = 0.2
 # RFC 6298 section 2.5: a maximum is at least 60 s.
 MAX_RTO: Final = 60.0
+# Our choice: a sample is at most twice the timeout that was expected.
+_MAX_SURPRISE: Final = 2.0
 # RFC 6298 section 5.7: after a handshake with a timeout, when there is no sample.
 _RTO_AFTER_LOST_SYN: Final = 3.0
 # RFC 8985 section 6.2, step 1: a windowed minimum; the length is our choice, as Linux's 300 s but
@@ -32,7 +34,15 @@ class RttEstimator:
     _minima: deque[tuple[float, float]] = attrs.field(factory=deque)
 
     def sample(self, rtt: float, now: float) -> None:
-        """Take a measurement of a segment that was sent once (Karn), or told by a timestamp."""
+        """Take a measurement of a segment that was sent once (Karn), or told by a timestamp.
+
+        One that is far above all before it counts for less than it says: when ACKs are lost, a
+        timestamp tells how long the repair took. If the path is really so slow, the next samples
+        say so too.
+        """
+        if self.smoothed is not None:
+            expected = self.smoothed + max(_MIN_VARIANCE, 4 * self.variation)
+            rtt = min(rtt, max(_MAX_SURPRISE * expected, INITIAL_RTO))
         if self.smoothed is None:
             self.smoothed, self.variation = rtt, rtt / 2
         else:

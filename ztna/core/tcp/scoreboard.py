@@ -119,6 +119,7 @@ class Scoreboard:
         retransmission was for the original (RFC 8985 section 6.2, step 2)."""
         size = 0
         rtt: float | None = None
+        repaired = False
         done = 0
         for flight in self.flights:
             if flight.start >= position:
@@ -131,15 +132,18 @@ class Scoreboard:
                 size += length
                 if flight.lost:
                     self.lost -= length
+                    repaired = True
                 if end < self.highest_sacked and not flight.retransmitted:
                     self._reordering_seen = True
                 rtt = self._deliver(flight, end, now, floor, rtt)
+            repaired |= flight.retransmitted
             if end < flight.end:
                 flight.start = end
                 break
             done += 1
         del self.flights[:done]
-        return Delivery(size, rtt)
+        # What waited behind a hole tells how long the repair took, not the round trip.
+        return Delivery(size, None if repaired else rtt)
 
     def sack(self, blocks: list[tuple[int, int]], now: float, floor: float, mss: int) -> Delivery:
         """Mark what the blocks (start, end), all within the flights, cover.
@@ -158,14 +162,17 @@ class Scoreboard:
                 if not flight.sacked and flight.start >= start and flight.end <= end:
                     length = flight.end - flight.start
                     size += length
-                    if flight.lost:
+                    was_lost = flight.lost
+                    if was_lost:
                         self.lost -= length
                         flight.lost = False
                     if flight.end < self.highest_sacked and not flight.retransmitted:
                         self._reordering_seen = True
                     flight.sacked = True
                     self.sacked += length
-                    rtt = self._deliver(flight, flight.end, now, floor, rtt)
+                    sample = self._deliver(flight, flight.end, now, floor, rtt)
+                    # What was taken for lost long ago was told late: its ACK was lost.
+                    rtt = rtt if was_lost else sample
                 index += 1
             self.highest_sacked = max(self.highest_sacked, end)
         return Delivery(size, rtt)
