@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import attrs
 import trio
@@ -66,6 +67,36 @@ class MemoryDatagrams:
         pass
 
 
+class BackendResetsError(Exception):
+    """Raised by a stream server: its end of the connection is reset."""
+
+
+@attrs.define(eq=False)
+class MemoryStream(trio.abc.HalfCloseableStream):
+    """The connector's end of a connection to a backend in memory."""
+
+    inner: trio.StapledStream[Any, Any]
+    reset: bool = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        data = bytes(await self.inner.receive_some(max_bytes))
+        if not data and self.reset:
+            raise trio.BrokenResourceError("reset by the backend")
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self.inner.send_eof()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
 @attrs.define(eq=False)
 class MemoryDialer:
     """Backends in memory, by address; an address without one refuses."""
@@ -74,6 +105,7 @@ class MemoryDialer:
     streams: dict[Address, StreamServer] = attrs.Factory(dict)
     datagrams: dict[Address, DatagramServer] = attrs.Factory(dict)
     hangs: set[Address] = attrs.Factory(set)
+    broken: int = 0
 
     async def open_stream(self, address: Address) -> trio.abc.HalfCloseableStream:
         if address in self.hangs:
@@ -81,9 +113,21 @@ class MemoryDialer:
         await trio.lowlevel.checkpoint()
         if address not in self.streams:
             raise ConnectionRefusedError(f"{address} refuses")
-        ours, theirs = trio.testing.memory_stream_pair()
-        self.nursery.start_soon(self.streams[address], theirs)
+        inner, theirs = trio.testing.lockstep_stream_pair()  # the sender waits
+        ours = MemoryStream(inner)
+        self.nursery.start_soon(self._serve, self.streams[address], theirs, ours)
         return ours
+
+    async def _serve(
+        self, server: StreamServer, theirs: trio.abc.HalfCloseableStream, ours: MemoryStream
+    ) -> None:
+        try:
+            await server(theirs)
+        except BackendResetsError:
+            ours.reset = True
+        except trio.BrokenResourceError:
+            self.broken += 1
+        await trio.aclose_forcefully(theirs)
 
     async def open_datagrams(self, address: Address) -> DatagramSocket:
         await trio.lowlevel.checkpoint()
@@ -114,6 +158,8 @@ class World:
 
         async def run(*, task_status: trio.TaskStatus[Intermediate]) -> None:
             with self.scopes["intermediate"]:
+                # What came while nobody listened is gone.
+                self.relay_host.deliver(trio.current_time())
                 async with self.relay_host.open_udp_port(4433) as port:
                     await run_intermediate(
                         config,
