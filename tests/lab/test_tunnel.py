@@ -129,7 +129,8 @@ def test_many_udp_flows(site: Site) -> None:
 def test_iperf3_tcp(site: Site, flags: list[str]) -> None:
     answer = site.agent.run("iperf3", "-c", IPERF, "-t", "2", "-J", *flags)
     end = json.loads(answer.stdout)["end"]
-    assert end["sum_received"]["bits_per_second"] > 5e6
+    # Ten times as much on two idle cores. Below this, something collapsed.
+    assert end["sum_received"]["bits_per_second"] > 25e6
 
 
 @pytest.mark.slow
