@@ -23,8 +23,8 @@ def allocate(
 
     Raises AddressesExhaustedError when none is left.
     """
-    usable = network.num_addresses - 2
-    start = int.from_bytes(hashlib.sha256(identity.uri.encode()).digest()[:8], "big") % usable
+    usable = max(network.num_addresses - 2, 0)
+    start = int.from_bytes(hashlib.sha256(identity.uri.encode()).digest()[:8], "big")
     first = int(network.network_address) + 1
     for step in range(usable):
         address = ipaddress.IPv4Address(first + (start + step) % usable)

@@ -18,6 +18,7 @@ from ztna.core.wire import (
     encode_service_message,
     parse_service_message_untrusted,
 )
+from ztna.errors import RemoteProtocolError
 
 # docs/protocol.md section 3.
 FIRST_INTERVAL = 2.0
@@ -106,13 +107,15 @@ class Registrar:
         An answer about a service that was not asked for is ignored.
         """
         message = parse_service_message_untrusted(data)
+        if message.kind not in {REGISTERED, REFUSED}:
+            raise RemoteProtocolError(f"0x{message.kind:02x} is a client's to send")
         service = self._services.get(message.service_id)
         if service is None:
             return
         if message.kind == REGISTERED:
             service.next_at = None
             self._change(message.service_id, service, RegistrationState.REGISTERED)
-        elif message.kind == REFUSED:
+        else:
             # A limit may be lifted while the session lives; the other refusals stand.
             service.next_at = now + MAX_INTERVAL if message.reason == Refusal.LIMIT else None
             words = (
