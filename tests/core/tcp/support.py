@@ -112,6 +112,10 @@ class Script:
         found: list[TcpSegment] = []
         while segments := self.core.segments_to_send(self.now):
             found += segments
+        for segment in found:
+            # RFC 9293 MUST-65, RFC 7323 section 2.2, RFC 2018 section 2: with SYN only.
+            shaking = (segment.mss, segment.window_scale, segment.sack_permitted)
+            assert segment.flags & F.SYN or shaking == (None, None, False)
         return found
 
     def sent(self) -> list[str]:

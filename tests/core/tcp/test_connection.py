@@ -263,7 +263,7 @@ def test_receive_read_and_delayed_ack() -> None:
     assert script.read() == b"x" * 16
     assert script.receive(peer(0, 17, 1, b"y" * 1000)) == []
     assert script.core.get_timer() == pytest.approx(0.04)
-    # The second full segment is acknowledged at once (SHLD-18, MUST-58).
+    # The second full segment is acknowledged at once (SHLD-18, SHLD-19, MUST-40).
     assert script.receive(peer(0, 1017, 1, b"z" * 1000)) == ["A 1+0 ack 2017"]
     assert script.core.get_timer() is None
     assert script.receive(peer(0, 2017, 1, b"a")) == []
@@ -471,6 +471,25 @@ def test_receiver_avoids_silly_windows_and_tells_when_it_opens() -> None:
     assert script.sent() == []
 
 
+def test_reset_into_a_zero_window() -> None:
+    """MUST-66."""
+    script = Script.established(plain(receive_buffer=4000))
+    script.receive(*(peer(0, 1 + 1000 * index, 1, b"x" * 1000) for index in range(4)))
+    assert script.core.statistics()["unread"] == 4000
+    script.receive(peer(F.RST, 4001))
+    assert script.events()[-1] == Reset()
+
+
+def test_options_of_the_handshake_on_other_segments_are_ignored() -> None:
+    """MUST-5 and MUST-65: they may come, and mean nothing there."""
+    script = Script.established()
+    odd = peer(0, 1, 1, b"x", mss=100, scale=9, sack_permitted=True, sack=((1, 2),))
+    script.receive(odd)
+    assert script.read() == b"x"
+    assert script.write(b"y" * 3000) == ["PA 1+3000 ack 2"]
+    assert script.core._block.sender.mss == 1000
+
+
 def test_window_update_when_a_quarter_of_the_buffer_is_read() -> None:
     script = Script.established(plain(receive_buffer=40_000))
     script.receive(peer(0, 1, 1, b"x" * 10_000, segment_size=1000))
@@ -492,7 +511,7 @@ def test_we_close_first() -> None:
     assert script.state() is TcpState.FIN_WAIT_1
     assert script.receive(peer(0, 1, 5)) == []
     assert script.state() is TcpState.FIN_WAIT_2
-    # Half close: data still comes (MUST-13's other half).
+    # Half close: data still comes.
     assert script.receive(peer(F.PSH, 1, 5, b"more")) == ["A 5+0 ack 5"]
     assert script.read() == b"more"
     assert script.core.readable == 0
@@ -664,7 +683,7 @@ def test_time_wait_gives_way_to_a_newer_syn() -> None:
 
 
 def test_keepalive_probes_and_answers() -> None:
-    """RFC 9293 section 3.8.4: MUST-27 silence between, MUST-28 no single probe kills."""
+    """RFC 9293 section 3.8.4: MUST-26 only when idle, MUST-29 no single lost probe kills."""
     script = Script.established(plain(keepalive_idle=120.0))
     assert script.at(120.0) == ["A 0+0 ack 1"]
     assert script.receive(peer(0, 1, 1)) == []

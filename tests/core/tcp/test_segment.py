@@ -93,6 +93,36 @@ def test_wrong_checksum() -> None:
     assert bytes(read(IpPacket(bytes(data), 0, 0, 20, 16))[1].payload) == b"payloae"
 
 
+@pytest.mark.parametrize("addresses", ADDRESSES)
+def test_ttl_and_traffic_class_are_the_callers(addresses: tuple[bytes, bytes]) -> None:
+    """RFC 9293 MUST-48, MUST-49, SHLD-22."""
+    source, destination = addresses
+    (packet,) = segments_to_packets(
+        [PLAIN],
+        source=source,
+        destination=destination,
+        source_port=1,
+        destination_port=2,
+        ttl=7,
+        traffic_class=0xB8,
+    )
+    ip = parse_ip_untrusted(packet.data)
+    assert (ip.ttl, ip.traffic_class) == (7, 0xB8)
+
+
+def test_ip_options_are_passed_over() -> None:
+    """RFC 9293 MUST-50."""
+    (packet,) = packets(ADDRESSES[0], PLAIN)
+    data = bytearray(packet.data)
+    data[0] = 0x46
+    data[20:20] = b"\x94\x04\0\0"  # router alert
+    data[2:4] = len(data).to_bytes(2)
+    data[10:12] = b"\0\0"
+    data[10:12] = dpkt.in_cksum(bytes(data[:24])).to_bytes(2)
+    _, segment = read(IpPacket(bytes(data)))
+    assert bytes(segment.payload) == b"payload"
+
+
 def test_not_a_whole_tcp_packet() -> None:
     udp = IpPacket(build_ip_header(*ADDRESSES[0], 17, 20) + bytes(20))
     with pytest.raises(RemoteProtocolError, match="TCP"):

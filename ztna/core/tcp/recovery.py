@@ -92,7 +92,7 @@ def update_window(sender: Sender, window: int, sequence: int, first: int, now: f
     if window > sender.max_window:
         sender.max_window = window
     if not old or not window:
-        # The peer answers: a window of zero may stay as long as it likes (MUST-36).
+        # The peer answers: a window of zero may stay as long as it likes (MUST-37).
         sender.waiting_since = now
     if window and not old and sender.connected:
         sender.persist_at = None

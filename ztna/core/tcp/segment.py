@@ -96,8 +96,11 @@ def segments_to_packets(
     destination: bytes,
     source_port: int,
     destination_port: int,
+    ttl: int = 64,
+    traffic_class: int = 0,
 ) -> list[IpPacket]:
     """Return one IP packet a segment, in order. source, destination: 4 or 16 bytes, ours first.
+    ttl, traffic_class: as in `build_ip_header`.
 
     A segment whose payload is more than one `segment_size` becomes a super-packet: its checksum
     field holds the pseudo header's sum, and `checksum_start` says what is still to be summed.
@@ -121,7 +124,7 @@ def segments_to_packets(
         )
         payload = segment.payload
         size = len(header) + len(payload)
-        ip = build_ip_header(source, destination, TCP, size)
+        ip = build_ip_header(source, destination, TCP, size, ttl=ttl, traffic_class=traffic_class)
         seed = address_sum + size
         is_super = 0 < segment.segment_size < len(payload)
         if is_super:
