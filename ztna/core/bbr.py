@@ -7,7 +7,8 @@ answers as well; this one cuts only when a round loses more than LOSS_THRESHOLD.
 
 What differs from the draft, our choice: packets leave in buffers of up to 64 in one system call,
 so there is no pacing rate; the cycle of gains acts on the window, and ACKs clock it. The peer
-acknowledges every millisecond at most, so ACK_SLACK is added to the round-trip time. The upper
+acknowledges every 5 ms at most, so ACK_SLACK is added to the round-trip time, and what ACKs bring
+at once beyond that (`_extras`) to the window. The upper
 bound after loss is one number (`_bound`), which grows again while probing.
 
 Order of calls: `on_sent` -> `SentState`, kept with the packet -> `on_acked` with it, or `on_lost`;
@@ -41,8 +42,10 @@ PROBE_ROUNDS = 2
 BANDWIDTH_ROUNDS = len(CYCLE) + 2
 PROBE_GROWTH = 1.1
 DRAIN_GAIN = 0.75
-# Our choice: the peer's ACK delay of 1 ms, and as much for timers and scheduling.
-ACK_SLACK = 0.002
+# Our choice: how long the peer may hold back an ACK (`net.session`). What more comes at once, since
+# the peer's process was not scheduled, is measured (the draft's BBRUpdateACKAggregation): without
+# both the window could not grow, as each round would deliver less than its own product asks for.
+ACK_SLACK = 0.005
 # Our choice: few losses of a short round say nothing (the draft's BBRStartupFullLossCnt).
 MIN_LOST_PACKETS = 6
 
@@ -91,6 +94,11 @@ class Bbr:
     _delivered: int = attrs.field(default=0, init=False)
     _delivered_at: float = attrs.field(default=0.0, init=False)
     _first_sent_at: float = attrs.field(default=0.0, init=False)
+    # ACK aggregation: bytes acknowledged since then, beyond what the bandwidth lets expect.
+    _extra_since: float = attrs.field(default=0.0, init=False)
+    _extra_acked: int = attrs.field(default=0, init=False)
+    _extras: deque[float] = attrs.field(factory=lambda: deque(maxlen=BANDWIDTH_ROUNDS), init=False)
+    _round_extra: float = attrs.field(default=0.0, init=False)
     # This round: ends when a packet is acknowledged that was sent after `_round_end` was delivered.
     _round_end: int = attrs.field(default=0, init=False)
     _round_start: int = attrs.field(default=0, init=False)
@@ -137,6 +145,7 @@ class Bbr:
             rate = (self._delivered - sent.delivered) / interval
             self._round_rate = max(self._round_rate, rate)
             self.bandwidth = max(self.bandwidth, rate)
+        self._measure_aggregation(size, now)
         if sent.delivered >= self._round_end:
             self._end_round()
         if self.state is State.DRAIN and in_flight <= self.product:
@@ -167,7 +176,18 @@ class Bbr:
         """Begin again from the smallest window; ACKs bring it back (as the draft after an RTO)."""
         self.congestion_window = self.minimum
 
+    def _measure_aggregation(self, size: int, now: float) -> None:
+        """What has been acknowledged faster than the bandwidth allows came in one lump."""
+        expected = self.bandwidth * (now - self._extra_since)
+        if self._extra_acked <= expected:
+            self._extra_acked, self._extra_since, expected = 0, now, 0.0
+        self._extra_acked += size
+        extra = min(self._extra_acked - expected, self.congestion_window)
+        self._round_extra = max(self._round_extra, extra)
+
     def _end_round(self) -> None:
+        self._extras.append(self._round_extra)
+        self._round_extra = 0.0
         delivered = self._delivered - self._round_start
         lossy = (
             self._round_lost > LOSS_THRESHOLD * (delivered + self._round_lost)
@@ -220,7 +240,8 @@ class Bbr:
             State.PROBE_BANDWIDTH: CYCLE[self._phase],
             State.PROBE_RTT: PROBE_RTT_GAIN,
         }[self.state]
-        target = max(self.minimum, min(gain * self.product + self.minimum, self._bound))
+        extra = max(self._extras, default=0.0)
+        target = max(self.minimum, min(gain * self.product + extra + self.minimum, self._bound))
         if self.state is State.STARTUP:
             # Never back: what an application that sends little delivers says nothing of the path.
             target = max(target, self.congestion_window)
