@@ -13,7 +13,7 @@ import trio.testing
 
 from tests.net.certificates import Deployment, make_agent, make_connector, make_deployment
 from ztna.backend.sockets import Datagram, DatagramSocket
-from ztna.config import (
+from ztna.config.model import (
     AgentConfig,
     AgentService,
     ConnectorConfig,

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from tests.roles.memory import ECHO_IP, AgentHost, World, open_world
 from tests.roles.peers import ACCEPTED, Served, frame, open_fake_intermediate
-from ztna.config import AgentService
+from ztna.config.model import AgentService
 from ztna.core.packet.udp import build_udp_packet
 from ztna.net.closing import CloseCode
 from ztna.roles.control_client import HANDSHAKE_DEADLINE, HELLO_PATIENCE, UP_DEADLINE

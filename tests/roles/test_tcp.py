@@ -18,7 +18,7 @@ from tests.roles.memory import (
     open_world,
 )
 from tests.roles.user_host import UserHost
-from ztna.config import AgentService, ConnectorService
+from ztna.config.model import AgentService, ConnectorService
 from ztna.core.addresses import twin
 from ztna.core.policy import PolicyRule
 from ztna.core.tcp.state import Closed, Reset

@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from tests.roles.memory import ECHO_IP, WEB_IP, open_world
 from tests.roles.user_host import UserHost, echo_request
-from ztna.config import AgentService, ConnectorService
+from ztna.config.model import AgentService, ConnectorService
 from ztna.core.addresses import twin
 from ztna.core.packet.icmp import Unreachable
 from ztna.core.packet.ip import ICMP, ICMPV6, parse_ip_untrusted

@@ -14,7 +14,7 @@ import attrs
 import structlog
 import trio
 
-from ztna.config import IntermediateConfig
+from ztna.config.model import IntermediateConfig
 from ztna.core import wire
 from ztna.core.addresses import format_address, packed_pair, twin
 from ztna.core.allocation import AddressesExhaustedError
@@ -34,7 +34,7 @@ from ztna.core.messages import (
 )
 from ztna.core.policy import Policy
 from ztna.core.ports import UdpPort
-from ztna.core.registry import Client, Registration, Registry
+from ztna.core.registry import MAX_SERVICES, Client, Registration, Registry
 from ztna.core.relay import Relay
 from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
@@ -58,10 +58,14 @@ ANSWER_LOG_LIMIT = 1000
 
 @attrs.define(eq=False)
 class _Served:
-    """A client and its session."""
+    """A client and its session.
+
+    refused: reasons, by service, that wait for the client's Hello: a 0x10 often overtakes it.
+    """
 
     client: Client
     session: Session
+    refused: dict[str, str] = attrs.Factory(dict)
     malformed: int = 0
     answered: int = 0
 
@@ -254,6 +258,9 @@ async def _receive_hello_untrusted(
     )
     session.send_control(encode_message(accepted))
     _send_service_map(served)
+    for service_id, why in served.refused.items():
+        session.send_control(encode_message(Denied(service_id, why)))
+    served.refused.clear()
 
 
 def _receive_datagrams(intermediate: Intermediate, served: _Served, messages: list[bytes]) -> None:
@@ -285,7 +292,9 @@ def _receive_dialogue(
         except RemoteProtocolError as error:
             served.malformed += 1
             if served.malformed <= MALFORMED_LOG_LIMIT:
-                log.warning("malformed message dropped", error=str(error))
+                log.warning(
+                    "malformed message dropped", client=str(client.identity), error=str(error)
+                )
             continue
         answer = _answer(intermediate, served, message)
         refusal = answer.refusal
@@ -296,6 +305,8 @@ def _receive_dialogue(
         map_changed |= refusal is None
         if refusal is not None and client.speaks_control:
             session.send_control(encode_message(Denied(answer.service_id, answer.reason)))
+        elif refusal is not None and len(served.refused) < MAX_SERVICES:
+            served.refused[answer.service_id] = answer.reason
     session.send_datagrams(answers)
     if map_changed and client.speaks_control:
         _send_service_map(served)  # once for all: it holds the whole map
@@ -310,11 +321,11 @@ def _answer(intermediate: Intermediate, served: _Served, message: ServiceMessage
         answer = Registration(message.service_id, 0, Refusal.NOT_AUTHORISED, reason)
     served.answered += 1
     if served.answered <= ANSWER_LOG_LIMIT:
-        name = answer.service_id[:80]
+        name, who = answer.service_id[:80], str(client.identity)
         if answer.refusal is None:
-            log.info("registered", service=name, rule=answer.reason)
+            log.info("registered", client=who, service=name, rule=answer.reason)
         else:
-            log.warning("registration refused", service=name, reason=answer.reason)
+            log.warning("registration refused", client=who, service=name, reason=answer.reason)
     return answer
 
 
