@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.test_config import AGENT, CONNECTOR, EXAMPLES, INTERMEDIATE
+from tests.config.test_model import AGENT, CONNECTOR, EXAMPLES, INTERMEDIATE
 from ztna.cli.config import guess_role
 from ztna.cli.main import cli
-from ztna.config import config_schema
-from ztna.config_json import parse_document
+from ztna.config.document import parse_document
+from ztna.config.model import config_schema
 from ztna.core.identity import Role
 from ztna.errors import UsageError
 

@@ -12,10 +12,10 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from tests.test_config import AGENT, CONNECTOR, INTERMEDIATE
+from tests.config.test_model import AGENT, CONNECTOR, INTERMEDIATE
 from ztna.cli import run as run_module
 from ztna.cli.main import cli
-from ztna.config import AgentConfig, ConnectorConfig, IntermediateConfig
+from ztna.config.model import AgentConfig, ConnectorConfig, IntermediateConfig
 from ztna.errors import UnreachableError
 
 
@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     for role in ("agent", "connector", "intermediate"):
         monkeypatch.setattr(run_module, f"run_{role}_from_config", start)
     monkeypatch.setattr(run_module, "configure_logging", lambda *_: None)
-    monkeypatch.setattr("ztna.config.SYSTEM_FOLDER", tmp_path / "etc")
+    monkeypatch.setattr("ztna.config.model.SYSTEM_FOLDER", tmp_path / "etc")
     monkeypatch.chdir(tmp_path)
     for name in ("n.crt", "n.key", "ca.crt"):
         (tmp_path / name).touch()

@@ -21,7 +21,7 @@ from aioquic.quic.connection import QuicConnection
 from tests.net.certificates import SERVER_NAME, Deployment, make_deployment
 from ztna.core.identity import Role
 from ztna.core.ports import Address, Buffer
-from ztna.net.aioquic_private import client_connection, server_connection
+from ztna.net.aioquic_private.mutual_tls import client_connection, server_connection
 from ztna.net.fastpath import FRAME_OVERHEAD, FastPath
 
 NOW = datetime.datetime(2030, 6, 1, 12, tzinfo=datetime.UTC)

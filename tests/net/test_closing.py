@@ -3,7 +3,7 @@
 import pytest
 from aioquic.quic.packet import QuicErrorCode
 
-from ztna.net.aioquic_state import Termination
+from ztna.net.aioquic_private.state import Termination
 from ztna.net.closing import CloseCode, CloseInfo, SessionView, ascii_reason, describe, printable
 
 CLIENT = SessionView(True, "192.0.2.1:4433", True, 30.0, None)

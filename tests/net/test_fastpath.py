@@ -30,9 +30,10 @@ from tests.net.fast_link import (
 )
 from ztna.core.ports import Buffer
 from ztna.errors import LocalProtocolError
-from ztna.net import aioquic_one_rtt, fastpath, packet_protection
-from ztna.net.aioquic_keys import CONFIDENTIALITY_LIMIT, KeptKeys
-from ztna.net.aioquic_one_rtt import UNACKNOWLEDGED_SPAN
+from ztna.net import fastpath, packet_protection
+from ztna.net.aioquic_private import one_rtt as aioquic_one_rtt
+from ztna.net.aioquic_private.keys import CONFIDENTIALITY_LIMIT, KeptKeys
+from ztna.net.aioquic_private.one_rtt import UNACKNOWLEDGED_SPAN
 from ztna.net.fastpath import FRAME_OVERHEAD, LARGEST_BUFFER, FastPath
 from ztna.net.packet_protection import HeaderProtection, PacketKeys
 from ztna.net.replay import WINDOW_SIZE

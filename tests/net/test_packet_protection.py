@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ztna.core.ports import Buffer
 from ztna.net import packet_protection as protection
-from ztna.net.aioquic_keys import header_protection, packet_keys
+from ztna.net.aioquic_private.keys import header_protection, packet_keys
 from ztna.net.packet_protection import HEADER_SIZE, OVERHEAD, SMALLEST_PACKET, HeaderProtection
 
 CID = bytes(range(8))

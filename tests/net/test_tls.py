@@ -37,8 +37,8 @@ from tests.net.certificates import (
 )
 from ztna.core.identity import Identity, Role
 from ztna.errors import LocalProtocolError, SystemSetupError
-from ztna.net import aioquic_private
-from ztna.net.aioquic_private import (
+from ztna.net.aioquic_private import mutual_tls
+from ztna.net.aioquic_private.mutual_tls import (
     MAX_HANDSHAKE_MESSAGE,
     MAX_REASON,
     MutualContext,
@@ -427,7 +427,7 @@ def test_long_handshake_message_is_not_buffered(good: Deployment) -> None:
 @pytest.mark.parametrize("der", [b"", b"hello", b"\x30\x03\x02\x01\x00"])
 def test_unparsable_certificate(good: Deployment, der: bytes) -> None:
     context = started(good)
-    with pytest.raises(aioquic_private.RefusedAlert, match="malformed certificate"):
+    with pytest.raises(mutual_tls.RefusedAlert, match="malformed certificate"):
         context._set_peer_certificate(tls.Certificate(certificates=[(der, b"")]))
     assert context.refusal == "malformed certificate"
 
@@ -438,7 +438,7 @@ def test_certificate_of_an_unknown_version(good: Deployment) -> None:
     assert der.count(version) == 1
     context = started(good)
     odd = der.replace(version, version[:-1] + b"\x09")
-    with pytest.raises(aioquic_private.RefusedAlert, match="malformed certificate"):
+    with pytest.raises(mutual_tls.RefusedAlert, match="malformed certificate"):
         context._set_peer_certificate(tls.Certificate(certificates=[(odd, b"")]))
 
 
@@ -446,7 +446,7 @@ def test_names_that_are_not_text(good: Deployment) -> None:
     der = good.agent.certificate.public_bytes(Encoding.DER)
     assert b"test CA" in der
     context = started(good)
-    with pytest.raises(aioquic_private.RefusedAlert, match="malformed"):
+    with pytest.raises(mutual_tls.RefusedAlert, match="malformed"):
         show(context, der.replace(b"test CA", b"test \xff\xff"))
     assert "certificate is malformed" in (context.refusal or "")
 
@@ -532,7 +532,7 @@ def test_mutated_certificates_are_refused_or_unchanged(changes: list[tuple[int, 
         warnings.simplefilter("ignore")  # cryptography warns of serials that are not positive
         if mutated == der:
             return
-        with pytest.raises(aioquic_private.RefusedAlert):
+        with pytest.raises(mutual_tls.RefusedAlert):
             show(context, bytes(mutated))
     assert context.judged is None
     assert context.refusal
@@ -542,7 +542,7 @@ MUTATED = make_deployment(NOW)
 
 
 def test_this_aioquic_has_all_that_is_used() -> None:
-    assert aioquic_private.check() == []
+    assert mutual_tls.check() == []
 
 
 @pytest.mark.parametrize(
@@ -561,4 +561,4 @@ def test_another_aioquic_is_refused_at_import(
     else:
         monkeypatch.delattr(target, name)
     with pytest.raises(SystemSetupError, match=words):
-        runpy.run_path(aioquic_private.__file__)
+        runpy.run_path(mutual_tls.__file__)

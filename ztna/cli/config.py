@@ -8,7 +8,9 @@ from pathlib import Path
 import rich_click as click
 
 from ztna.cli.text import printable
-from ztna.config import (
+from ztna.config.document import Document, read_document
+from ztna.config.load import build_config
+from ztna.config.model import (
     CLASSES,
     AgentConfig,
     AgentService,
@@ -20,10 +22,8 @@ from ztna.config import (
     IntermediateConfig,
     config_schema,
 )
-from ztna.config_json import Document, read_document
-from ztna.config_load import build_config
-from ztna.config_structure import scalar_keys
-from ztna.config_types import format_host_port
+from ztna.config.structure import scalar_keys
+from ztna.config.values import format_host_port
 from ztna.core.identity import Role
 from ztna.core.policy import ANY
 from ztna.errors import UsageError

@@ -17,7 +17,9 @@ from click import get_current_context
 
 from ztna.cli.logs import LogFormat, configure_logging
 from ztna.cli.main import INTERRUPTED, verbose_option, verbosity
-from ztna.config import (
+from ztna.config.document import read_document
+from ztna.config.load import Override, load_config
+from ztna.config.model import (
     DEFAULT_P2P_PORT,
     DEFAULT_PORT,
     AgentConfig,
@@ -26,9 +28,7 @@ from ztna.config import (
     IntermediateConfig,
     default_file,
 )
-from ztna.config_json import read_document
-from ztna.config_load import Override, load_config
-from ztna.config_types import format_host_port, parse_host_port
+from ztna.config.values import format_host_port, parse_host_port
 from ztna.core.identity import Role
 from ztna.core.ports import Address
 from ztna.errors import ConfigError

@@ -9,7 +9,7 @@ import enum
 import attrs
 from aioquic.quic.packet import QuicErrorCode
 
-from ztna.net.aioquic_state import Termination
+from ztna.net.aioquic_private.state import Termination
 from ztna.net.tls import AlertKind
 
 _ALERT_BASE = int(QuicErrorCode.CRYPTO_ERROR)

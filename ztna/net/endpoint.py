@@ -19,7 +19,7 @@ from aioquic.quic.packet import encode_quic_version_negotiation
 from ztna.core.identity import Role
 from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
-from ztna.net.aioquic_private import (
+from ztna.net.aioquic_private.mutual_tls import (
     client_connection,
     nothing_denied,
     server_connection,

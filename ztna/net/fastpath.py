@@ -23,8 +23,8 @@ from aioquic.quic.connection import QuicConnection
 from ztna.core.ports import Address, Buffer
 from ztna.errors import LocalProtocolError
 from ztna.net import packet_protection as protection
-from ztna.net.aioquic_keys import CONFIDENTIALITY_LIMIT, packet_keys
-from ztna.net.aioquic_one_rtt import OneRttState, available
+from ztna.net.aioquic_private.keys import CONFIDENTIALITY_LIMIT, packet_keys
+from ztna.net.aioquic_private.one_rtt import OneRttState, available
 from ztna.net.packet_protection import (
     KEY_PHASE_BIT,
     MOST,

@@ -23,8 +23,8 @@ from aioquic.quic.packet import QuicErrorCode
 
 from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import CONTAINED
-from ztna.net import aioquic_state
-from ztna.net.aioquic_private import MutualQuicConnection
+from ztna.net.aioquic_private import state as aioquic_state
+from ztna.net.aioquic_private.mutual_tls import MutualQuicConnection
 from ztna.net.closing import CloseCode, CloseInfo, SessionView, ascii_reason, describe
 from ztna.net.fastpath import FastPath
 from ztna.net.session_queues import SessionQueues, SessionSettings

@@ -14,7 +14,7 @@ from trio.lowlevel import ParkingLot
 
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, SessionClosedError
-from ztna.net.aioquic_congestion import TUNNEL
+from ztna.net.aioquic_private.congestion import TUNNEL
 from ztna.net.closing import CloseCode, CloseInfo
 from ztna.net.demux import CONNECTION_ID_LENGTH
 from ztna.net.tls import VerifiedPeer

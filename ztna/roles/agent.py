@@ -13,7 +13,7 @@ import attrs
 import structlog
 import trio
 
-from ztna.config import AgentConfig, AgentService
+from ztna.config.model import AgentConfig, AgentService
 from ztna.core.addresses import (
     DEFAULT_TUNNEL_RANGE,
     TWIN_PREFIX,

@@ -16,7 +16,7 @@ import trio
 
 from ztna.backend.sockets import Dialer, SocketDialer
 from ztna.backend.terminator import Terminator
-from ztna.config import ConnectorConfig, ConnectorService
+from ztna.config.model import ConnectorConfig, ConnectorService
 from ztna.core.addresses import packed_pair
 from ztna.core.encapsulation import ServiceKey
 from ztna.core.flow import FlowKey, OfferedService

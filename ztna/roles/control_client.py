@@ -18,7 +18,7 @@ import attrs
 import structlog
 import trio
 
-from ztna.config import IntermediateAddress
+from ztna.config.model import IntermediateAddress
 from ztna.core import wire
 from ztna.core.addresses import format_address
 from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceKey, ServiceLabel

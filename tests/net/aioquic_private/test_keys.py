@@ -8,7 +8,7 @@ from aioquic.quic.crypto import CryptoPair
 from aioquic.quic.packet import QuicProtocolVersion
 from aioquic.tls import CipherSuite
 
-from ztna.net.aioquic_keys import KeptKeys
+from ztna.net.aioquic_private.keys import KeptKeys
 
 CID = bytes(8)
 

@@ -23,8 +23,8 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn
 
-from ztna.config_json import JsonPath, show
-from ztna.config_types import ValueMismatchError, ValueType
+from ztna.config.document import JsonPath, show
+from ztna.config.values import ValueMismatchError, ValueType
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """`core.bbr` as a congestion control of aioquic's, under the name TUNNEL.
 
-The sixth part of `aioquic_private`. Importing this module registers it; a configuration then asks
+Importing this module registers it; a configuration then asks
 for it by `QuicConfiguration(congestion_control_algorithm=TUNNEL)`.
 """
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.net.fast_link import Link, connect, in_flight, payloads, window
-from ztna.net.aioquic_congestion import TUNNEL, TunnelCongestionControl
+from ztna.net.aioquic_private.congestion import TUNNEL, TunnelCongestionControl
 
 
 def model_of(link: Link) -> TunnelCongestionControl:

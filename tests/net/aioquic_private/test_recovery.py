@@ -8,7 +8,7 @@ from aioquic.tls import Epoch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ztna.net.aioquic_recovery import RunRecovery, SentRun, split_runs
+from ztna.net.aioquic_private.recovery import RunRecovery, SentRun, split_runs
 
 SEGMENT = 100
 LAST = 40

@@ -1,6 +1,6 @@
 """1-RTT keys beside aioquic: the receive keys of three phases, counted for the AEAD limits.
 
-The third part of `aioquic_private`. aioquic keeps no old receive keys, so a key update loses what
+aioquic keeps no old receive keys, so a key update loses what
 is in flight; and it counts nothing. `KeptKeys` stands in the place of its 1-RTT CryptoPair, for its
 own packets and for those of `fastpath`.
 

@@ -1,7 +1,7 @@
 """What one value of a configuration may be: how it is read, what the schema says, in words.
 
 A field of a configuration class is annotated with a type of this module, for example
-`mtu: Mtu`. `ztna.config_structure` finds the `ValueType` in the annotation and uses it both to
+`mtu: Mtu`. `ztna.config.structure` finds the `ValueType` in the annotation and uses it both to
 read the value and to write the JSON schema, so the two cannot disagree.
 """
 

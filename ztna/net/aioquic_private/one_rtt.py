@@ -1,8 +1,8 @@
 """What the fast path reads and moves in an aioquic connection, by public names.
 
-The fifth part of `aioquic_private`. `OneRttState.attach` exchanges three objects of a connection
+`OneRttState.attach` exchanges three objects of a connection
 for ours, which do the same and more, for aioquic's own packets too: the 1-RTT keys
-(`aioquic_keys`), the loss recovery and the window of received numbers (`aioquic_recovery`).
+(`keys`), the loss recovery and the window of received numbers (`recovery`).
 `available` says whether this aioquic is one that this was written for.
 """
 
@@ -19,8 +19,8 @@ from aioquic.quic.recovery import MAX_ACK_RANGES, QuicPacketSpace
 from aioquic.tls import Epoch
 
 from ztna.core.ports import Address
-from ztna.net.aioquic_keys import CONFIDENTIALITY_LIMIT, KeptKeys, header_protection
-from ztna.net.aioquic_recovery import ReceivedPackets, RunRecovery, SentRun
+from ztna.net.aioquic_private.keys import CONFIDENTIALITY_LIMIT, KeptKeys, header_protection
+from ztna.net.aioquic_private.recovery import ReceivedPackets, RunRecovery, SentRun
 from ztna.net.packet_protection import CID_SIZE
 
 # Our choice: aioquic's own packets carry 16 bits of the number, which reach 2^15 back

@@ -1,6 +1,6 @@
 """The private state of an aioquic connection that a session reads and limits.
 
-The second half of `aioquic_private`, which checks at import that all of it is there: how a
+Part of `aioquic_private`; `mutual_tls` checks at import that all of it is there: how a
 connection ended, what its windows and queues hold, what the peer may open.
 """
 

@@ -1,7 +1,7 @@
 """The configuration of a node: the classes of its JSON file, and what they must agree on.
 
-A key's meaning stands once, here: its type (`ztna.config_types`) says what is allowed and its
-description goes into the JSON schema. `ztna.config_load` reads files, environment and flags
+A key's meaning stands once, here: its type (`ztna.config.values`) says what is allowed and its
+description goes into the JSON schema. `ztna.config.load` reads files, environment and flags
 into these classes; `check_config` then judges what concerns several keys.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import attrs
 
-from ztna.config_json import show
-from ztna.config_structure import Described, Problem, means, schema_of
-from ztna.config_types import (
+from ztna.config.document import show
+from ztna.config.structure import Described, Problem, means, schema_of
+from ztna.config.values import (
     Endpoint,
     Flag,
     Host,

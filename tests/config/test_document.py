@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ztna.config_json import (
+from ztna.config.document import (
     MAX_FILE_SIZE,
     Document,
     format_path,

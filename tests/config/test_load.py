@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_config import AGENT, CONNECTOR, EXAMPLES, IDENTITY
-from ztna.config import CLASSES, AgentConfig, ConnectorConfig, IntermediateConfig
-from ztna.config_json import Document, parse_document
-from ztna.config_load import Override, build_config, load_config
+from tests.config.test_model import AGENT, CONNECTOR, EXAMPLES, IDENTITY
+from ztna.config.document import Document, parse_document
+from ztna.config.load import Override, build_config, load_config
+from ztna.config.model import CLASSES, AgentConfig, ConnectorConfig, IntermediateConfig
 from ztna.core.identity import Role
 from ztna.core.policy import PolicyRule
 from ztna.errors import ConfigError

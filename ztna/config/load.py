@@ -1,9 +1,9 @@
 """Read a node's configuration: file, then environment over it, then flags over both.
 
-`load_config` reads the file (`ztna.config_json`), lays the environment's variables and the
-caller's overrides over it, builds the class (`ztna.config_structure`), checks what concerns
-several keys (`ztna.config`), and makes paths absolute. All that is wrong is told at once, each
-with file and line, or the variable or flag that it came from.
+`load_config` reads the file (`ztna.config.document`), lays the environment's variables and the
+caller's overrides over it, builds the class (`ztna.config.structure`), checks what concerns
+several keys (`ztna.config.model`), and makes paths absolute. All that is wrong is told at once,
+each with file and line, or the variable or flag that it came from.
 """
 
 import copy
@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import attrs
 
-from ztna.config import (
+from ztna.config.document import Document, JsonPath, format_path, read_document
+from ztna.config.model import (
     DESCRIBED,
     AnyConfig,
     IdentityFiles,
     check_config,
 )
-from ztna.config_json import Document, JsonPath, format_path, read_document
-from ztna.config_structure import Problem, StructureError, scalar_keys, structure
+from ztna.config.structure import Problem, StructureError, scalar_keys, structure
 from ztna.errors import ConfigError
 
 C = TypeVar("C", bound=AnyConfig)

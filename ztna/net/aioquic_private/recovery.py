@@ -1,6 +1,6 @@
 """Loss recovery beside aioquic: records of runs of packets, and ACKs that are checked.
 
-The fourth part of `aioquic_private`. A record for every packet of a batch would cost as much as
+A record for every packet of a batch would cost as much as
 sealing it. So one `SentRun` stands for the packets of a buffer, and is split exactly where an ACK
 range ends: what is acknowledged, lost or in flight is right to the byte, whatever a peer
 acknowledges in whatever order.

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from ztna.config import (
+from ztna.config.document import parse_document
+from ztna.config.load import build_config
+from ztna.config.model import (
     CLASSES,
     AgentConfig,
     AgentService,
@@ -23,10 +25,8 @@ from ztna.config import (
     default_file,
     default_state_dir,
 )
-from ztna.config_json import parse_document
-from ztna.config_load import build_config
-from ztna.config_structure import scalar_keys
-from ztna.config_types import format_host_port, parse_host_port
+from ztna.config.structure import scalar_keys
+from ztna.config.values import format_host_port, parse_host_port
 from ztna.core.identity import Role
 from ztna.core.policy import PolicyRule
 from ztna.errors import ConfigError
