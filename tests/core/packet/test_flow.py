@@ -1,0 +1,107 @@
+"""The flow of a packet, by position: scapy builds, we read."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers import inet, inet6
+
+from ztna.core.packet.flow import destination_port, flow_key, transport_of
+
+A4, B4 = bytes([10, 100, 64, 7]), bytes([10, 100, 0, 1])
+A6, B6 = bytes(15) + b"\7", bytes(15) + b"\1"
+IP4 = inet.IP(src="10.100.64.7", dst="10.100.0.1")
+OPTIONS4 = inet.IP(src="10.100.64.7", dst="10.100.0.1", options=[inet.IPOption_NOP()] * 4)
+IP6 = inet6.IPv6(src="::7", dst="::1")
+UDP = inet.UDP(sport=0x1111, dport=0x2222)
+TCP = inet.TCP(sport=0x1111, dport=0x2222)
+PORTS = bytes.fromhex("11112222")
+
+
+@pytest.mark.parametrize(
+    ("packet", "key", "transport", "port"),
+    [
+        (IP4 / UDP / b"x", b"\x11" + A4 + B4 + PORTS, (17, 20, True), 0x2222),
+        (IP4 / TCP, b"\x06" + A4 + B4 + PORTS, (6, 20, True), 0x2222),
+        (OPTIONS4 / TCP, b"\x06" + A4 + B4 + PORTS, (6, 24, True), 0x2222),
+        (IP6 / UDP, b"\x11" + A6 + B6 + PORTS, (17, 40, True), 0x2222),
+        (IP6 / TCP / b"x", b"\x06" + A6 + B6 + PORTS, (6, 40, True), 0x2222),
+        (
+            IP4 / inet.ICMP(type=8, id=0x0708, seq=9),
+            b"\x01" + A4 + B4 + b"\7\x08\7\x08",
+            (1, 20, True),
+            None,
+        ),
+        (
+            IP6 / inet6.ICMPv6EchoReply(id=0x0708, seq=9),
+            b"\x3a" + A6 + B6 + b"\7\x08\7\x08",
+            (58, 40, True),
+            None,
+        ),
+        (IP4 / b"payload", None, (0, 20, True), None),
+        (inet.IP(proto=47) / b"payload", None, (47, 20, True), None),
+    ],
+)
+def test_whole_packets(
+    packet: inet.IP | inet6.IPv6,
+    key: bytes | None,
+    transport: tuple[int, int, bool],
+    port: int | None,
+) -> None:
+    data = bytes(packet)
+    assert flow_key(data) == key
+    assert transport_of(data) == transport
+    assert destination_port(data) == port
+
+
+@pytest.mark.parametrize(
+    ("packet", "transport", "port"),
+    [
+        (inet.IP(flags="MF") / UDP / b"12345678", (17, 20, True), 0x2222),
+        (inet.IP(flags="MF", frag=1, proto=17) / b"12345678", (17, 20, False), None),
+        (inet.IP(frag=0x1F00, proto=6) / b"12345678", (6, 20, False), None),
+        (inet.IP(frag=0x1F, proto=6) / b"12345678", (6, 20, False), None),
+        (IP6 / inet6.IPv6ExtHdrFragment(m=1) / UDP / b"1", (17, 48, True), 0x2222),
+        (IP6 / inet6.IPv6ExtHdrFragment(offset=1, nh=17) / b"12345678", (17, 48, False), None),
+        (IP6 / inet6.IPv6ExtHdrDestOpt() / UDP, (60, 40, True), None),
+    ],
+)
+def test_fragments_and_extension_headers_have_no_flow(
+    packet: inet.IP | inet6.IPv6, transport: tuple[int, int, bool], port: int | None
+) -> None:
+    data = bytes(packet)
+    assert flow_key(data) is None
+    assert transport_of(data) == transport
+    assert destination_port(data) == port
+
+
+@pytest.mark.parametrize("packet", [IP4 / UDP, IP6 / UDP, IP6 / inet6.IPv6ExtHdrFragment() / UDP])
+def test_cut_off(packet: inet.IP | inet6.IPv6) -> None:
+    data = bytes(packet)
+    transport = transport_of(data)
+    assert transport is not None
+    start = transport[1]
+    header = 20 if data[0] >> 4 == 4 else 40
+    for end in range(len(data)):
+        assert (flow_key(data[:end]) is not None) == (end >= start + 4 and header == start)
+        assert (destination_port(data[:end]) is not None) == (end >= start + 4)
+        assert (transport_of(data[:end]) is not None) == (end >= header)
+
+
+def test_a_fragment_header_that_is_cut_off_counts_as_the_protocol() -> None:
+    data = bytes(IP6 / inet6.IPv6ExtHdrFragment(m=1) / UDP)
+    assert transport_of(data[:47]) == (44, 40, True)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x50" + bytes(60), b"\x00" * 60])
+def test_not_ip(data: bytes) -> None:
+    assert flow_key(data) is None
+    assert transport_of(data) is None
+    assert destination_port(data) is None
+
+
+@given(st.binary(max_size=80), st.sampled_from([b"", b"\x45", b"\x40", b"\x4f", b"\x60"]))
+def test_garbage(data: bytes, first: bytes) -> None:
+    data = first + data
+    key, port = flow_key(data), destination_port(data)
+    assert key is None or len(key) in {13, 37}
+    assert port is None or 0 <= port <= 0xFFFF
