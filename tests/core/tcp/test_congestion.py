@@ -155,6 +155,16 @@ def test_cubic_fast_convergence() -> None:
     assert congestion._maximum == pytest.approx(70 * 0.85)
 
 
+def test_cubic_counts_from_the_last_loss() -> None:
+    congestion = make(cubic=True)
+    congestion.threshold = 10_000
+    congestion.acknowledged(1000, 0.0, 0.1)
+    congestion.loss(10_000)
+    congestion.recovered()
+    congestion.acknowledged(1000, 100.0, 0.1)
+    assert congestion.window < 8000
+
+
 def test_cubic_after_an_idle_time_starts_a_new_epoch() -> None:
     congestion = make(cubic=True)
     congestion.threshold = 5000

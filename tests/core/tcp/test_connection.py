@@ -464,6 +464,9 @@ def test_receiver_avoids_silly_windows_and_tells_when_it_opens() -> None:
     assert script.receive(peer(0, 4001, 1, b"x")) == ["A 1+0 ack 4001"]
     assert len(script.core.read(500)) == 500
     assert script.sent() == []  # 500 of 4000 is less than a segment
+    script.core.receive_segments([peer(0, 4000, 1)], 0)
+    (segment,) = script.segments()
+    assert segment.window == 0  # nor does any other ACK tell of it
     assert len(script.core.read(600)) == 600
     (segment,) = script.segments()
     assert segment.window == 1100
@@ -488,6 +491,22 @@ def test_options_of_the_handshake_on_other_segments_are_ignored() -> None:
     assert script.read() == b"x"
     assert script.write(b"y" * 3000) == ["PA 1+3000 ack 2"]
     assert script.core._block.sender.mss == 1000
+
+
+def test_scale_of_a_peer_without_agreement_is_ignored() -> None:
+    script = Script.established(scale=7, window=2)
+    assert script.write(b"x" * 3000) == ["A 1+2 ack 1"]
+
+
+def test_data_right_behind_the_syn_ack() -> None:
+    """The window that our SYN announced is open before our first ACK leaves."""
+    script = Script.active(plain(receive_buffer=1 << 20))
+    script.sent()
+    lines = script.receive(
+        peer(F.SYN, 0, 1, mss=1000), peer(0, 1, 1, bytes(60_000), segment_size=1000)
+    )
+    assert lines == ["A 1+0 ack 60001"]
+    assert script.core.readable == 60_000
 
 
 def test_window_update_when_a_quarter_of_the_buffer_is_read() -> None:
@@ -698,8 +717,10 @@ def test_keepalive_of_the_peer_is_answered_and_counts_as_life() -> None:
     script = Script.established(plain(keepalive_idle=120.0))
     script.now = 100.0
     assert script.receive(peer(0, 0, 1)) == ["A 1+0 ack 1"]
-    assert script.receive(peer(0, 0, 1, b"\0")) == ["A 1+0 ack 1"]
     assert script.core.get_timer() == pytest.approx(220.0)
+    script.now = 110.0
+    assert script.receive(peer(0, 0, 1, b"\0")) == ["A 1+0 ack 1"]
+    assert script.core.get_timer() == pytest.approx(230.0)
 
 
 def test_no_keepalive_while_data_waits() -> None:

@@ -233,6 +233,7 @@ def test_sack_of_what_was_never_sent() -> None:
     script = Script.established(plain(sack=True), sack_permitted=True)
     script.write(b"x" * 3000)
     script.receive(peer(0, 1, 1, sack=((3001, 9000), (2001, 1001), (1, 500), (0, 1), (1 << 31, 5))))
+    script.receive(peer(0, 1, 1, sack=((2001, 9000), (1, 1001))))
     assert script.core._block.sender.board.sacked == 0
     script.receive(peer(0, 1, 1, sack=((2001, 3001),)))
     assert script.core._block.sender.board.sacked == 1000

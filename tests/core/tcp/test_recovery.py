@@ -4,7 +4,7 @@ import pytest
 
 from tests.core.tcp.support import F, Script, peer, plain
 from ztna.core.tcp.connection import TcpConnection
-from ztna.core.tcp.scoreboard import MAX_FLIGHTS
+from ztna.core.tcp.scoreboard import MAX_FLIGHTS, Scoreboard
 from ztna.core.tcp.state import TcpConfig
 
 RTT = 0.1
@@ -304,7 +304,7 @@ def test_restart_after_idle() -> None:
 
 def test_undo_needs_an_echo_from_before_the_retransmission() -> None:
     config = plain(sack=False, timestamps=True)
-    for echo, undone in ((150, True), (450, False)):
+    for echo, undone in ((150, True), (399, True), (400, False), (450, False)):
         script = Script.passive(config, timestamp=(1, 0))
         script.core.establish(0)
         script.segments()
@@ -319,6 +319,77 @@ def test_undo_needs_an_echo_from_before_the_retransmission() -> None:
         script.now = 0.6
         script.receive(peer(0, 1, 989, timestamp=(3, echo)))
         assert (inner(script)[0] >= window) is undone
+
+
+def test_only_the_first_ack_can_undo() -> None:
+    """A later one with an old echo may be of data sent before the timeout."""
+    script = Script.passive(plain(sack=False, timestamps=True), timestamp=(1, 0))
+    script.core.establish(0)
+    script.segments()
+    script.now = RTT
+    script.receive(peer(0, 1, 1, timestamp=(2, 0)))
+    script.write(bytes(9880))
+    script.at(script.core.get_timer() or 0)
+    script.now = 0.6
+    assert script.receive(peer(0, 1, 989, timestamp=(3, 400)))
+    script.now = 0.7
+    script.receive(peer(0, 1, 1977, timestamp=(4, 399)))
+    assert script.core._block.sender.by_timeout
+    assert inner(script)[0] < 5000
+
+
+def test_timeout_forgets_the_duplicates_before_it() -> None:
+    script = sender(sack=False)
+    script.receive(peer(0, 1, 1))
+    script.receive(peer(0, 1, 1))
+    assert script.at(script.core.get_timer() or 0) == ["A 1+1000 ack 1"]
+
+
+def test_window_grows_only_while_it_is_the_limit() -> None:
+    """An application that sends little at a time does not earn a large window."""
+    script = sender()
+    script.receive(peer(0, 1, 10_001))
+    for at in range(30_001, 100_002, 10_000):
+        script.now += RTT
+        script.receive(peer(0, 1, at))
+    window, _ = inner(script)
+    for at in range(100_001, 150_001, 1000):
+        script.now += 0.01
+        assert script.write(bytes(1000)) == [f"PA {at}+1000 ack 1"]
+        script.receive(peer(0, 1, at + 1000))
+    assert inner(script)[0] == window
+
+
+def test_round_trip_time_is_not_that_of_a_repair() -> None:
+    """Karn, and more: what waited behind the hole, or was told of late, gives no sample."""
+    for sack in (True, False):
+        script = sender(sack=sack)
+        script.now = 0.2
+        for _ in range(4):
+            script.at(script.core.get_timer() or 0)
+        script.now += 0.05
+        assert script.now > 1.5
+        if sack:
+            script.receive(peer(0, 1, 1, sack=((5001, 9001),)))
+            assert script.core.statistics()["round_trip_time"] == pytest.approx(RTT)
+        script.receive(peer(0, 1, 10_001))
+        assert script.core.statistics()["round_trip_time"] == pytest.approx(RTT)
+
+
+def test_retransmissions_give_no_sample_and_early_answers_no_news() -> None:
+    """RFC 8985 section 6.2, step 2: an ACK sooner than the least RTT is for the original."""
+    board = Scoreboard()
+    board.sent(1, 3001, 0.0)
+    board.resent(0, 1000, 1.0)
+    delivery = board.sack([(1, 1001)], 1.01, 0.05, 1000)
+    assert (delivery.size, delivery.rtt) == (1000, None)
+    assert board.detect(1.01, 1000, True, 0.05, 0.1) == (0, None)
+    again = Scoreboard()
+    again.sent(1, 3001, 0.0)
+    again.resent(0, 1000, 1.0)
+    delivery = again.sack([(1, 1001)], 1.06, 0.05, 1000)
+    assert delivery.rtt is None
+    assert again.detect(1.06, 1000, True, 0.05, 0.1) == (2000, None)
 
 
 def test_only_one_segment_is_lost_by_a_hole_without_sack() -> None:
