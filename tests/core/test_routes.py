@@ -1,0 +1,388 @@
+"""The agent's filter, both ways."""
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers import inet, inet6
+
+from tests.core.super_packets import payload_of, tcp_super_packet
+from ztna.core import routes
+from ztna.core.addresses import packed_pair, twin
+from ztna.core.encapsulation import ServiceLabel
+from ztna.core.mss import mss_limits
+from ztna.core.packet.icmp import Unreachable, build_unreachable
+from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
+from ztna.core.packet.udp import build_udp_packet
+from ztna.core.ports import IpPacket
+from ztna.core.routes import RouteTable, ServiceRoute
+
+OWN = ipaddress.IPv4Address("10.100.64.7")
+ECHO, WEB, ANY = (ipaddress.IPv4Address(f"10.100.0.{n}") for n in (1, 2, 3))
+FREE = ipaddress.IPv4Address("10.100.0.99")
+LABELS = {"echo": ServiceLabel("echo", 1), "web": ServiceLabel("web", 2)}
+VERSIONS = pytest.mark.parametrize("version", [4, 6])
+
+
+def table() -> RouteTable:
+    found = RouteTable.of(
+        [
+            ServiceRoute("echo", ECHO, frozenset({9999}), frozenset({UDP})),
+            ServiceRoute("web", WEB, frozenset({80, 443}), frozenset({TCP})),
+            ServiceRoute("any", ANY),
+        ]
+    )
+    found.set_addresses([OWN])
+    found.set_labels(LABELS)
+    return found
+
+
+def ip(
+    source: ipaddress.IPv4Address,
+    destination: ipaddress.IPv4Address,
+    version: int,
+    **fields: object,
+) -> inet.IP | inet6.IPv6:
+    if version == 4:
+        return inet.IP(src=str(source), dst=str(destination), **fields)
+    return inet6.IPv6(src=str(twin(source)), dst=str(twin(destination)), **fields)
+
+
+def udp(
+    destination: ipaddress.IPv4Address = ECHO,
+    port: int = 9999,
+    version: int = 4,
+    source: ipaddress.IPv4Address = OWN,
+) -> bytes:
+    return bytes(ip(source, destination, version) / inet.UDP(sport=5000, dport=port) / b"ping")
+
+
+def syn(
+    source: ipaddress.IPv4Address,
+    destination: ipaddress.IPv4Address,
+    version: int = 4,
+    mss: int = 1460,
+    port: int = 443,
+) -> bytes:
+    tcp = inet.TCP(sport=5000, dport=port, flags="S", options=[("MSS", mss)])
+    return bytes(ip(source, destination, version) / tcp)
+
+
+def out(found: RouteTable, *data: bytes) -> tuple[list[tuple[str, bytes]], list[bytes]]:
+    forward, answers = found.route_outbound([IpPacket(packet) for packet in data])
+    return (
+        [(label.id, bytes(packet.data)) for label, packet in forward],
+        [bytes(packet.data) for packet in answers],
+    )
+
+
+def drops(found: RouteTable) -> dict[str, int]:
+    return {k[5:]: v for k, v in found.statistics().items() if k != "flows"}
+
+
+def icmp_of(data: bytes) -> tuple[str, str, int, int]:
+    """Source, destination, type and code."""
+    packet = (inet.IP if data[0] >> 4 == 4 else inet6.IPv6)(data)
+    return packet.src, packet.dst, packet.payload.type, packet.payload.code
+
+
+# Out.
+
+
+@VERSIONS
+def test_a_packet_gets_its_service(version: int) -> None:
+    found = table()
+    packet, other = udp(version=version), syn(OWN, WEB, version, mss=500)
+    assert out(found, packet, other, packet) == (
+        [("echo", packet), ("web", other), ("echo", packet)],
+        [],
+    )
+    assert found.statistics() == {"flows": 2}
+    (label, _) = found.route_outbound([IpPacket(packet)])[0][0]
+    assert label is LABELS["echo"]
+
+
+@VERSIONS
+def test_an_address_without_a_service_is_unreachable(version: int) -> None:
+    found = table()
+    forward, (answer,) = out(found, udp(FREE, version=version))
+    assert forward == []
+    expected = (
+        (str(FREE), str(OWN), 3, 1)
+        if version == 4
+        else (
+            str(twin(FREE)),
+            str(twin(OWN)),
+            1,
+            3,
+        )
+    )
+    assert icmp_of(answer) == expected
+    assert drops(found) == {"no_service_at_address": 1}
+
+
+@VERSIONS
+def test_wrong_ports_and_protocols_are_refused(version: int) -> None:
+    found = table()
+    kind = (3, 13) if version == 4 else (1, 1)
+    forward, answers = out(
+        found,
+        udp(ECHO, 9998, version),
+        udp(WEB, 443, version),
+        syn(OWN, WEB, version, port=444),
+        syn(OWN, ECHO, version, port=9999),
+        bytes(ip(OWN, ANY, version, **{"proto" if version == 4 else "nh": 47}) / b"gre"),
+    )
+    assert forward == []
+    assert [icmp_of(answers[n])[2:] for n in (0, 1, 4)] == [kind] * 3
+    for number, source in ((2, WEB), (3, ECHO)):
+        packet = (inet.IP if version == 4 else inet6.IPv6)(answers[number])
+        assert packet.src == (str(source) if version == 4 else str(twin(source)))
+        assert str(packet[inet.TCP].flags) == "RA"
+    assert drops(found) == {"port_is_not_the_service": 5}
+    assert found.statistics()["flows"] == 0
+
+
+def test_ports_and_protocols() -> None:
+    web = ServiceRoute("web", WEB, frozenset({80, 443}), frozenset({TCP}))
+    assert web.accepts(TCP, 80)
+    assert web.accepts(TCP, 443)
+    assert web.accepts(TCP, None)
+    assert not web.accepts(TCP, 81)
+    assert not web.accepts(UDP, 80)
+    assert not web.accepts(UDP, None)
+    assert web.accepts(ICMP, None)
+    assert web.accepts(ICMPV6, None)
+    assert not web.accepts(47, None)
+    some = ServiceRoute("any", ANY)
+    assert some.accepts(TCP, 1)
+    assert some.accepts(UDP, 65535)
+    assert not some.accepts(47, None)
+
+
+def test_fragments_pass_by_address_and_protocol() -> None:
+    found = table()
+    first = bytes(ip(OWN, ECHO, 4, flags="MF") / inet.UDP(sport=1, dport=9999) / b"12345678")
+    later = bytes(ip(OWN, ECHO, 4, frag=2, proto=17) / b"12345678")
+    wrong_port = bytes(ip(OWN, ECHO, 4, flags="MF") / inet.UDP(sport=1, dport=1) / b"12345678")
+    wrong_protocol = bytes(ip(OWN, ECHO, 4, frag=2, proto=6) / b"12345678")
+    forward, answers = out(found, first, later, wrong_port, wrong_protocol)
+    assert forward == [("echo", first), ("echo", later)]
+    assert [icmp_of(answer)[2:] for answer in answers] == [(3, 13)], "none for a later fragment"
+    assert found.statistics()["flows"] == 0
+
+
+def test_foreign_sources_and_garbage_stay_inside() -> None:
+    found = table()
+    foreign = udp(source=ipaddress.IPv4Address("10.100.64.8"))
+    solicitation = bytes(inet6.IPv6(src="fe80::1", dst="ff02::2") / inet6.ICMPv6ND_RS())
+    assert out(found, foreign, solicitation, b"", b"\x45", b"\x60" * 30) == ([], [])
+    assert drops(found) == {"source_is_not_ours": 5}
+
+
+def test_a_group_from_our_own_address_gets_no_answer() -> None:
+    found = table()
+    assert out(found, udp(ipaddress.IPv4Address("224.0.0.251"), 5353)) == ([], [])
+    assert drops(found) == {"no_service_at_address": 1}
+
+
+@VERSIONS
+def test_a_service_that_is_not_registered(version: int) -> None:
+    found = table()
+    packet = udp(ANY, version=version)
+    assert out(found, packet) == ([], [])
+    assert drops(found) == {"service_not_registered": 1}
+    found.refused = {"any": "no policy rule"}
+    _, (answer,) = out(found, packet)
+    assert icmp_of(answer)[0] == (str(ANY) if version == 4 else str(twin(ANY)))
+    assert icmp_of(answer)[2:] == ((3, 13) if version == 4 else (1, 1))
+    assert drops(found) == {"service_not_registered": 1, "refused_by_policy": 1}
+    found.set_labels({**LABELS, "any": ServiceLabel("any")})
+    assert out(found, packet) == ([("any", packet)], [])
+
+
+def test_super_packets_pass_as_they_are() -> None:
+    found = RouteTable.of([ServiceRoute("web", ipaddress.IPv4Address("10.100.0.1"))])
+    found.set_addresses([OWN])
+    found.set_labels(LABELS)
+    packet = tcp_super_packet(payload_of(5000))
+    ((label, forwarded),), _ = found.route_outbound([packet])
+    assert (label.id, forwarded) == ("web", packet)
+    assert found.statistics()["flows"] == 1
+
+
+def test_a_view_is_as_good_as_bytes() -> None:
+    found = table()
+    ((_, packet),), _ = found.route_outbound([IpPacket(memoryview(udp()))])
+    assert packet.data == udp()
+    assert found.route_outbound([IpPacket(memoryview(udp(FREE)))])[1] != []
+
+
+@VERSIONS
+def test_mss_is_clamped_both_ways(version: int) -> None:
+    found = table()
+    limit = mss_limits(1170)[version == 6]
+    assert limit == (1121 if version == 4 else 1101)
+    ((_, data),), _ = out(found, syn(OWN, WEB, version))
+    ip_class = inet.IP if version == 4 else inet6.IPv6
+    assert ip_class(data)[inet.TCP].options == [("MSS", limit)]
+    assert len(data) == len(syn(OWN, WEB, version))
+    (packet,) = found.route_inbound([(2, IpPacket(syn(WEB, OWN, version)))])
+    clamped = ip_class(bytes(packet.data))
+    assert clamped[inet.TCP].options == [("MSS", limit)]
+    del clamped[inet.TCP].chksum
+    assert bytes(clamped) == bytes(packet.data)
+    found.mss_limits = (600, 600)
+    (packet,) = found.route_inbound([(2, IpPacket(syn(WEB, OWN, version)))])
+    assert ip_class(bytes(packet.data))[inet.TCP].options == [("MSS", 600)]
+
+
+def test_the_oldest_flow_goes_when_the_table_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert routes.MAX_FLOWS == 16_384
+    monkeypatch.setattr(routes, "MAX_FLOWS", 3)
+    found = table()
+    found.set_labels({"any": ServiceLabel("any", 3)})
+    for port in range(1, 6):
+        forward, _ = out(found, udp(ANY, port))
+        assert forward != []
+    assert found.statistics() == {"flows": 3}
+    passed = [
+        bool(found.route_inbound([(3, IpPacket(port_unreachable(udp(ANY, port))))]))
+        for port in range(1, 6)
+    ]
+    assert passed == [False, False, True, True, True]
+    assert out(found, udp(ANY, 1))[0] != [], "it only begins anew"
+
+
+def test_flows_of_an_address_that_we_lost_are_over() -> None:
+    found = table()
+    out(found, udp())
+    found.set_addresses([OWN])
+    assert found.statistics()["flows"] == 1
+    found.set_addresses([ipaddress.IPv4Address("10.100.64.8")])
+    assert found.statistics()["flows"] == 0
+    assert out(found, udp()) == ([], [])
+    assert drops(found) == {"source_is_not_ours": 1}
+
+
+# In.
+
+
+def port_unreachable(quoted: bytes) -> bytes:
+    answer = build_unreachable(quoted, Unreachable.PORT)
+    assert answer is not None
+    return answer
+
+
+def inbound(found: RouteTable, key: int | str | None, data: bytes) -> bool:
+    return [bytes(p.data) for p in found.route_inbound([(key, IpPacket(data))])] == [data]
+
+
+def back(
+    source: ipaddress.IPv4Address = ECHO, version: int = 4, to: ipaddress.IPv4Address = OWN
+) -> bytes:
+    family = version == 6
+    return build_udp_packet(packed_pair(source)[family], packed_pair(to)[family], 9999, 5000, b"")
+
+
+@VERSIONS
+def test_answers_of_the_service_that_the_message_named(version: int) -> None:
+    found = table()
+    packet = back(version=version)
+    assert [inbound(found, key, packet) for key in (1, "echo", None)] == [True] * 3
+    assert [inbound(found, key, packet) for key in (2, 3, 0, "web", "nothing")] == [False] * 5
+    assert drops(found) == {"source_is_not_the_service": 5}
+
+
+@VERSIONS
+def test_only_from_services_and_only_for_us(version: int) -> None:
+    found = table()
+    assert not inbound(found, None, back(FREE, version))
+    assert not inbound(found, 1, back(OWN, version))
+    assert not inbound(found, 1, back(ECHO, version, ipaddress.IPv4Address("10.100.64.8")))
+    assert drops(found) == {"source_is_not_the_service": 2, "not_for_us": 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"\x45", back()[:19], back(version=6)[:39], b"\x50" * 60])
+def test_malformed(data: bytes) -> None:
+    found = table()
+    assert found.route_inbound([(None, IpPacket(data)), (None, IpPacket(back()))]) == [
+        IpPacket(back())
+    ]
+    assert drops(found) == {"malformed": 1}
+
+
+@VERSIONS
+def test_icmp_errors_only_about_live_flows(version: int) -> None:
+    found = table()
+    mine = udp(version=version)
+    error = port_unreachable(mine)
+    assert not inbound(found, 1, error)
+    out(found, mine)
+    assert inbound(found, 1, error)
+    assert not inbound(found, 2, error), "another service cannot end it"
+    assert not inbound(found, 1, port_unreachable(udp(ECHO, 9998, version)))
+    broken = bytearray(error)
+    broken[-1] ^= 1
+    assert not inbound(found, 1, bytes(broken))
+    assert drops(found)["icmp_about_no_flow"] == 3
+
+
+def test_an_icmpv6_error_behind_an_extension_header_is_judged_too() -> None:
+    found = table()
+    error = port_unreachable(udp(version=6))
+    size = len(error) - 40
+    hidden = (
+        error[:4]
+        + (size + 8).to_bytes(2, "big")
+        + b"\x3c"
+        + error[7:40]
+        + b"\x3a\x00\x01\x04\x00\x00\x00\x00"
+        + error[40:]
+    )
+    assert not inbound(found, 1, hidden)
+    assert drops(found) == {"icmp_about_no_flow": 1}
+    out(found, udp(version=6))
+    assert inbound(found, 1, hidden)
+
+
+@VERSIONS
+def test_echo_replies_pass(version: int) -> None:
+    echo = inet.ICMP(type=0, id=7) if version == 4 else inet6.ICMPv6EchoReply(id=7)
+    assert inbound(table(), 1, bytes(ip(ECHO, OWN, version) / echo / b"data"))
+
+
+def test_super_packets_come_in_as_they_are() -> None:
+    packet = IpPacket(back(), segment_size=1)
+    assert table().route_inbound([(1, packet)]) == [packet]
+
+
+ADDRESSED = st.sampled_from([udp(), udp(version=6), back(), back(version=6), syn(OWN, WEB)])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | st.integers(0, 3) | st.sampled_from(["echo", "x"]),
+            st.binary(max_size=70)
+            | st.tuples(ADDRESSED, st.integers(0, 60), st.binary(max_size=30)).map(
+                lambda parts: parts[0][: parts[1]] + parts[2]
+            ),
+        ),
+        max_size=10,
+    )
+)
+def test_garbage(arrivals: list[tuple[int | str | None, bytes]]) -> None:
+    found = table()
+    packets = [(key, IpPacket(data)) for key, data in arrivals]
+    for packet in found.route_inbound(packets):
+        data = bytes(packet.data)
+        family = data[0] >> 4 == 6
+        destination = data[24:40] if family else data[16:20]
+        assert destination == packed_pair(OWN)[family]
+    forward, answers = found.route_outbound([packet for _, packet in packets])
+    for packet in answers:
+        assert bytes(packet.data)[0] >> 4 in {4, 6}
+    assert len(forward) + len(answers) <= len(packets)
+    assert out(found, udp()) == ([("echo", udp())], [])
