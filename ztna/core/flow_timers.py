@@ -26,7 +26,7 @@ class FlowTimers:
     _order: Iterator[int] = attrs.Factory(itertools.count)
 
     def __len__(self) -> int:
-        """Entries, void ones included: at most twice the flows, and 64."""
+        """Entries, void ones included: behind `arm`, at most twice the flows, and 64."""
         return len(self._heap)
 
     def arm(self, flow: Flow, at: float) -> None:
