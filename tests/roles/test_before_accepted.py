@@ -83,6 +83,24 @@ async def test_seed_intermediate_gets_the_seed_messages_alone(autojump_clock: Mo
         assert not served.session.closed
 
 
+async def test_answers_without_accepted_set_nothing_free(autojump_clock: MockClock) -> None:
+    """0x12, a map and a refusal, but no Accepted, and not yet two seconds."""
+    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+        await start(world)
+        with trio.fail_after(60):
+            served = await sessions.receive()
+            served.session.send_datagrams([b"\x12\x00\x04echo"])
+            await trio.sleep(0.1)
+            for fields in (
+                {"type": "ServiceMap", "services": [{"number": 7, "id": "echo"}]},
+                {"type": "Denied", "service": "echo", "reason": "no"},
+            ):
+                served.session.send_control(frame(fields))
+            await trio.sleep(HELLO_PATIENCE - 0.3)
+            assert served.user_messages == []
+            assert not served.session.closed
+
+
 async def test_late_accepted_raises_a_seed_session(autojump_clock: MockClock) -> None:
     async with open_world([]) as world, open_fake_intermediate(world) as sessions:
         agent = await start(world)

@@ -226,6 +226,14 @@ class Registry:
             route.provider.serves += 1
         return route.provider
 
+    def serves(self, client: Client, route: AgentRoute) -> bool:
+        """Whether a connector answers for a route. A route without one takes the connector that
+        has something to say: its session was away, and the agent perhaps only listens."""
+        if route.provider is None and route.service_id in client.provides:
+            route.provider = client
+            client.serves += 1
+        return route.provider is client
+
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables."""
         return {

@@ -335,7 +335,7 @@ class Relay:
             else list(agent.routes.values())
         )
         for route in routes:
-            if route.provider is client and source in route.destinations:
+            if source in route.destinations and self.registry.serves(client, route):
                 return _Hop(agent, ServiceLabel(route.service_id, route.number))
         return "not_asked"
 

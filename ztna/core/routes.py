@@ -10,7 +10,7 @@ TCP's MSS is clamped both ways, so that a full segment fits one message.
 
 import ipaddress
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import attrs
 
@@ -25,6 +25,10 @@ from ztna.core.refusal import refuse
 
 # Our choice: the flows of a busy desktop several times over; 100 bytes each.
 MAX_FLOWS = 16_384
+# Our choice, among those that programs seldom use; it names nothing.
+_ECHO_IDENTIFIER = 0
+# Bytes of `flow_key` over IPv4.
+_KEY_SIZE4 = 13
 _TRANSPORTS = frozenset((TCP, UDP))
 
 
@@ -122,6 +126,25 @@ class RouteTable:
             else:
                 accepted.append(self._clamp(packet, data))
         return accepted
+
+    def echoes(self, service_ids: Collection[str]) -> list[tuple[ServiceLabel, IpPacket]]:
+        """An echo request to each address of these services that a flow is remembered for.
+
+        A new session of ours starts from nothing: the intermediate lets only those answer who were
+        asked in it. A flow that only listens would wait for ever. The host ignores the replies.
+        """
+        ends = {
+            (key[1:5], key[5:9]) if len(key) == _KEY_SIZE4 else (key[1:17], key[17:33])
+            for key, route in self._flows.items()
+            if route.id in service_ids
+        }
+        echoes = []
+        for source, destination in sorted(ends):
+            label = self.labels.get(self._by_address[destination].id)
+            if label is not None:
+                echo = icmp.build_echo(source, destination, _ECHO_IDENTIFIER)
+                echoes.append((label, IpPacket(echo)))
+        return echoes
 
     def statistics(self) -> dict[str, int]:
         """Flows remembered, and what was dropped by reason."""

@@ -135,7 +135,12 @@ class _Agent:
         statistics_registry().register("session", link.statistics)
 
     def services_changed(self, link: ControlLink) -> None:
+        if link is not self.link:
+            return  # not up: nothing of a user may leave
+        fresh = link.labels.keys() - self.routes.labels.keys()
         self.routes.set_labels(link.labels)
+        if fresh and (echoes := self.routes.echoes(fresh)):
+            link.session.send_datagrams(link.encapsulator.encapsulate(echoes))
         self.routes.refused = dict(link.refused)
 
     def packets_received(

@@ -110,6 +110,14 @@ def echo_reply(data: Buffer) -> bytes | None:
     )
 
 
+def build_echo(source: bytes, destination: bytes, identifier: int, data: bytes = b"") -> bytes:
+    """Return an echo request, a whole packet, with sequence number 0 (RFC 792, RFC 4443 section
+    4.1). source, destination: 4 or 16 bytes each."""
+    kind = ECHO4 if len(source) == 4 else ECHO6
+    rest = identifier.to_bytes(2, "big") + bytes(2)
+    return _build(source, destination, (kind, 0), rest, data, traffic_class=0)
+
+
 def build_unreachable(
     data: Buffer, reason: Unreachable = Unreachable.HOST, *, source: bytes | None = None
 ) -> bytes | None:
