@@ -128,6 +128,16 @@ def test_syn_ack_is_sent_again_on_timeout_and_on_a_repeated_syn() -> None:
     assert script.core.get_timer() == pytest.approx(6.0)
 
 
+def test_another_syn_in_syn_received_is_challenged() -> None:
+    """RFC 5961 section 4.2: its sender, if it lives, answers the ACK with an RST."""
+    script = Script.passive()
+    script.core.establish(0)
+    script.sent()
+    assert script.receive(peer(F.SYN, 5, mss=1000)) == ["A 1+0 ack 1"]
+    assert script.receive(peer(F.RST, 1)) == []
+    assert script.events() == [Reset()]
+
+
 def test_repeated_syns_are_not_answered_without_limit() -> None:
     script = Script.passive()
     script.core.establish(0)
@@ -357,6 +367,26 @@ def test_sack_tells_what_is_there() -> None:
     assert script.receive(peer(0, 1, 2, b"a" * 1000)) == [
         "A 2+0 ack 2001 sack 1-1001 sack 5001-5002 sack 3001-4001"
     ]
+
+
+def test_duplicate_acks_are_not_owed_once_data_carried_the_ack() -> None:
+    script = Script.established()
+    script.core.receive_segments([peer(0, 3, 1, b"cd"), peer(0, 1, 1, b"ab")], 0)
+    assert script.write(b"x") == ["PA 1+1 ack 5"]
+    assert script.receive(peer(0, 5, 1, b"e")) == ["A 2+0 ack 6"]
+
+
+def test_window_that_closes_over_data_in_flight() -> None:
+    """No tail loss probe then: the probes of the window take its place."""
+    script = Script.established(plain(sack=True), sack_permitted=True)
+    assert script.write(bytes(3000)) == ["PA 1+3000 ack 1"]
+    script.now = 0.01
+    assert script.receive(peer(0, 1, 1001, window=0)) == []
+    timer = script.core.get_timer() or 0
+    assert timer > 0.2
+    assert script.at(timer) == ["A 1001+1 ack 1"]
+    assert script.receive(peer(0, 1, 3001, window=0)) == []
+    assert script.core.get_timer() is None
 
 
 def test_many_holes_in_one_batch_take_several_acks() -> None:

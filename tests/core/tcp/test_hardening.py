@@ -248,16 +248,17 @@ def test_echo_of_the_future_is_not_believed() -> None:
     assert script.core.statistics()["round_trip_time"] < 1
 
 
+edges = st.sampled_from([1001, 2001, 3001, 4001, 5001, 6001]) | st.integers(900, 7000)
 segments = st.builds(
     TcpSegment,
-    st.integers(0, 0xFFFF_FFFF) | st.integers(4990, 9000),
-    st.integers(0, 0xFFFF_FFFF) | st.integers(990, 5000),
+    st.sampled_from([5001, 5002]) | st.integers(4990, 9000) | st.integers(0, 0xFFFF_FFFF),
+    st.sampled_from([1001, 2001]) | st.integers(990, 7000) | st.integers(0, 0xFFFF_FFFF),
     st.integers(0, 255) | st.sampled_from([F.ACK, F.ACK | F.PSH, F.ACK | F.FIN]),
-    st.integers(0, 0xFFFF),
+    st.sampled_from([0, 1, 0xFFFF]) | st.integers(0, 0xFFFF),
     st.binary(max_size=40),
     st.integers(0, 20),
     st.none() | st.tuples(st.integers(0, 0xFFFF_FFFF), st.integers(0, 0xFFFF_FFFF)),
-    st.lists(st.tuples(st.integers(900, 5000), st.integers(900, 5000)), max_size=4).map(tuple),
+    st.lists(st.tuples(edges, edges), max_size=4).map(tuple),
     st.none() | st.integers(0, 0xFFFF),
     st.none() | st.integers(0, 14),
     st.booleans(),
@@ -272,7 +273,7 @@ actions = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from([*STATES, None, TcpState.SYN_SENT]),
+    st.sampled_from([*STATES, TcpState.ESTABLISHED, None, TcpState.SYN_SENT]),
     st.booleans(),
     st.lists(actions, max_size=40),
 )
@@ -284,6 +285,14 @@ def test_any_segments_in_any_state(
         script = Script.active(plain(sack=options, timestamps=options))
     elif state is None:
         script = Script.passive(plain(sack=options), sack_permitted=True)
+    elif state is TcpState.ESTABLISHED and options:
+        # Everything agreed on, an RTT of 100 ms, and something in flight.
+        script = Script.passive(plain(sack=True), sack_permitted=True)
+        script.core.establish(0.0)
+        script.segments()
+        script.now = 0.1
+        script.receive(peer(0, 1, 1))
+        script.write(bytes(5000))
     else:
         script = STATES[state]()
     core = script.core
