@@ -93,6 +93,11 @@ def test_what_several_intermediates_observed_on_one_socket() -> None:
     assert mapping_of(*stun) == {EIM, ADM}
     assert mapping_of(*stun, *consistent) == {EIM}
     assert mapping_of(*stun, *differing) == {ADM}
+    both = Observations(stun, observed=differing)
+    assert classify(both).mapping is ADM
+    # Seen long before, they say nothing of how ports follow each other, unless they are all.
+    assert classify(both).ports is None
+    assert classify(Observations(observed=differing)).ports is PortKind.SEQUENTIAL
 
 
 @pytest.mark.parametrize(
@@ -231,7 +236,7 @@ def test_untold() -> None:
     assert classify(seen).untold == (
         f"Mapping: {either}",
         "Port allocation: fewer than three new mappings were seen.",
-        "Hairpin: not tried.",
+        "Hairpin: not tried, or not to be told with this mapping.",
         f"Filtering: {either}",
         "Mapping lifetime: not measured.",
     )

@@ -85,6 +85,8 @@ class Observations:
     address and port, or another port, of the server than the socket had sent to (RFC 5780
     section 4.4, tests II and III).
     hairpin: whether two sockets behind the NAT met at their outer addresses.
+    observed: what intermediates have seen (QAD), some time before: it counts for the mapping, and
+    for the ports only where there is nothing else.
     """
 
     samples: Sequence[MappingSample] = ()
@@ -92,6 +94,7 @@ class Observations:
     other_port_answer: bool | None = None
     hairpin: bool | None = None
     lifetime: Lifetime | None = None
+    observed: Sequence[MappingSample] = ()
 
 
 @attrs.frozen(slots=True)
@@ -165,14 +168,15 @@ MIN_NEW_MAPPINGS = 3
 
 def classify(seen: Observations) -> NatBehaviour:
     """Say what is there, and what could not be told."""
-    if not seen.samples:
+    samples = (*seen.observed, *seen.samples)
+    if not samples:
         return NatBehaviour(Presence.UDP_BLOCKED, untold=("Nothing: no answer came.",))
     filterings = _filterings(seen)
     untold = []
-    if any(sample.mapped != sample.local for sample in seen.samples):
+    if any(sample.mapped != sample.local for sample in samples):
         presence = Presence.NAT
-        mappings, contradiction = _mappings(seen.samples)
-        ports, step = _ports(seen.samples)
+        mappings, contradiction = _mappings(samples)
+        ports, step = _ports(seen.samples or seen.observed)
         if contradiction:
             untold.append("Mapping: the answers contradict each other; the worst is assumed.")
         if len(mappings) > 1:
@@ -180,7 +184,7 @@ def classify(seen: Observations) -> NatBehaviour:
         if ports is None:
             untold.append("Port allocation: fewer than three new mappings were seen.")
         if seen.hairpin is None:
-            untold.append("Hairpin: not tried.")
+            untold.append("Hairpin: not tried, or not to be told with this mapping.")
     else:
         # Without a NAT the address is the same for all.
         mappings, ports, step = frozenset({MappingKind.EIM}), None, 0
@@ -200,7 +204,7 @@ def classify(seen: Observations) -> NatBehaviour:
         step,
         seen.hairpin,
         seen.lifetime,
-        frozenset(sample.mapped[0] for sample in seen.samples),
+        frozenset(sample.mapped[0] for sample in samples),
         tuple(untold),
     )
 
