@@ -243,6 +243,22 @@ def test_sockets_are_kept_apart() -> None:
     assert ProbeSocket.LIFETIME not in by_socket
 
 
+def filtering_tests(world: World) -> list[str]:
+    return [
+        event.what
+        for event in world.events
+        if isinstance(event, ProbeStep) and event.what.startswith("filtering")
+    ]
+
+
+@pytest.mark.parametrize(("filtering", "tests"), [("EIF", 1), ("ADF", 2), ("APDF", 2)])
+def test_no_more_is_asked_than_needed(filtering: str, tests: int) -> None:
+    """What lets another address in lets another port in."""
+    world = World(make_prober(), Gateway(filtering=FilteringKind[filtering]), full())
+    world.run()
+    assert len(filtering_tests(world)) == tests
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_loss(seed: int) -> None:
     """One lost packet in ten changes no verdict."""
@@ -303,9 +319,11 @@ def test_server_with_two_ports(
 ) -> None:
     server = served(StunServer((A1, P1), alternate_port=P2))
     gateway = Gateway(MappingKind[mapping], FilteringKind[filtering], PortKind.RANDOM)
-    behaviour = World(make_prober(other=(A1, P2)), gateway, server).run()
+    world = World(make_prober(other=(A1, P2)), gateway, server)
+    behaviour = world.run()
     assert {kind.name for kind in behaviour.mappings} == mappings
     assert {kind.name for kind in behaviour.filterings} == filterings
+    assert filtering_tests(world) == [f"filtering of an answer from {A1} port {P2}"]
 
 
 @pytest.mark.parametrize("mapping", MappingKind)
@@ -349,6 +367,26 @@ def test_lifetime(lifetime: float, host: str) -> None:
     assert world.prober.behaviour.ports is (PortKind.PRESERVED if host == INNER else None)
 
 
+def test_lifetime_is_told_by_the_idle_socket_alone() -> None:
+    """The answer comes in, but through a mapping that was not idle."""
+    server, prober = full(), make_prober(lifetime=LifetimeSearch())
+    other_port = prober.local[ProbeSocket.MAPPING][1]
+
+    def answer(
+        data: bytes, source: Address, to: Address, now: float
+    ) -> list[tuple[bytes, Address, Address]]:
+        astray = parse_stun_untrusted(data).find(a.ResponsePort) is not None
+        return [
+            (reply, origin, (OUTER, other_port) if astray else client)
+            for reply, origin, client in server(data, source, to, now)
+        ]
+
+    found = World(prober, Gateway(), answer).run().lifetime
+    assert found is not None
+    assert found.alive_after == 0.0
+    assert prober.statistics()["unexpected"] > 0
+
+
 def test_server_goes_away_during_the_lifetime_test() -> None:
     server, gateway = full(), Gateway()
 
@@ -387,6 +425,13 @@ def test_servers_do_not_make_us_send_anywhere(address: Address) -> None:
     world.run()
     servers = {to for socket, to in world.asked if to[0] != OUTER}
     assert servers == {(A1, P1)}
+
+
+def test_a_server_that_names_itself_does_not_displace_a_better_address() -> None:
+    server = answering(a.OtherAddress((A1, P1)))
+    world = World(make_prober(other=(A2, P1)), Gateway(), server)
+    assert world.run().mapping is MappingKind.EIM
+    assert (ProbeSocket.MAPPING, (A2, P1)) in world.asked
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "224.0.0.5"])
