@@ -1,6 +1,7 @@
 """The connector's flow table: what users send ends here, on explicit times."""
 
 import ipaddress
+import itertools
 from collections.abc import Iterator
 
 import attrs
@@ -304,7 +305,9 @@ def test_time_wait_gives_way_to_a_new_connection() -> None:
     new = again.open(1.0)
     assert new is not flow
     assert found.statistics()["tcp_flows"] == 1
+    assert not found.wants_to_send
     found.touch(flow, 1.0)
+    assert not found.wants_to_send, "the old flow has no say any more"
     again.connection.write(b"x", 1.0)
     again.exchange(1.0)
     assert new.connection.readable == 1
@@ -647,6 +650,28 @@ def test_flows_take_turns() -> None:
         order.append(parsed(bytes(packets[0][1].data)[:40])[inet.TCP].dport)
     assert order == [40_001, 40_002]
     assert found.packets_to_send(0.0, 0) == []
+
+
+def test_a_flow_with_a_wide_window_goes_behind_the_others() -> None:
+    found = table()
+    users = [User(found, source_port=n) for n in (1, 2, 3)]
+    opened = [user.open() for user in users]
+    for user, flow in zip(users, opened, strict=True):
+        for _ in range(2):  # until the congestion window holds several turns
+            flow.connection.write(payload_of(900_000), 0.0)
+            found.touch(flow, 0.0)
+            user.exchange()
+            while user.connection.readable:
+                user.connection.read()
+            user.exchange()
+    for flow in opened:
+        flow.connection.write(payload_of(400_000), 0.0)
+        found.touch(flow, 0.0)
+    ports = [
+        parsed(bytes(packet.data)[:40])[inet.TCP].dport
+        for _, packet in found.packets_to_send(0.0, 4 * (TURN_BYTES - 2000))
+    ]
+    assert [port for port, _ in itertools.groupby(ports)] == [1, 2, 3, 1]
 
 
 def test_little_room_takes_no_turn_away() -> None:

@@ -321,6 +321,16 @@ def test_a_container_with_mixed_targets_is_split() -> None:
     assert found.dropped == {"no_right_to_service": 1}
 
 
+def test_a_container_for_two_connectors_is_split() -> None:
+    found = lab()
+    found.join("home-2", ["ssh"])
+    ssh = udp(LAPTOP, SSH_IP)
+    assert found.send("laptop", wire.encode_container([(WEB, OUT), (SSH, ssh)])) == {
+        "home": [short(WEB, OUT)],
+        "home-2": [short(SSH, ssh)],
+    }
+
+
 def test_a_container_whose_first_entry_is_dropped() -> None:
     found = lab()
     container = wire.encode_container([(9, OUT), (WEB, OUT)])
