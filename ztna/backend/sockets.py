@@ -21,8 +21,6 @@ MAX_DATAGRAM = 65_535
 # What a route answers that cannot segment: too small an MTU, no checksum offload (udp(7), EINVAL
 # and EIO of net/ipv4/udp.c).
 _NO_SEGMENTATION = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP})
-# SO_LINGER with no time: close sends RST (socket(7)).
-_LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
 
 Datagram = tuple[Buffer, int]
 """Payload, and the size of its segments; 0 for a single datagram."""
@@ -70,13 +68,6 @@ class SocketDialer:
             opened.close()
             raise
         return _KernelDatagrams(opened)
-
-
-async def reset_stream(stream: trio.abc.HalfCloseableStream) -> None:
-    """Close a stream so that the other side sees a reset, not an orderly end."""
-    if isinstance(stream, trio.SocketStream):
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT_AT_ALL)
-    await trio.aclose_forcefully(stream)
 
 
 @attrs.define(eq=False)

@@ -1,0 +1,122 @@
+"""A TCP connection of the userspace TCP, spliced to a stream of this machine.
+
+Both sides of the tunnel need it: the connector splices users' connections to its backends'
+(`ztna.backend`), an agent without a tunnel interface those of local programs to the services'
+(`ztna.ingress`). Each direction stops reading while the other side is slow: the receive window
+closes, or the send buffer fills. Half-close and reset go through in both directions.
+"""
+
+import socket
+import struct
+from collections.abc import Callable
+
+import attrs
+import structlog
+import trio
+
+from ztna.core.tcp.connection import TcpConnection
+from ztna.core.tcp.state import Reset, TimedOut
+
+log = structlog.get_logger(__name__)
+
+CHUNK = 256 * 1024
+# The peer's kernel acknowledges bit by bit; smaller reads than that are not worth a wake-up.
+LEAST_SPACE = 64 * 1024
+# SO_LINGER with no time: close sends RST (socket(7)).
+_LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
+
+
+async def reset_stream(stream: trio.abc.HalfCloseableStream) -> None:
+    """Close a stream so that the other side sees a reset, not an orderly end."""
+    if isinstance(stream, trio.SocketStream):
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT_AT_ALL)
+    await trio.aclose_forcefully(stream)
+
+
+@attrs.define(eq=False)
+class Splice:
+    """Moves bytes between a connection and a stream until both directions ended.
+
+    touch: tells the connection's table that the connection was acted upon.
+    ended: how the connection broke; None while it did not.
+    """
+
+    connection: TcpConnection
+    touch: Callable[[], None]
+    ended: Reset | TimedOut | None = None
+    _over: bool = False
+    _changed: trio.Event = attrs.Factory(trio.Event)
+    _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+
+    def wake(self) -> None:
+        """Something happened to the connection."""
+        while (event := self.connection.next_event()) is not None:
+            if isinstance(event, Reset | TimedOut):
+                self.ended = event
+                self._over = True
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def close(self) -> None:
+        """The connection left its table."""
+        self.wake()
+        self._over = True
+        if self.ended is not None:
+            self._scope.cancel()
+
+    async def wait_changed(self) -> None:
+        """Wait for the next `wake`."""
+        await self._changed.wait()
+
+    async def run(self, stream: trio.abc.HalfCloseableStream) -> None:
+        """Move bytes until the end, then close the stream; reset it where the connection broke."""
+        with self._scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._connection_to_stream, stream)
+                    nursery.start_soon(self._stream_to_connection, stream)
+            except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+                log.debug("connection broken", by_peer=self.ended is not None)
+                self.abort()
+            finally:
+                # RFC 9293 section 3.10.5: what the peer aborted, the stream's end sees aborted.
+                close = reset_stream if self.ended is not None else trio.aclose_forcefully
+                await close(stream)
+
+    def abort(self) -> None:
+        """Give up the connection, with RST where the peer needs one."""
+        if not self.connection.closed:
+            self.connection.abort(trio.current_time())
+            self.touch()
+
+    async def _connection_to_stream(self, stream: trio.abc.HalfCloseableStream) -> None:
+        connection = self.connection
+        while True:
+            if connection.readable:
+                data = connection.read(CHUNK)
+                self.touch()  # the window opened
+                await stream.send_all(data)
+            elif connection.at_eof:
+                await stream.send_eof()
+                return
+            elif self._over:
+                raise trio.BrokenResourceError("the connection is over")
+            else:
+                await self._changed.wait()
+
+    async def _stream_to_connection(self, stream: trio.abc.HalfCloseableStream) -> None:
+        connection = self.connection
+        while True:
+            if self._over:
+                raise trio.BrokenResourceError("the connection is over")
+            space = connection.write_space
+            if space < LEAST_SPACE:
+                await self._changed.wait()
+                continue
+            data = await stream.receive_some(min(space, CHUNK))
+            if not data:
+                connection.write_eof()
+                self.touch()
+                return
+            connection.write(data, trio.current_time())
+            self.touch()
