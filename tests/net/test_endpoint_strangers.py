@@ -24,7 +24,8 @@ from tests.net.endpoints import (
 from ztna.core.ports import UdpBatch
 from ztna.nat.link import MemoryUdpPort, WireBatch
 from ztna.net.closing import CloseCode
-from ztna.net.endpoint import EndpointSettings, LogGate
+from ztna.net.endpoint import EndpointSettings
+from ztna.net.strangers import RateGate
 
 
 def stranger(pair: Pair) -> MemoryUdpPort:
@@ -156,7 +157,7 @@ async def test_strangers_cannot_flood_the_log(autojump_clock: MockClock) -> None
 
 
 def test_log_gate() -> None:
-    gate = LogGate()
+    gate = RateGate()
     assert [gate.allow(100.0) for _ in range(25)].count(True) == 20
     assert gate.suppressed == 5
     assert [gate.allow(101.0) for _ in range(25)].count(True) == 5

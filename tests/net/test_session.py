@@ -8,8 +8,9 @@ from trio.testing import MockClock
 from tests.net.endpoints import open_pair, receive_control, receive_count
 from ztna.core.ports import UdpBatch
 from ztna.nat.link import LinkSpec, WireBatch
+from ztna.net.batches import batches_of
 from ztna.net.closing import CloseCode
-from ztna.net.session import Session, batches_of
+from ztna.net.session import Session
 
 A, B = ("10.0.0.1", 1), ("10.0.0.2", 2)
 

@@ -14,13 +14,10 @@ from hypothesis import strategies as st
 
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import SystemSetupError
+from ztna.net.batches import MAX_SEGMENTS, MAX_SEND_SIZE, join_batches, split_batch
 from ztna.net.udp import (
-    MAX_SEGMENTS,
-    MAX_SEND_SIZE,
     SocketUdpPort,
-    join_batches,
     open_udp_port,
-    split_batch,
 )
 
 FROM = ("192.0.2.1", 4433)
@@ -306,3 +303,32 @@ async def test_cancelled_receive_loses_nothing() -> None:
             scope.cancel()
             await two.receive()
         assert data_of(await collect(two, 4)) == b"kept"
+
+
+@pytest.mark.parametrize("many", [1, 40])
+async def test_server_answers_from_the_address_that_was_asked(many: int) -> None:
+    """127.0.0.7 and 127.0.0.1 are both ours; routes alone would choose the latter."""
+    async with open_udp_port("0.0.0.0", 0, server=True) as server:
+        number = server.local_address[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(5)
+            client.connect(("127.0.0.7", number))  # takes answers from there alone
+            client.send(b"question")
+            with trio.fail_after(5):
+                (batch,) = await server.receive()
+                await server.send([UdpBatch(bytes(100 * many), 100, batch.address)])
+            answers = await trio.to_thread.run_sync(
+                lambda: [len(client.recv(1000)) for _ in range(many)]
+            )
+            assert answers == [100] * many
+
+
+async def test_server_forgets_peers_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ztna.net.udp._MAX_LOCAL_ADDRESSES", 3)
+    async with open_udp_port("0.0.0.0", 0, server=True) as server:
+        for _ in range(5):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"x", ("127.0.0.7", server.local_address[1]))
+                with trio.fail_after(5):
+                    await server.receive()
+        assert len(server._local_addresses) == 3

@@ -120,3 +120,19 @@ class LongHeader:
             and 8 <= len(self.destination_cid) <= 20
             and len(self.source_cid) <= 20
         )
+
+
+def initial_token_untrusted(data: Buffer, header: LongHeader) -> bytes:
+    """The token of an Initial packet whose header was read (RFC 9000 section 17.2.2).
+
+    b"" where there is none, or where it is cut short: such a packet cannot be decrypted either.
+    """
+    start = 7 + len(header.destination_cid) + len(header.source_cid)
+    if len(data) <= start:
+        return b""
+    # A variable-length integer (RFC 9000 section 16): the first two bits tell its own size.
+    size_end = start + (1 << (data[start] >> 6))
+    if len(data) < size_end:
+        return b""
+    size = int.from_bytes(data[start:size_end], "big") & ((1 << (8 * (size_end - start) - 2)) - 1)
+    return bytes(data[size_end : size_end + size]) if size_end + size <= len(data) else b""

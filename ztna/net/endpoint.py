@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 import attrs
 import structlog
 import trio
-from aioquic.quic.packet import encode_quic_version_negotiation
 
 from ztna.core.identity import Role
 from ztna.core.ports import Address, UdpBatch, UdpPort
@@ -22,6 +21,7 @@ from ztna.errors import LocalProtocolError, RemoteProtocolError
 from ztna.net.aioquic_private.mutual_tls import (
     client_connection,
     nothing_denied,
+    random_token,
     server_connection,
     utc_now,
 )
@@ -37,46 +37,29 @@ from ztna.net.demux import (
 )
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
+from ztna.net.stateless_reset import ResetKey
+from ztna.net.strangers import Doorkeeper, ProvenIds, RateGate
 from ztna.pki import Credentials
 
 log = structlog.get_logger()
-
-# Our choice: lines a second that strangers can cause in the log.
-_LOG_RATE = 5.0
-_LOG_BURST = 20.0
 
 
 @attrs.frozen
 class EndpointSettings:
     """Bounds of an endpoint; all are our choice.
 
-    half_open: clients whose handshake is not complete. sessions: all together. accept_queue:
-    verified sessions that nobody has taken from `listen` yet. goodbye: seconds for the last words.
+    half_open: clients whose handshake is not complete. retry_from: so many of these, and new
+    ones must first prove their address (RFC 9000 section 8.1.2). sessions: all together.
+    accept_queue: verified sessions that nobody has taken from `listen` yet. resets: stateless
+    resets a second. goodbye: seconds for the last words.
     """
 
     half_open: int = 1024
+    retry_from: int = 64
+    resets: float = 200.0
     sessions: int = 16_384
     accept_queue: int = 256
     goodbye: float = 1.0
-
-
-@attrs.define
-class LogGate:
-    """Lets through what strangers can cause, at a bounded rate; counts the rest."""
-
-    _tokens: float = _LOG_BURST
-    _last: float = 0.0
-    suppressed: int = 0
-
-    def allow(self, now: float) -> bool:
-        """Whether to write a line at this time (seconds)."""
-        self._tokens = min(_LOG_BURST, self._tokens + (now - self._last) * _LOG_RATE)
-        self._last = now
-        if self._tokens < 1:
-            self.suppressed += 1
-            return False
-        self._tokens -= 1
-        return True
 
 
 @attrs.define(eq=False)
@@ -98,7 +81,11 @@ _COUNTERS = (
     "drop_not_listening",
     "drop_half_open_full",
     "drop_sessions_full",
+    "drop_bad_token",
     "version_negotiations",
+    "retries_sent",
+    "resets_sent",
+    "resets_received",
     "sessions_opened",
     "sessions_verified",
     "sessions_refused",
@@ -109,12 +96,16 @@ _COUNTERS = (
 class Endpoint:
     """Sessions on one port. `run` must run while it is used; it says goodbye when cancelled.
 
-    clock: the wall clock that certificates are judged by.
+    clock: the wall clock that certificates are judged by. reset_key: to reset clients of sessions
+    that a restart has forgotten; a server gives one that outlives it.
     """
 
     port: UdpPort
     settings: EndpointSettings = attrs.field(factory=EndpointSettings)
     clock: Callable[[], datetime.datetime] = utc_now
+    reset_key: ResetKey | None = attrs.field(default=None, repr=False)
+    _doorkeeper: Doorkeeper = attrs.field(init=False, repr=False)
+    _outbound: set[Session] = attrs.field(factory=set, init=False, repr=False)
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False, repr=False)
     _listener: _Listener | None = attrs.field(default=None, init=False, repr=False)
     _by_id: dict[bytes, Session] = attrs.field(factory=dict, init=False, repr=False)
@@ -122,10 +113,13 @@ class Endpoint:
     _half_open: set[Session] = attrs.field(factory=set, init=False, repr=False)
     _due: dict[Session, None] = attrs.field(factory=dict, init=False, repr=False)
     _in_round: bool = attrs.field(default=False, init=False, repr=False)
-    _log_gate: LogGate = attrs.field(factory=LogGate, init=False, repr=False)
+    _log_gate: RateGate = attrs.field(factory=RateGate, init=False, repr=False)
     _counters: dict[str, int] = attrs.field(
         factory=lambda: dict.fromkeys(_COUNTERS, 0), init=False, repr=False
     )
+
+    def __attrs_post_init__(self) -> None:
+        self._doorkeeper = Doorkeeper(self.reset_key, self.settings.resets)
 
     # --- for the roles ------------------------------------------------------------------------
 
@@ -179,6 +173,7 @@ class Endpoint:
             owner=self,
         )
         self._add(session, connection.host_cid)
+        self._outbound.add(session)
         self._nursery.start_soon(self._run_session, session)
         return session
 
@@ -260,7 +255,7 @@ class Endpoint:
         if connection_id is not None:
             session = self._by_id.get(connection_id)
             if session is None:
-                self._counters["drop_unknown_connection"] += 1
+                self._meet_unknown(connection_id, batch, answers)
             else:
                 session.take_batch(batch)
             return
@@ -296,26 +291,43 @@ class Endpoint:
         elif len(batch.data) < MIN_INITIAL:
             self._counters["drop_short_initial"] += 1
         elif header.version != QUIC_VERSION_1:
-            answers.append(self._version_negotiation(header, batch.address))
+            self._counters["version_negotiations"] += 1
+            answers.append(self._doorkeeper.version_negotiation(header, batch.address))
         elif not header.is_initial:
             self._counters["drop_unknown_connection"] += 1
         else:
-            self._meet_client(header, batch, self._listener)
+            self._meet_client(header, batch, self._listener, answers)
 
-    def _version_negotiation(self, header: LongHeader, address: Address) -> UdpBatch:
-        """RFC 9000 section 6.1; the bit 0x40 set, as this port tells QUIC by it."""
-        self._counters["version_negotiations"] += 1
-        packet = bytearray(
-            encode_quic_version_negotiation(
-                source_cid=header.destination_cid,
-                destination_cid=header.source_cid,
-                supported_versions=[QUIC_VERSION_1],
-            )
-        )
-        packet[0] |= 0xC0
-        return UdpBatch(bytes(packet), len(packet), address)
+    def _meet_unknown(self, connection_id: bytes, batch: UdpBatch, answers: list[UdpBatch]) -> None:
+        """A short header for no session: a reset for one of ours, or a client of a session that
+        we have forgotten, which is told so."""
+        packet = bytes(batch.data[: batch.segment_size])
+        for session in self._outbound:
+            if session.remote_address == batch.address and session.take_reset(packet):
+                self._counters["resets_received"] += 1
+                return
+        self._counters["drop_unknown_connection"] += 1
+        now = trio.current_time()
+        if self._listener is not None and (
+            reset := self._doorkeeper.reset(connection_id, len(packet), batch.address, now)
+        ):
+            self._counters["resets_sent"] += 1
+            answers.append(reset)
 
-    def _meet_client(self, header: LongHeader, batch: UdpBatch, listener: _Listener) -> None:
+    def _meet_client(
+        self, header: LongHeader, batch: UdpBatch, listener: _Listener, answers: list[UdpBatch]
+    ) -> None:
+        now = trio.current_time()
+        try:
+            ids = self._doorkeeper.proven_ids_untrusted(header, batch, now)
+        except RemoteProtocolError:
+            self._counters["drop_bad_token"] += 1
+            return
+        if ids is None and len(self._half_open) >= self.settings.retry_from:
+            self._counters["retries_sent"] += 1
+            answers.append(self._doorkeeper.retry(header, batch.address, now))
+            return
+        ids = ids or ProvenIds(header.destination_cid, None)
         if len(self._half_open) >= self.settings.half_open:
             self._counters["drop_half_open_full"] += 1
             return
@@ -327,9 +339,11 @@ class Endpoint:
             listener.settings.quic_configuration(),
             listener.credentials,
             listener.expected_roles,
-            header.destination_cid,
+            ids.original,
+            ids.retry,
             clock=self.clock,
             denied_serials=listener.denied_serials,
+            reset_token=random_token if self.reset_key is None else self.reset_key.token,
         )
         session = Session(
             settings=listener.settings,
@@ -368,6 +382,7 @@ class Endpoint:
         for connection_id in self._ids.pop(session, ()):
             self._by_id.pop(connection_id, None)
         self._half_open.discard(session)
+        self._outbound.discard(session)
 
     def connection_id_issued(self, session: Session, connection_id: bytes) -> None:
         """Part of `SessionOwner`."""

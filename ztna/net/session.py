@@ -21,13 +21,16 @@ import trio
 from aioquic.quic import events
 from aioquic.quic.packet import QuicErrorCode
 
+from ztna.core.liveness import AnswerWatch
 from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import CONTAINED
 from ztna.net.aioquic_private import state as aioquic_state
 from ztna.net.aioquic_private.mutual_tls import MutualQuicConnection
+from ztna.net.batches import batches_of
 from ztna.net.closing import CloseCode, CloseInfo, SessionView, ascii_reason, describe
 from ztna.net.fastpath import FastPath
 from ztna.net.session_queues import SessionQueues, SessionSettings
+from ztna.net.stateless_reset import is_reset
 
 __all__ = ["CloseCode", "CloseInfo", "Session", "SessionOwner", "SessionSettings"]
 
@@ -61,23 +64,6 @@ class SessionOwner(Protocol):
         """The handshake is complete and the peer's certificate was judged good."""
 
 
-def batches_of(packets: Sequence[tuple[bytes, Address]]) -> list[UdpBatch]:
-    """Join packets to batches for GSO: one address, equal size, the last may be shorter."""
-    batches: list[UdpBatch] = []
-    start = 0
-    while start < len(packets):
-        first, address = packets[start]
-        size, end = len(first), start + 1
-        while end < len(packets) and packets[end][1] == address and len(packets[end][0]) <= size:
-            end += 1
-            if len(packets[end - 1][0]) < size:
-                break
-        data = first if end == start + 1 else b"".join(data for data, _ in packets[start:end])
-        batches.append(UdpBatch(data, size, address))
-        start = end
-    return batches
-
-
 @attrs.define(eq=False)
 class Session(SessionQueues):
     """A session with one peer. Made by `Endpoint.connect` and `Endpoint.listen`."""
@@ -88,6 +74,7 @@ class Session(SessionQueues):
     _fast: FastPath = attrs.field(init=False, repr=False)
     _opened_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
     _keepalive_at: float = attrs.field(default=math.inf, init=False, repr=False)
+    _watch: AnswerWatch = attrs.field(init=False, repr=False)
     _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
     _inbox_bytes: int = attrs.field(default=0, init=False, repr=False)
     _pumping: bool = attrs.field(default=False, init=False, repr=False)
@@ -103,6 +90,7 @@ class Session(SessionQueues):
 
     def __attrs_post_init__(self) -> None:
         self._fast = FastPath(self._connection)
+        self._watch = AnswerWatch(self.settings.patience)
         # A client offers no stream to its server: the only one is its own stream 0.
         aioquic_state.set_ack_delay(self._connection, _ACK_DELAY)
         aioquic_state.limit_streams(self._connection, 0 if self.is_client else _PEER_STREAMS)
@@ -119,6 +107,7 @@ class Session(SessionQueues):
             "incoming_queue": len(self._incoming),
             "inbox_bytes": self._inbox_bytes,
             "max_datagram_data": self.max_datagram_data,
+            "suspect": int(self.suspect),
         }
 
     # --- for the endpoint ---------------------------------------------------------------------
@@ -131,6 +120,19 @@ class Session(SessionQueues):
         self._inbox.append(batch)
         self._inbox_bytes += len(batch.data)
         self._kick()
+
+    def take_reset(self, packet: bytes) -> bool:
+        """End the session if the packet is a stateless reset for it; whether it is."""
+        tokens = aioquic_state.peer_reset_tokens(self._connection)
+        if self._close_info is not None or not any(is_reset(packet, each) for each in tokens):
+            return False
+        words = "the peer: does not know this session any more (stateless reset); it has restarted"
+        self._set_closed(CloseInfo(True, QuicErrorCode.NO_ERROR, words))
+        # RFC 9000 section 10.3.1: the draining period, in which nothing is sent, is over at once
+        # for us: what still comes is answered by no one.
+        self._finished = True
+        self._wake.set()
+        return True
 
     async def run(self) -> None:
         """Pump until the session has ended and its closing period is over."""
@@ -215,6 +217,7 @@ class Session(SessionQueues):
         self._drain_events()
         self._handle_own_timers(now)
         batches = self._batches_to_send(now)
+        self._watch_answers(now)
         if batches:
             self._keepalive_at = now + self.settings.keepalive
         self._notice_end(batches)
@@ -282,6 +285,8 @@ class Session(SessionQueues):
             self._connection.reset_stream(stream_id, CloseCode.REFUSED)
 
     def _handle_own_timers(self, now: float) -> None:
+        if self._peer is None and self.is_client:
+            aioquic_state.limit_handshake_backoff(self._connection)
         if self._peer is None:
             if not self.is_client and now >= self._opened_at + self.settings.handshake_timeout:
                 self._connection.close(
@@ -294,6 +299,17 @@ class Session(SessionQueues):
             self._connection.send_ping(0)
             self._stirred = True
             self._keepalive_at = now + self.settings.keepalive
+
+    def _watch_answers(self, now: float) -> None:
+        """Notice a peer that does not acknowledge what it should, and one that does again."""
+        connection = self._connection
+        changed = self._watch.observe(
+            aioquic_state.largest_acknowledged(connection),
+            waiting=aioquic_state.bytes_in_flight(connection) > 0,
+            now=now,
+        )
+        if changed:
+            self._set_suspect(suspect=self._watch.suspect)
 
     def _batches_to_send(self, now: float) -> list[UdpBatch]:
         connection = self._connection
@@ -424,6 +440,7 @@ class Session(SessionQueues):
         if self._close_info is None:
             if self._peer is not None:
                 due = min(due, self._keepalive_at)
+                due = min(due, self._watch.get_timer() or math.inf)
             elif not self.is_client:
                 due = min(due, self._opened_at + self.settings.handshake_timeout)
         return max(due, now + _MIN_WAIT)

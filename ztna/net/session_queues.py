@@ -45,7 +45,8 @@ class SessionSettings:
     """What a kind of session promises and bounds; docs/protocol.md section 1.
 
     congestion_control: a name in aioquic's registry.
-    idle_timeout, keepalive, handshake_timeout (a server's patience): seconds.
+    idle_timeout, keepalive, handshake_timeout (a server's patience), patience (how long data or a
+    PING may stay unanswered before the peer is suspected to be dead): seconds.
     outgoing_datagrams, incoming_datagrams: messages; incoming_bytes, inbox_bytes (UDP payloads
     that wait for the pump), control_backlog: bytes.
     """
@@ -53,6 +54,7 @@ class SessionSettings:
     alpn: str = "ztna-v1"
     idle_timeout: float = 30.0
     keepalive: float = 10.0
+    patience: float = 1.0
     handshake_timeout: float = 10.0
     max_udp_payload: int = 1200
     congestion_control: str = TUNNEL
@@ -83,12 +85,14 @@ class SessionQueues:
     One task at a time reads datagrams, one the control stream; any may send.
 
     max_datagram_data: bytes of the largest DATAGRAM data that fits; 0 before the peer is verified.
+    suspect: the peer has left data or a PING unanswered for longer than `settings.patience`.
     """
 
     settings: SessionSettings
     is_client: bool
     remote_address: Address
     max_datagram_data: int = attrs.field(default=0, init=False)
+    suspect: bool = attrs.field(default=False, init=False)
     _peer: VerifiedPeer | None = attrs.field(default=None, init=False)
     _close_info: CloseInfo | None = attrs.field(default=None, init=False)
     _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)
@@ -142,6 +146,16 @@ class SessionQueues:
             self._raise_if_closed()
             await self._changed.park()
         return self.remote_address
+
+    async def wait_suspect(self, *, suspect: bool = True) -> None:
+        """Wait until the peer is suspected to be dead, or not any more.
+
+        Raises SessionClosedError.
+        """
+        await trio.lowlevel.checkpoint()
+        while self.suspect is not suspect:
+            self._raise_if_closed()
+            await self._changed.park()
 
     async def wait_closed(self) -> CloseInfo:
         """Wait for the end of the session; say how it came."""
@@ -277,6 +291,10 @@ class SessionQueues:
     def _set_peer(self, peer: VerifiedPeer, max_datagram_data: int) -> None:
         self._peer = peer
         self.max_datagram_data = max_datagram_data
+        self._changed.unpark_all()
+
+    def _set_suspect(self, *, suspect: bool) -> None:
+        self.suspect = suspect
         self._changed.unpark_all()
 
     def _set_remote_address(self, address: Address) -> None:

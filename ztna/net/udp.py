@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import attrs
@@ -27,6 +27,7 @@ import trio
 
 from ztna.core.ports import Address, Buffer, UdpBatch
 from ztna.errors import SystemSetupError
+from ztna.net.batches import join_batches, split_batch
 
 log = structlog.get_logger()
 
@@ -41,15 +42,18 @@ _IPV6_MTU_DISCOVER = 23
 # 552 bytes (RFC 9000 section 14.2.1); IP_PMTUDISC_DO would believe it.
 _PMTUDISC_PROBE = 3
 
-# UDP_MAX_SEGMENTS of kernels before 6.9, later ones take 128.
-MAX_SEGMENTS = 64
-# 65,535 less IPv4's and UDP's header. IPv6 would take 20 more.
-MAX_SEND_SIZE = 65_507
 _RECEIVE_SIZE = 65_536
 # Our choice: bounds the time that one port holds the loop, about 1 ms at full buffers.
 _RECEIVE_CALLS = 16
 _BUFFER_SIZE = 4 << 20
-_GRO_SPACE = socket.CMSG_SPACE(4)
+# GRO's segment size, and the larger of the two packet information structures.
+_CONTROL_SPACE = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
+# linux/in.h, linux/in6.h; absent from Python's socket module. RFC 3542 section 6.2 for IPv6.
+_IP_PKTINFO = 8
+_IPV6_RECVPKTINFO = 49
+_IPV6_PKTINFO = 50
+# Our choice: peers whose datagrams came to an address of ours that is worth remembering.
+_MAX_LOCAL_ADDRESSES = 32_768
 
 # What the network, a firewall or a full device makes of a send. Anything else is a bug of ours.
 _SEND_DROPS = {
@@ -69,55 +73,14 @@ _SEND_DROPS = {
 }
 
 
-def split_batch(batch: UdpBatch) -> Iterator[Buffer]:
-    """Cut into pieces that one send with UDP_SEGMENT takes: whole segments, at most
-    `MAX_SEGMENTS` and `MAX_SEND_SIZE` bytes of them."""
-    size, segment = len(batch.data), batch.segment_size
-    step = segment * max(1, min(MAX_SEGMENTS, MAX_SEND_SIZE // segment))
-    if size <= step:
-        yield batch.data
-        return
-    view = memoryview(batch.data)
-    for start in range(0, size, step):
-        yield view[start : start + step]
+_ControlMessage = tuple[int, int, bytes]
 
 
-def join_batches(batches: Sequence[UdpBatch]) -> list[UdpBatch]:
-    """Join neighbours of one address and size: the kernel joins only what came in one GSO send.
-
-    A joined batch is at most `MAX_SEND_SIZE` bytes, so it can be passed on as it is.
-    """
-    joined: list[UdpBatch] = []
-    run: list[UdpBatch] = []
-    total = 0
-    for batch in batches:
-        if run:
-            first, last, size = run[0], run[-1], len(batch.data)
-            if (
-                batch.address == first.address
-                and len(last.data) % first.segment_size == 0
-                and total + size <= MAX_SEND_SIZE
-                and (
-                    batch.segment_size == first.segment_size
-                    or size == batch.segment_size < first.segment_size
-                )
-            ):
-                run.append(batch)
-                total += size
-                continue
-            joined.append(_join_run(run))
-        run, total = [batch], len(batch.data)
-    if run:
-        joined.append(_join_run(run))
-    return joined
-
-
-def _join_run(run: Sequence[UdpBatch]) -> UdpBatch:
-    first = run[0]
-    if len(run) == 1:
-        return first
-    data = b"".join(batch.data for batch in run)
-    return UdpBatch(data, first.segment_size, first.address)
+def _answer_from(level: int, value: bytes) -> bytes:
+    """Packet information as received -> the same for sending: source address, any interface."""
+    if level == socket.IPPROTO_IPV6:
+        return value[:16] + bytes(4)  # struct in6_pktinfo
+    return bytes(4) + value[8:12] + bytes(4)  # struct in_pktinfo: the header's destination
 
 
 class _SocketFullError(Exception):
@@ -139,6 +102,7 @@ class SocketUdpPort:
     local_address: Address
     gro: bool
     gso: bool
+    _local_addresses: dict[Address, _ControlMessage] = attrs.field(factory=dict, repr=False)
     _writing: trio.Lock = attrs.field(factory=trio.Lock, repr=False)
     _buffer: bytearray = attrs.field(factory=lambda: bytearray(_RECEIVE_SIZE), repr=False)
     _counters: dict[str, int] = attrs.field(
@@ -172,7 +136,7 @@ class SocketUdpPort:
         counters, buffer = self._counters, self._buffer
         for _ in range(_RECEIVE_CALLS):
             try:
-                size, control, _flags, source = self._socket.recvmsg_into([buffer], _GRO_SPACE)
+                size, control, _flags, source = self._socket.recvmsg_into([buffer], _CONTROL_SPACE)
             except BlockingIOError:
                 break
             except OSError as error:
@@ -184,12 +148,17 @@ class SocketUdpPort:
             counters["receive_calls"] += 1
             if size == 0:
                 continue
-            segment = size
-            if control:
-                segment = struct.unpack("i", control[0][2])[0] or size
+            segment, arrived_at = size, None
+            for level, kind, value in control:
+                if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
+                    segment = struct.unpack("i", value)[0] or size
+                elif kind in (_IP_PKTINFO, _IPV6_PKTINFO):
+                    arrived_at = (level, kind, _answer_from(level, value))
             counters["received_packets"] += math.ceil(size / segment)
             counters["received_bytes"] += size
             host, port = source[0].partition("%")[0], source[1]
+            if arrived_at is not None:
+                self._remember((host, port), arrived_at)
             batches.append(UdpBatch(bytes(memoryview(buffer)[:size]), segment, (host, port)))
         return batches
 
@@ -217,6 +186,16 @@ class SocketUdpPort:
                 left = memoryview(batch.data)[sent + full.sent :]
                 return [attrs.evolve(batch, data=left), *batches[number + 1 :]]
         return ()
+
+    def _remember(self, address: Address, local: _ControlMessage) -> None:
+        """Answers leave from the address that was asked: a host with several would else choose
+        by its routes, and neither the peer nor a NAT on the way would take the answer."""
+        known = self._local_addresses
+        if known.get(address) != local:
+            known.pop(address, None)
+            if len(known) >= _MAX_LOCAL_ADDRESSES:
+                del known[next(iter(known))]
+            known[address] = local
 
     def _send_piece(self, piece: Buffer, segment: int, address: Address) -> None:
         if len(piece) <= segment:
@@ -252,6 +231,8 @@ class SocketUdpPort:
     ) -> int:
         """One system call; return its errno, 0 for success."""
         self._counters["send_calls"] += 1
+        if (local := self._local_addresses.get(address)) is not None:
+            control = [*control, local]
         try:
             self._socket.sendmsg([data], control, 0, address)
         except BlockingIOError:
@@ -264,6 +245,8 @@ class SocketUdpPort:
                 raise trio.ClosedResourceError("this UDP port was closed") from None
             if error.errno not in _SEND_DROPS:
                 raise
+            # The address that the peer had asked may have gone from this machine.
+            self._local_addresses.pop(address, None)
             return error.errno
         return 0
 
@@ -286,8 +269,13 @@ class SocketUdpPort:
 
 
 @asynccontextmanager
-async def open_udp_port(host: str, port: int) -> AsyncGenerator[SocketUdpPort, None]:
+async def open_udp_port(
+    host: str, port: int, *, server: bool = False
+) -> AsyncGenerator[SocketUdpPort, None]:
     """A UDP socket bound to host (an IP address) and port (0: any free one).
+
+    server: answers leave from the very address that a peer has sent to, where this machine has
+    several. A client lets the kernel choose, so that it may roam.
 
     Raises SystemSetupError, with what to do, when it cannot be bound.
     """
@@ -309,6 +297,8 @@ async def open_udp_port(host: str, port: int) -> AsyncGenerator[SocketUdpPort, N
             raise SystemSetupError(_bind_failure(host, port, error)) from error
         _grow_buffers(sock)
         _set_df(sock)
+        if server and address.is_unspecified:
+            _tell_where_packets_arrive(sock)
         bound = sock.getsockname()
         udp_port = SocketUdpPort(
             socket=sock,
@@ -365,6 +355,13 @@ def _set_df(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
     else:
         sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+
+
+def _tell_where_packets_arrive(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
 
 
 def _grow_buffers(sock: socket.socket) -> None:

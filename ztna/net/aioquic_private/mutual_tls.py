@@ -10,6 +10,7 @@ raises an alert that aioquic turns into a CONNECTION_CLOSE (RFC 9001 section 4.8
 
 import dataclasses
 import datetime
+import os
 import ssl
 from collections.abc import Callable, Iterable, Set
 
@@ -99,6 +100,7 @@ MAX_REASON = 200
 
 Clock = Callable[[], datetime.datetime]
 Judge = Callable[[x509.Certificate, list[x509.Certificate]], VerifiedPeer]
+ResetToken = Callable[[bytes], bytes]
 
 
 def utc_now() -> datetime.datetime:
@@ -109,6 +111,12 @@ def utc_now() -> datetime.datetime:
 def nothing_denied() -> Set[int]:
     """The deny-list of a node that has none."""
     return frozenset()
+
+
+def random_token(connection_id: bytes) -> bytes:
+    """A reset token that no one will ever use, of nodes that cannot reset."""
+    del connection_id
+    return os.urandom(16)
 
 
 class RefusedAlert(tls.Alert):
@@ -217,6 +225,7 @@ class MutualQuicConnection(QuicConnection):
         judge: Judge,
         original_destination_connection_id: bytes | None = None,
         retry_source_connection_id: bytes | None = None,
+        reset_token: ResetToken = random_token,
     ) -> None:
         # No ticket handlers: a resumed session would show no certificate.
         super().__init__(
@@ -226,6 +235,9 @@ class MutualQuicConnection(QuicConnection):
         )
         self._judge = judge
         self._context: MutualContext | None = None
+        self._reset_token = reset_token
+        if not self._is_client:
+            self._host_cids[0].stateless_reset_token = reset_token(self.host_cid)
 
     @property
     def verified_peer(self) -> VerifiedPeer | None:
@@ -237,6 +249,12 @@ class MutualQuicConnection(QuicConnection):
     def refusal(self) -> str | None:
         """Why we refused the peer; None if we did not, or have not yet."""
         return self._context.refusal if self._context else None
+
+    def _replenish_connection_ids(self) -> None:
+        known = len(self._host_cids)
+        super()._replenish_connection_ids()
+        for connection_id in self._host_cids[known:]:
+            connection_id.stateless_reset_token = self._reset_token(connection_id.cid)
 
     def _initialize(self, peer_cid: bytes) -> None:
         super()._initialize(peer_cid)
@@ -274,13 +292,18 @@ def server_connection(
     *,
     clock: Clock = utc_now,
     denied_serials: Callable[[], Set[int]] = nothing_denied,
+    reset_token: ResetToken = random_token,
 ) -> MutualQuicConnection:
-    """A connection from a client of one of these roles. configuration is not changed."""
+    """A connection from a client of one of these roles. configuration is not changed.
+
+    reset_token: gives the stateless reset token of a connection id (RFC 9000 section 10.3).
+    """
     return MutualQuicConnection(
         configuration=_with_tls(configuration, credentials, is_client=False, server_name=None),
         judge=_judge(credentials, PeerSide.CLIENT, None, expected_roles, clock, denied_serials),
         original_destination_connection_id=original_destination_connection_id,
         retry_source_connection_id=retry_source_connection_id,
+        reset_token=reset_token,
     )
 
 

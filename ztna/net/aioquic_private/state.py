@@ -81,6 +81,28 @@ def set_ack_delay(connection: QuicConnection, seconds: float) -> None:
     connection._ack_delay = seconds
 
 
+def peer_reset_tokens(connection: QuicConnection) -> list[bytes]:
+    """Stateless reset tokens that the peer gave for its connection ids in use or to spare."""
+    ids = [connection._peer_cid, *connection._peer_cid_available]
+    return [each.stateless_reset_token for each in ids if each.stateless_reset_token]
+
+
+def largest_acknowledged(connection: QuicConnection) -> int:
+    """The highest 1-RTT packet number that the peer has acknowledged; 0 at first."""
+    space = connection._spaces.get(tls.Epoch.ONE_RTT)
+    return 0 if space is None else int(space.largest_acked_packet)
+
+
+def bytes_in_flight(connection: QuicConnection) -> int:
+    """Bytes of ack-eliciting packets that were neither acknowledged nor given up."""
+    return int(connection._loss.bytes_in_flight)
+
+
+def limit_handshake_backoff(connection: QuicConnection) -> None:
+    """Let the probe timeout of a handshake double once only (see `net.session`)."""
+    connection._loss._pto_count = min(connection._loss._pto_count, 1)
+
+
 def stream_backlog(connection: QuicConnection, stream_id: int) -> int:
     """Bytes written to a stream that the peer has not acknowledged."""
     stream = connection._streams.get(stream_id)

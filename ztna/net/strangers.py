@@ -1,0 +1,124 @@
+"""What an endpoint answers to those that it has no session with, and how often.
+
+Version Negotiation (RFC 9000 section 6), Retry (section 8.1.2) and stateless resets (section 10.3):
+all without memory of the stranger, and none larger than what it sent.
+"""
+
+import secrets
+
+import attrs
+from aioquic.quic.packet import encode_quic_retry, encode_quic_version_negotiation
+from aioquic.quic.retry import QuicRetryTokenHandler
+
+from ztna.core.ports import Address, UdpBatch
+from ztna.errors import RemoteProtocolError
+from ztna.net.demux import CONNECTION_ID_LENGTH, QUIC_VERSION_1, LongHeader, initial_token_untrusted
+from ztna.net.stateless_reset import ResetKey
+
+# Our choice: lines a second that strangers can cause in the log.
+_LOG_RATE = 5.0
+_LOG_BURST = 20.0
+
+
+@attrs.define
+class RateGate:
+    """Lets through what strangers can cause, at a bounded rate; counts the rest.
+
+    rate: a second. burst: at once, after a pause.
+    """
+
+    rate: float = _LOG_RATE
+    burst: float = _LOG_BURST
+    _tokens: float = attrs.field(default=attrs.Factory(lambda self: self.burst, takes_self=True))
+    _last: float = 0.0
+    suppressed: int = 0
+
+    def allow(self, now: float) -> bool:
+        """Whether to do it at this time (seconds)."""
+        self._tokens = min(self.burst, self._tokens + (now - self._last) * self.rate)
+        self._last = now
+        if self._tokens < 1:
+            self.suppressed += 1
+            return False
+        self._tokens -= 1
+        return True
+
+
+@attrs.frozen
+class ProvenIds:
+    """The connection ids of a client's handshake: what it sent first, and what a Retry of ours
+    told it to use, None without one (RFC 9000 section 7.3)."""
+
+    original: bytes
+    retry: bytes | None
+
+
+@attrs.define
+class Doorkeeper:
+    """Makes the answers. resets: stateless resets a second at most."""
+
+    reset_key: ResetKey | None
+    resets: float
+    _tokens: QuicRetryTokenHandler = attrs.Factory(QuicRetryTokenHandler)
+    _reset_gate: RateGate = attrs.field(
+        default=attrs.Factory(lambda self: RateGate(self.resets, self.resets), takes_self=True)
+    )
+
+    def version_negotiation(self, header: LongHeader, address: Address) -> UdpBatch:
+        """RFC 9000 section 6.1; the bit 0x40 set, as this port tells QUIC by it."""
+        packet = bytearray(
+            encode_quic_version_negotiation(
+                source_cid=header.destination_cid,
+                destination_cid=header.source_cid,
+                supported_versions=[QUIC_VERSION_1],
+            )
+        )
+        packet[0] |= 0xC0
+        return UdpBatch(bytes(packet), len(packet), address)
+
+    def retry(self, header: LongHeader, address: Address, now: float) -> UdpBatch:
+        """The client comes again, with a token that only its address can have received."""
+        source_cid = secrets.token_bytes(CONNECTION_ID_LENGTH)
+        token = self._tokens.create_token(
+            address=address,
+            original_destination_connection_id=header.destination_cid,
+            retry_source_connection_id=source_cid,
+            now=now,
+        )
+        packet = encode_quic_retry(
+            version=header.version,
+            source_cid=source_cid,
+            destination_cid=header.source_cid,
+            original_destination_cid=header.destination_cid,
+            retry_token=token,
+        )
+        return UdpBatch(packet, len(packet), address)
+
+    def proven_ids_untrusted(
+        self, header: LongHeader, batch: UdpBatch, now: float
+    ) -> ProvenIds | None:
+        """What the token of an Initial proves; None if it brings none.
+
+        Raises RemoteProtocolError for a token that is not ours, late, or another address's.
+        """
+        token = initial_token_untrusted(batch.data, header)
+        if not token:
+            return None
+        try:
+            original = self._tokens.validate_token(
+                address=batch.address, destination_cid=header.destination_cid, token=token, now=now
+            )
+        except ValueError as error:
+            raise RemoteProtocolError(f"Retry token: {error}") from error
+        return ProvenIds(original, header.destination_cid)
+
+    def reset(
+        self, connection_id: bytes, received_size: int, address: Address, now: float
+    ) -> UdpBatch | None:
+        """Tell a client that its session is forgotten; None without a key, or too often."""
+        if self.reset_key is None:
+            return None
+        packet = self.reset_key.build(connection_id, received_size)
+        if packet is None or not self._reset_gate.allow(now):
+            return None
+        return UdpBatch(packet, len(packet), address)
