@@ -376,6 +376,24 @@ def test_round_trip_time_is_not_that_of_a_repair() -> None:
         assert script.core.statistics()["round_trip_time"] == pytest.approx(RTT)
 
 
+@pytest.mark.parametrize(("wait", "sample"), [(RTT, RTT), (0.02, 0.32)])
+def test_echo_of_the_original_after_a_retransmission(wait: float, sample: float) -> None:
+    """Its ACK was lost, and the repetition is answered with the old echo: the time since then.
+    Sooner than any round trip it is the original's ACK, late: the whole time."""
+    script = Script.passive(plain(timestamps=True), timestamp=(1, 0))
+    script.core.establish(0)
+    script.segments()
+    script.now = RTT
+    script.receive(peer(0, 1, 1, timestamp=(2, 0)))
+    script.write(b"x")
+    script.at(script.core.get_timer() or 0)
+    assert script.core.statistics()["retransmissions"] == 1
+    script.now += wait
+    script.receive(peer(0, 1, 2, timestamp=(3, 100)))
+    smoothed = script.core.statistics()["round_trip_time"]
+    assert smoothed == pytest.approx(RTT + (sample - RTT) / 8, abs=0.001)
+
+
 def test_retransmissions_give_no_sample_and_early_answers_no_news() -> None:
     """RFC 8985 section 6.2, step 2: an ACK sooner than the least RTT is for the original."""
     board = Scoreboard()

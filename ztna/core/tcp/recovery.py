@@ -108,6 +108,11 @@ def _time(sender: Sender, ack: Acknowledgment, sample: float | None, now: float)
     if sample is None and ack.echo is not None:
         # RFC 7323 section 4.1: the echo tells which transmission arrived.
         elapsed = ((ack.clock - ack.echo) & MASK) * _TICK
+        since = now - sender.board.resent_at
+        if elapsed > since >= sender.rtt.min_rtt:
+            # The original arrived, but its ACK may have been lost, and this one be the answer to
+            # the repetition: a duplicate is echoed with the old timestamp. Our choice: the lesser.
+            elapsed = since
         sample = max(elapsed, _TICK) if elapsed < _MAX_ECHO_RTT else None
     if sample is not None:
         sender.rtt.sample(sample, now)

@@ -66,8 +66,9 @@ class Scoreboard:
     _reordering_seen: bool = False
     _window_multiplier: int = 1
     _window_persist: int = 0
-    # Lost retransmissions and the like, for statistics.
+    # Bytes taken for lost, for statistics; when something was sent again last.
     losses: int = 0
+    resent_at: float = float("-inf")
 
     @property
     def in_flight(self) -> int:
@@ -111,7 +112,7 @@ class Scoreboard:
             self.lost -= flight.end - flight.start
             flight.lost = False
         flight.retransmitted = True
-        flight.sent_at = now
+        flight.sent_at = self.resent_at = now
         return flight
 
     def acknowledge(self, position: int, now: float, floor: float) -> Delivery:
