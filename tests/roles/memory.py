@@ -106,8 +106,11 @@ class MemoryDialer:
     datagrams: dict[Address, DatagramServer] = attrs.Factory(dict)
     hangs: set[Address] = attrs.Factory(set)
     broken: int = 0
+    fails: bool = False
 
     async def open_stream(self, address: Address) -> trio.abc.HalfCloseableStream:
+        if self.fails:
+            raise LookupError("a bug")
         if address in self.hangs:
             await trio.sleep(math.inf)
         await trio.lowlevel.checkpoint()

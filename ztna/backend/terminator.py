@@ -65,11 +65,11 @@ class Terminator:
     async def packets_to_send(self, max_bytes: int) -> list[tuple[str, IpPacket]]:
         """Wait until there is something for the users; return a batch of it."""
         while True:
+            self._output = trio.Event()  # armed before draining: nothing is missed
             packets = self.table.packets_to_send(trio.current_time(), max_bytes)
             self.settle()
             if packets:
                 return packets
-            self._output = trio.Event()
             await self._output.wait()
 
     def touch(self, flow: TcpFlow) -> None:

@@ -68,10 +68,12 @@ async def open_address_book(
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         connection = await trio.to_thread.run_sync(_connect, path)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.OperationalError) as error:
         raise SystemSetupError(
             f"cannot open {path}: {error}; check `state_dir` and its permissions"
         ) from error
+    except sqlite3.DatabaseError as error:
+        raise _damaged(path, error) from error
 
     def store(identity: Identity, address: ipaddress.IPv4Address) -> None:
         with connection:
@@ -83,22 +85,32 @@ async def open_address_book(
         try:
             known = await trio.to_thread.run_sync(_read, connection)
         except (sqlite3.Error, ValueError, RemoteProtocolError) as error:
-            raise SystemSetupError(
-                f"{path} is damaged: {error}; move it away to start with an empty one"
-            ) from error
+            raise _damaged(path, error) from error
         yield AddressBook(network, known, store)
     finally:
         connection.close()
 
 
+def _damaged(path: Path, error: Exception) -> SystemSetupError:
+    return SystemSetupError(f"{path} is damaged: {error}; move it away to start with an empty one")
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, check_same_thread=False)
+    try:
+        _prepare(connection)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     # No fsync for each entry, for which a client would wait: a crash of the whole machine may lose
     # the last ones, which are then given again from the same place of the range.
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute(_SCHEMA)
-    return connection
 
 
 def _read(connection: sqlite3.Connection) -> dict[Identity, ipaddress.IPv4Address]:
