@@ -98,7 +98,9 @@ async def run_intermediate_from_config(config: IntermediateConfig) -> None:
         book = await stack.enter_async_context(
             open_address_book(config.state_dir / "intermediate.sqlite", config.tunnel_range)
         )
-        port = await stack.enter_async_context(open_udp_port(str(config.bind), config.port, server=True))
+        port = await stack.enter_async_context(
+            open_udp_port(str(config.bind), config.port, server=True)
+        )
         await run_intermediate(config, port, credentials, book)
 
 
