@@ -261,6 +261,22 @@ def test_those_of_a_connector_that_is_gone_move_and_stay() -> None:
     assert registry.provider_for(one.routes["web"]) is homes[1], "flows stay where they are"
 
 
+def test_a_connector_that_speaks_first_takes_a_route_that_has_none() -> None:
+    one = agent(1)
+    homes = [connector(key) for key in (11, 12)]
+    registry = registry_with(one, *homes)
+    registry.register(one, "web")
+    route = one.routes["web"]
+    assert not registry.serves(homes[0], route), "it does not provide the service"
+    for home in homes:
+        registry.register(home, "web")
+    assert registry.serves(homes[1], route)
+    assert not registry.serves(homes[0], route), "it is taken"
+    assert registry.serves(homes[1], route)
+    assert registry.provider_for(route) is homes[1]
+    assert [home.serves for home in homes] == [0, 1]
+
+
 def test_one_service_withdrawn_leaves_the_others() -> None:
     one, home = agent(1), connector(2)
     registry = registry_with(one, home)

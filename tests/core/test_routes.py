@@ -266,6 +266,20 @@ def test_flows_of_an_address_that_we_lost_are_over() -> None:
     assert drops(found) == {"source_is_not_ours": 1}
 
 
+def test_a_new_session_asks_for_every_flow_that_is_remembered() -> None:
+    found = table()
+    found.set_labels({**LABELS, "any": ServiceLabel("any", 3)})
+    out(found, udp(), udp(port=9999), udp(version=6), syn(OWN, WEB), udp(ANY))
+    found.set_labels(LABELS)
+    echoes = found.echoes({"echo", "any"})
+    assert [(label.id, icmp_of(bytes(packet.data))) for label, packet in echoes] == [
+        ("echo", (str(OWN), str(ECHO), 8, 0)),
+        ("echo", (str(twin(OWN)), str(twin(ECHO)), 128, 0)),
+    ]
+    assert [label.id for label, _ in found.echoes({"web"})] == ["web"]
+    assert found.echoes(()) == []
+
+
 # In.
 
 
