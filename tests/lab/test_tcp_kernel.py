@@ -13,15 +13,13 @@ from collections.abc import Callable
 import attrs
 import pytest
 
+from tests.lab.tcp_applications import Echo, Sink, Source
 from tests.lab.tcp_kernel import (
     KERNEL_ADDRESS,
     OUR_ADDRESS,
     OUR_ADDRESS6,
-    Echo,
     Impairment,
     KernelLab,
-    Sink,
-    Source,
     TcpHost,
     open_kernel_lab,
 )

@@ -1,0 +1,233 @@
+"""Closing in every order, TIME-WAIT, abort, keepalive; exact segments and times."""
+
+import pytest
+
+from tests.core.tcp.support import F, Script, peer, plain
+from ztna.core.tcp.state import (
+    Closed,
+    PeerFinished,
+    Readable,
+    TcpConfig,
+    TcpState,
+    TimedOut,
+)
+from ztna.errors import LocalProtocolError
+
+
+def full(**options: object) -> TcpConfig:
+    return plain(timestamps=True, sack=True, window_scaling=True, **options)
+
+
+def test_we_close_first() -> None:
+    script = Script.established()
+    assert script.core.write(b"bye", 0) == 3
+    script.core.write_eof()
+    assert script.sent() == ["FPA 1+3 ack 1"]
+    assert script.state() is TcpState.FIN_WAIT_1
+    assert script.receive(peer(0, 1, 5)) == []
+    assert script.state() is TcpState.FIN_WAIT_2
+    # Half close: data still comes.
+    assert script.receive(peer(F.PSH, 1, 5, b"more")) == ["A 5+0 ack 5"]
+    assert script.read() == b"more"
+    assert script.core.readable == 0
+    script.now = 9.0
+    assert script.receive(peer(F.FIN, 5, 5)) == ["A 5+0 ack 6"]
+    assert script.state() is TcpState.TIME_WAIT
+    assert script.core.at_eof
+    assert script.events() == [Readable(), PeerFinished()]
+    # A FIN sent again starts the wait anew.
+    script.now = 11.0
+    assert script.receive(peer(F.FIN, 5, 5)) == ["A 5+0 ack 6"]
+    assert script.core.get_timer() == 15.0
+    assert script.at(15.0) == []
+    assert script.events() == [Closed()]
+    assert script.core.get_timer() is None
+
+
+def test_peer_closes_first() -> None:
+    script = Script.established()
+    assert script.receive(peer(F.FIN, 1, 1, b"last")) == ["A 1+0 ack 6"]
+    assert script.state() is TcpState.CLOSE_WAIT
+    assert script.events() == [Readable(), PeerFinished()]
+    assert script.write(b"answer") == ["PA 1+6 ack 6"]
+    script.core.write_eof()
+    assert script.state() is TcpState.LAST_ACK
+    assert script.sent() == ["FA 7+0 ack 6"]
+    assert script.receive(peer(0, 6, 7)) == []
+    assert script.state() is TcpState.LAST_ACK
+    assert script.receive(peer(0, 6, 8)) == []
+    assert script.events() == [Closed()]
+    # What was not read is still there.
+    assert script.read() == b"last"
+    assert script.sent() == []
+
+
+def test_simultaneous_close() -> None:
+    """RFC 9293 section 3.6, figure 13."""
+    script = Script.established()
+    script.core.write_eof()
+    assert script.sent() == ["FA 1+0 ack 1"]
+    assert script.receive(peer(F.FIN, 1, 1)) == ["A 2+0 ack 2"]
+    assert script.state() is TcpState.CLOSING
+    assert script.receive(peer(0, 2, 2)) == []
+    assert script.state() is TcpState.TIME_WAIT
+
+
+def test_fin_and_its_ack_together() -> None:
+    script = Script.established()
+    script.core.write_eof()
+    script.sent()
+    assert script.receive(peer(F.FIN, 1, 2)) == ["A 2+0 ack 2"]
+    assert script.state() is TcpState.TIME_WAIT
+
+
+def test_fin_is_sent_again() -> None:
+    script = Script.established()
+    script.core.write_eof()
+    assert script.sent() == ["FA 1+0 ack 1"]
+    assert script.at(script.core.get_timer() or 0) == ["FA 1+0 ack 1"]
+    # In CLOSING a repeated FIN of the peer brings the ACK of ours.
+    script.receive(peer(F.FIN, 1, 1))
+    script.receive(peer(F.FIN, 1, 2))
+    assert script.state() is TcpState.TIME_WAIT
+
+
+def test_fin_out_of_order_waits() -> None:
+    script = Script.established()
+    assert script.receive(peer(F.FIN, 4, 1, b"def")) == ["A 1+0 ack 1"]
+    assert script.state() is TcpState.ESTABLISHED
+    # Data beyond the FIN is a lie, and is cut off.
+    script.receive(peer(0, 6, 1, b"fgh"))
+    assert script.receive(peer(0, 1, 1, b"abc")) == ["A 1+0 ack 8"]
+    assert script.read() == b"abcdef"
+    assert script.core.at_eof
+
+
+def test_fin_in_front_of_data_is_not_believed() -> None:
+    script = Script.established()
+    script.receive(peer(0, 4, 1, b"def"), peer(F.FIN, 3, 1))
+    assert script.receive(peer(0, 1, 1, b"abc")) == ["A 1+0 ack 7"]
+    assert script.state() is TcpState.ESTABLISHED
+    assert script.receive(peer(F.FIN, 7, 1)) == ["A 1+0 ack 8"]
+    assert script.state() is TcpState.CLOSE_WAIT
+
+
+def test_overlapping_data_is_taken_once() -> None:
+    script = Script.established()
+    script.receive(peer(0, 1, 1, b"abcd"))
+    assert script.receive(peer(F.FIN, 3, 1, b"cdef")) == ["A 1+0 ack 8"]
+    assert script.read() == b"abcdef"
+
+
+def test_reading_after_the_end_sends_nothing() -> None:
+    script = Script.established()
+    script.receive(peer(0, 1, 1, bytes(50_000), segment_size=1000))
+    script.receive(peer(F.RST, 50_001))
+    assert len(script.read()) == 50_000
+    assert script.sent() == []
+
+
+def test_text_after_the_fin_is_ignored() -> None:
+    script = Script.established()
+    script.receive(peer(F.FIN, 1, 1))
+    assert script.receive(peer(0, 2, 1, b"more")) == []
+    assert script.core.readable == 0
+
+
+def test_write_after_eof_and_after_the_end() -> None:
+    script = Script.established()
+    script.core.write_eof()
+    assert script.core.write_space == 0
+    with pytest.raises(LocalProtocolError):
+        script.core.write(b"x", 0)
+    script.core.abort(0)
+    assert script.core.write(b"x", 0) == 0
+    script.core.write_eof()
+
+
+def test_abort_sends_reset_and_forgets() -> None:
+    script = Script.established()
+    script.write(b"x" * 100)
+    script.core.abort(1.0)
+    assert script.sent() == ["RA 101+0 ack 1"]
+    assert script.events() == [Closed()]
+    assert script.core.get_timer() is None
+    script.core.handle_timer(2.0)
+    assert script.receive(peer(0, 1, 101, b"late")) == []
+
+
+def test_abort_without_a_reset() -> None:
+    fresh = Script.active()
+    fresh.core.abort(0)
+    assert fresh.sent() == []
+    waiting = Script.established()
+    waiting.core.write_eof()
+    waiting.sent()
+    waiting.receive(peer(F.FIN, 1, 2))
+    waiting.core.abort(0)
+    assert waiting.sent() == []
+    unanswered = Script.passive()
+    unanswered.core.establish(0)
+    unanswered.core.abort(0)
+    assert unanswered.sent() == []
+
+
+def test_time_wait_gives_way_to_a_newer_syn() -> None:
+    """RFC 9293 section 3.6.1 (MAY-2), RFC 6191."""
+    plain_one = Script.established()
+    assert not plain_one.core.may_be_replaced_by(peer(F.SYN, 900))
+    plain_one.core.write_eof()
+    plain_one.sent()
+    plain_one.receive(peer(F.FIN, 1, 2))
+    assert plain_one.core.may_be_replaced_by(peer(F.SYN, 900))
+    assert not plain_one.core.may_be_replaced_by(peer(F.SYN, 0))
+    assert not plain_one.core.may_be_replaced_by(peer(F.SYN, 900, 1))
+    plain_one.core.abort(0)
+    assert plain_one.core.may_be_replaced_by(peer(F.SYN, 0))
+    stamped = Script.established(plain(timestamps=True), timestamp=(50, 0))
+    stamped.core.write_eof()
+    stamped.sent()
+    stamped.receive(peer(F.FIN, 1, 2, timestamp=(60, 0)))
+    assert stamped.core.may_be_replaced_by(peer(F.SYN, -900, timestamp=(61, 0)))
+    assert not stamped.core.may_be_replaced_by(peer(F.SYN, 900, timestamp=(59, 0)))
+    assert stamped.core.may_be_replaced_by(peer(F.SYN, 900, timestamp=(60, 0)))
+    assert stamped.core.may_be_replaced_by(peer(F.SYN, 900))
+
+
+def test_keepalive_probes_and_answers() -> None:
+    """RFC 9293 section 3.8.4: MUST-26 only when idle, MUST-29 no single lost probe kills."""
+    script = Script.established(plain(keepalive_idle=120.0))
+    assert script.at(120.0) == ["A 0+0 ack 1"]
+    assert script.receive(peer(0, 1, 1)) == []
+    assert script.at(240.0) == ["A 0+0 ack 1"]
+    assert script.at(250.0) == ["A 0+0 ack 1"]
+    assert script.at(260.0) == ["A 0+0 ack 1"]
+    assert script.at(270.0) == ["RA 1+0 ack 1"]
+    assert script.events() == [TimedOut("the peer did not answer 3 keepalive probes")]
+
+
+def test_keepalive_of_the_peer_is_answered_and_counts_as_life() -> None:
+    script = Script.established(plain(keepalive_idle=120.0))
+    script.now = 100.0
+    assert script.receive(peer(0, 0, 1)) == ["A 1+0 ack 1"]
+    assert script.core.get_timer() == pytest.approx(220.0)
+    script.now = 110.0
+    assert script.receive(peer(0, 0, 1, b"\0")) == ["A 1+0 ack 1"]
+    assert script.core.get_timer() == pytest.approx(230.0)
+
+
+def test_no_keepalive_while_data_waits() -> None:
+    script = Script.established(plain(keepalive_idle=0.1))
+    script.write(b"x")
+    assert script.core.get_timer() == pytest.approx(0.2)
+
+
+def test_user_timeout_ends_the_connection() -> None:
+    """MUST-20: R2; the application is told, and the peer too if it is still there."""
+    script = Script.established(plain(user_timeout=100))
+    script.write(b"x")
+    while (timer := script.core.get_timer()) is not None:
+        lines = script.at(timer)
+    assert script.now >= 100
+    assert lines == ["RA 2+0 ack 1"]
+    assert script.events() == [TimedOut("the peer did not acknowledge sent data")]
