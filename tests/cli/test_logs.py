@@ -118,19 +118,29 @@ def test_module_loggers_follow_a_later_configuration() -> None:
     assert json.loads(stream.getvalue())["event"] == "second"
 
 
-def test_libraries_are_silent_below_warning() -> None:
+def test_of_libraries_only_warnings_are_shown_in_the_form_of_our_own() -> None:
     stream = logs("json", logging.DEBUG)
-    logging.getLogger("quic").info("[abc] handshake")
     logging.getLogger("other").info("hello")
     assert stream.getvalue() == ""
-    logging.getLogger("quic").warning("odd")
-    assert "WARNING quic odd" in stream.getvalue()
+    logging.getLogger("other").warning("odd %s\n\x1b[2J", "thing")
+    line = json.loads(stream.getvalue())
+    assert (line["level"], line["logger"]) == ("warning", "other")
+    assert line["event"] == "odd thing\\n\\x1b[2J"
+    assert line["timestamp"].endswith("Z")
 
 
-def test_libraries_speak_when_asked_twice() -> None:
-    stream = logs("json", logging.DEBUG - 1)
-    logging.getLogger("quic").debug("handshake")
-    assert "DEBUG quic handshake" in stream.getvalue()
+@pytest.mark.parametrize("name", ["quic", "aioquic"])
+def test_what_our_sessions_tell_is_not_told_twice(name: str) -> None:
+    stream = logs("human")
+    logging.getLogger(name).warning("Error: 298, reason: bad certificate")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("name", ["quic", "other"])
+def test_libraries_speak_when_asked_twice(name: str) -> None:
+    stream = logs("human", logging.DEBUG - 1)
+    logging.getLogger(name).debug("handshake")
+    assert "handshake" in stream.getvalue()
     structlog.get_logger().debug("ours too")
     assert "ours too" in stream.getvalue()
 

@@ -28,34 +28,40 @@ def configure_logging(
 ) -> None:
     """Set structlog and the standard library's logging up, for the whole process.
 
-    level: of the logging module. Below WARNING, libraries are silent unless it is DEBUG - 1,
-    which `-vv` gives.
+    level: of the logging module. Of libraries only warnings are shown, in the same form as our own
+    lines, and of aioquic nothing, for our sessions tell the same in better words. DEBUG - 1,
+    which `-vv` gives, shows all of both.
     stream: stderr if None.
     """
     target = sys.stderr if stream is None else stream
     colors = target.isatty() and not os.environ.get("NO_COLOR")
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        redact,
+    ]
+    renderers = _renderers(log_format, colors=colors)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            redact,
-            *_renderers(log_format, colors=colors),
-        ],
+        processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(max(level, logging.DEBUG)),
         logger_factory=structlog.WriteLoggerFactory(target),
         # Off, so that a module's logger follows a later call of this function.
         cache_logger_on_first_use=False,
     )
-    library_level = logging.WARNING if level >= logging.DEBUG else logging.DEBUG
+    everything = level < logging.DEBUG
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
     logging.basicConfig(
-        stream=target,
-        level=library_level,
-        force=True,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        level=logging.DEBUG if everything else logging.WARNING, handlers=[handler], force=True
     )
     for name in ("quic", "aioquic"):
-        logging.getLogger(name).setLevel(library_level)
+        logging.getLogger(name).setLevel(logging.DEBUG if everything else logging.CRITICAL)
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, object]) -> dict[str, object]:
