@@ -28,6 +28,7 @@ from ztna.net.aioquic_private.mutual_tls import (
 from ztna.net.closing import CloseCode
 from ztna.net.demux import (
     MIN_INITIAL,
+    MIN_SHORT,
     QUIC_VERSION_1,
     Kind,
     LongHeader,
@@ -265,11 +266,12 @@ class Endpoint:
     def _sort_single(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
         match kind_of(batch.data[0]):
             case Kind.QUIC_SHORT:
-                session = self._by_id.get(uniform_connection_id(batch) or b"")
-                if session is None:
-                    self._counters["drop_unknown_connection"] += 1
-                else:
+                connection_id = bytes(batch.data[1 : 1 + CONNECTION_ID_LENGTH])
+                session = self._by_id.get(connection_id)
+                if session is not None and len(batch.data) >= MIN_SHORT:
                     session.take_batch(batch)
+                else:
+                    self._meet_unknown(connection_id, batch, answers)
             case Kind.QUIC_LONG:
                 self._sort_long(batch, answers)
             case kind:

@@ -42,6 +42,7 @@ from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
+from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials, load_credentials
 from ztna.roles.address_book import AddressBook, open_address_book
@@ -98,10 +99,11 @@ async def run_intermediate_from_config(config: IntermediateConfig) -> None:
         book = await stack.enter_async_context(
             open_address_book(config.state_dir / "intermediate.sqlite", config.tunnel_range)
         )
+        reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "reset.key")
         port = await stack.enter_async_context(
             open_udp_port(str(config.bind), config.port, server=True)
         )
-        await run_intermediate(config, port, credentials, book)
+        await run_intermediate(config, port, credentials, book, reset_key=reset_key)
 
 
 async def run_intermediate(
@@ -110,6 +112,7 @@ async def run_intermediate(
     credentials: Credentials,
     addresses: AddressBook,
     *,
+    reset_key: ResetKey | None = None,
     task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve clients on one port until cancelled."""
@@ -124,7 +127,7 @@ async def run_intermediate(
     statistics_registry().register("intermediate", intermediate.statistics)
     statistics_registry().register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
-        endpoint = Endpoint(port)
+        endpoint = Endpoint(port, reset_key=reset_key)
         await nursery.start(endpoint.run)
         statistics_registry().register("endpoint", endpoint.statistics)
         sessions = endpoint.listen(credentials, CLIENT_ROLES, SessionSettings())
