@@ -27,6 +27,7 @@ from ztna.net.aioquic_private.mutual_tls import (
 )
 from ztna.net.closing import CloseCode
 from ztna.net.demux import (
+    CONNECTION_ID_LENGTH,
     MIN_INITIAL,
     MIN_SHORT,
     QUIC_VERSION_1,
