@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import random
+from collections.abc import Sequence
 
 import pytest
 import structlog.testing
@@ -18,6 +19,8 @@ from ztna.core.allocation import AddressesExhaustedError
 from ztna.core.identity import Identity
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.policy import PolicyRule
+from ztna.core.registry import Client
+from ztna.core.relay import Outgoing, Relay
 from ztna.errors import SystemSetupError
 from ztna.net.closing import CloseCode
 from ztna.roles.address_book import AddressBook
@@ -322,6 +325,36 @@ async def test_failure_for_one_client_is_its_own(
                 assert ("no tunnel address" in again[0]["reason"]) is (code is CloseCode.LIMIT)
         assert world.intermediate is not None
         assert len(world.intermediate.served) <= 3
+
+
+async def test_bug_that_a_client_reaches_ends_its_session_alone(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Relay.receive_messages
+
+    def fail_for_one(
+        relay: Relay, client: Client, messages: Sequence[bytes], now: float
+    ) -> Outgoing:
+        if client.identity.name == "unlucky":
+            raise KeyError("a bug")
+        return original(relay, client, messages, now)
+
+    monkeypatch.setattr(Relay, "receive_messages", fail_for_one)
+    async with open_world(POLICY) as world:
+        await open_all(world)
+        agent = await world.start_agent(AGENT)
+        unlucky = make_agent(world.deployment.ca, world.deployment.now, "unlucky")
+        with structlog.testing.capture_logs() as logs, trio.fail_after(100):
+            async with (
+                UserHost.open(agent) as user,
+                open_raw_client(world, unlucky, "203.0.113.66") as client,
+            ):
+                await user.ask(ping(user))
+                client.session.send_datagrams([b"\x10\x04echo", ping(user)])
+                closed = await client.session.wait_closed()
+                assert "internal error" in closed.reason
+                await user.ask(ping(user))
+        assert [entry for entry in logs if entry["log_level"] == "error"]
 
 
 async def test_connector_of_a_replaced_session_serves_nobody(autojump_clock: MockClock) -> None:
