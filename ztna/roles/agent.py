@@ -32,7 +32,8 @@ from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials, load_credentials
-from ztna.roles.control_client import ControlLink, keep_control_session
+from ztna.roles.control_client import ControlLink
+from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.resolve import any_address, resolve
 from ztna.roles.tree import statistics_registry
 from ztna.tun.device import open_tun
@@ -105,7 +106,7 @@ async def run_agent(
         nursery.start_soon(agent.configure_tun, configure)
         nursery.start_soon(agent.tun_to_session)
         task_status.started()
-        await keep_control_session(
+        keeper = ControlKeeper(
             endpoint,
             config.intermediate,
             credentials,
@@ -113,6 +114,7 @@ async def run_agent(
             [service.id for service in config.services],
             agent,
         )
+        await keeper.run()
 
 
 @attrs.define(eq=False)

@@ -31,7 +31,8 @@ from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials, load_credentials
-from ztna.roles.control_client import ControlLink, keep_control_session
+from ztna.roles.control_client import ControlLink
+from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.resolve import any_address, resolve
 from ztna.roles.tree import statistics_registry
 
@@ -88,7 +89,7 @@ async def run_connector(
         await nursery.start(terminator.run)
         nursery.start_soon(connector.send_answers)
         task_status.started()
-        await keep_control_session(
+        keeper = ControlKeeper(
             endpoint,
             config.intermediate,
             credentials,
@@ -96,6 +97,7 @@ async def run_connector(
             [service.id for service in config.services],
             connector,
         )
+        await keeper.run()
 
 
 @attrs.define(eq=False)

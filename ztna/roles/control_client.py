@@ -9,16 +9,14 @@ import datetime
 import functools
 import ipaddress
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import attrs
 import structlog
 import trio
 
-from ztna.config.model import IntermediateAddress
 from ztna.core import wire
 from ztna.core.addresses import format_address
 from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceKey, ServiceLabel
@@ -39,11 +37,7 @@ from ztna.core.registration import Registrar, RegistrationEvent, RegistrationSta
 from ztna.core.wire import FEATURES, Feature
 from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
-from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
-from ztna.pki import Credentials
-from ztna.roles.resolve import family_of, resolve
-from ztna.roles.tree import restart_with_backoff
 
 log = structlog.get_logger(__name__)
 
@@ -124,28 +118,6 @@ class ControlLink:
             "too_large": self.encapsulator.too_large,
             "malformed_dialogue": self.malformed,
         }
-
-
-async def keep_control_session(
-    endpoint: Endpoint,
-    intermediate: IntermediateAddress,
-    credentials: Credentials,
-    role: Role,
-    service_ids: Sequence[str],
-    handler: PacketHandler,
-) -> NoReturn:
-    """Hold a session with the intermediate, connecting again whenever it breaks."""
-    family = family_of(endpoint.port.local_address)
-
-    async def attempt(succeeded: Callable[[], None]) -> float:
-        address = await resolve(intermediate.host, intermediate.port, family)
-        session = endpoint.connect(
-            address, credentials, intermediate.server_name, [Role.INTERMEDIATE]
-        )
-        return await run_control_session(session, role, service_ids, handler, succeeded)
-
-    name = format_address((intermediate.host, intermediate.port))
-    await restart_with_backoff(f"session with {name}", attempt, random.SystemRandom())
 
 
 async def run_control_session(
