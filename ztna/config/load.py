@@ -83,7 +83,7 @@ def build_config(
         problems += check_config(config)
         config = _with_absolute_paths(config, document, layered)
         if check_files:
-            problems += _missing_files(config.identity)
+            problems += _missing_files(config)
     if problems:
         raise ConfigError(_describe(problems, document, layered))
     return config
@@ -166,18 +166,29 @@ def _with_absolute_paths(config: C, document: Document | None, overrides: Sequen
         folder = source.folder if isinstance(source, Document) else Path.cwd()
         return folder / value
 
+    renew = config.identity.renew
+    if renew is not None and renew.directory is not None:
+        path = ("identity", "renew", "directory")
+        renew = attrs.evolve(renew, directory=absolute(path, renew.directory))
     identity = IdentityFiles(
         cert=absolute(("identity", "cert"), config.identity.cert),
         key=absolute(("identity", "key"), config.identity.key),
         ca=absolute(("identity", "ca"), config.identity.ca),
+        renew=renew,
     )
     state_dir = absolute(("state_dir",), config.state_dir)
-    return attrs.evolve(config, identity=identity, state_dir=state_dir)
+    deny_list = config.deny_list and absolute(("deny_list",), config.deny_list)
+    return attrs.evolve(config, identity=identity, state_dir=state_dir, deny_list=deny_list)
 
 
-def _missing_files(identity: IdentityFiles) -> Iterator[Problem]:
-    for name, file in attrs.asdict(identity).items():
-        path = ("identity", name)
+def _missing_files(config: AnyConfig) -> Iterator[Problem]:
+    identity = config.identity
+    files: list[tuple[JsonPath, Path]] = [
+        (("identity", "cert"), identity.cert),
+        (("identity", "key"), identity.key),
+        (("identity", "ca"), identity.ca),
+    ]
+    for path, file in files:
         try:
             there = file.is_file()
         except (OSError, ValueError):  # a parent that may not be searched, a name too long

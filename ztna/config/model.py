@@ -13,8 +13,10 @@ from pathlib import Path
 import attrs
 
 from ztna.config.document import show
+from ztna.config.forwards import ForwardValue, ListenValue, check_forwards
 from ztna.config.structure import Described, Problem, means, schema_of
 from ztna.config.values import (
+    Argument,
     Endpoint,
     Flag,
     Host,
@@ -37,6 +39,7 @@ from ztna.core.policy import PolicyRule
 SYSTEM_FOLDER = Path("/etc/ztna")
 DEFAULT_PORT = 4433
 DEFAULT_P2P_PORT = 4434
+NO_TUN = "none"
 # docs/protocol.md section 2.
 DEFAULT_SERVICE_RANGE = IPv4Network("10.100.0.0/24")
 DEFAULT_TUNNEL_RANGE = IPv4Network("10.100.64.0/18")
@@ -52,6 +55,26 @@ def default_state_dir() -> Path:
 
 
 @attrs.frozen
+class RenewConfig:
+    """How a node has its certificate renewed by itself; one of the two ways."""
+
+    command: tuple[Argument, ...] = attrs.field(
+        metadata=means(
+            "Program and arguments; it gets the request on stdin and answers with the certificate "
+            "on stdout, PEM both."
+        ),
+        default=(),
+    )
+    directory: PathValue | None = attrs.field(
+        metadata=means(
+            "Folder that the request goes into as ROLE-NAME.csr, and that ROLE-NAME.crt is "
+            "awaited in; relative to this file's folder."
+        ),
+        default=None,
+    )
+
+
+@attrs.frozen
 class IdentityFiles:
     """Where a node's certificate, private key and CA stand, PEM each."""
 
@@ -63,6 +86,10 @@ class IdentityFiles:
     )
     ca: PathValue = attrs.field(
         metadata=means("The deployment's CA certificate, PEM; relative to this file's folder.")
+    )
+    renew: RenewConfig | None = attrs.field(
+        metadata=means("How this node renews its certificate by itself; it does not if absent."),
+        default=None,
     )
 
 
@@ -83,7 +110,10 @@ class TunConfig:
     """The agent's tunnel interface."""
 
     name: InterfaceName = attrs.field(
-        metadata=means('"utun" for a free tunnel interface, or the name of one.'), default="utun"
+        metadata=means(
+            '"utun" for a free tunnel interface, the name of one, or "none": local ports instead.'
+        ),
+        default="utun",
     )
     mtu: Mtu = attrs.field(metadata=means("Largest IP packet in bytes."), default=1280)
     address: Ipv4 | None = attrs.field(
@@ -126,8 +156,29 @@ class AgentConfig:
         ),
         default=DEFAULT_SERVICE_RANGE,
     )
+    forwards: tuple[ForwardValue, ...] = attrs.field(
+        metadata=means(
+            "Local ports that lead to services, without a tunnel interface: "
+            '"[BIND:]PORT:SERVICE[:SERVICE_PORT][/tcp|udp]"; on loopback if BIND is absent.'
+        ),
+        default=(),
+    )
+    socks: ListenValue | None = attrs.field(
+        metadata=means(
+            "Where a SOCKS5 proxy to all services listens, without a tunnel interface; "
+            "on loopback if it is a port alone."
+        ),
+        default=None,
+    )
     state_dir: PathValue = attrs.field(
         metadata=means("Folder for what outlives a restart."), factory=default_state_dir
+    )
+    deny_list: PathValue | None = attrs.field(
+        metadata=means(
+            "File of certificates' serial numbers that are refused although valid; relative to "
+            "this file's folder."
+        ),
+        default=None,
     )
 
 
@@ -179,6 +230,13 @@ class ConnectorConfig:
     state_dir: PathValue = attrs.field(
         metadata=means("Folder for what outlives a restart."), factory=default_state_dir
     )
+    deny_list: PathValue | None = attrs.field(
+        metadata=means(
+            "File of certificates' serial numbers that are refused although valid; relative to "
+            "this file's folder."
+        ),
+        default=None,
+    )
 
 
 @attrs.frozen
@@ -226,6 +284,13 @@ class IntermediateConfig:
     state_dir: PathValue = attrs.field(
         metadata=means("Folder for what outlives a restart."), factory=default_state_dir
     )
+    deny_list: PathValue | None = attrs.field(
+        metadata=means(
+            "File of certificates' serial numbers that are refused although valid; relative to "
+            "this file's folder."
+        ),
+        default=None,
+    )
     plain_relay: Flag = attrs.field(
         metadata=means("Whether packets that are not encrypted end to end are relayed."),
         default=True,
@@ -258,8 +323,9 @@ def config_schema(role: Role) -> dict[str, object]:
 
 def check_config(config: AnyConfig) -> list[Problem]:
     """What is wrong although every single value is fine; in the order of the keys."""
+    problems = [*_check_renew(config.identity.renew)]
     if isinstance(config, IntermediateConfig):
-        problems = [*_check_policy(config.policy)]
+        problems += _check_policy(config.policy)
         if config.service_range.overlaps(config.tunnel_range):
             text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
             problems.append(Problem(("tunnel_range",), f"{text}; the two must be apart"))
@@ -267,16 +333,26 @@ def check_config(config: AnyConfig) -> list[Problem]:
             text = f"{address} is no address of a node; give the one that clients reach, or none"
             problems.append(Problem(("external_ip",), text))
         return problems
-    problems = [*_check_services(config.services, config.service_range)]
+    problems += _check_services(config.services, config.service_range)
     if isinstance(config, AgentConfig):
-        if config.tun.name == "none":
-            text = '"none" would mean no tunnel interface, which this version cannot do'
-            problems.append(Problem(("tun", "name"), f"{text}; name one"))
+        problems += check_forwards(config.forwards, config.socks, config.services)
+        has_local_ports = bool(config.forwards) or config.socks is not None
+        if config.tun.name == NO_TUN and not has_local_ports:
+            text = '"none" leaves no way in; add "forwards" or "socks" (--forward, --socks)'
+            problems.append(Problem(("tun", "name"), text))
+        if config.tun.name != NO_TUN and has_local_ports:
+            text = '"forwards" and "socks" stand in for a tunnel interface'
+            problems.append(Problem(("tun", "name"), f'{text}; set "none" (--tun none)'))
         address4 = config.tun.address
         if address4 is not None and address4 in config.service_range:
             text = f"{address4} lies in service_range {config.service_range}"
             problems.append(Problem(("tun", "address"), f"{text}; take one outside of it"))
     return problems
+
+
+def _check_renew(renew: RenewConfig | None) -> Iterator[Problem]:
+    if renew is not None and bool(renew.command) == (renew.directory is not None):
+        yield Problem(("identity", "renew"), 'needs either "command" or "directory"')
 
 
 def _check_policy(rules: Sequence[PolicyRule]) -> Iterator[Problem]:

@@ -217,6 +217,10 @@ Mtu = Annotated[int, _integer(1280, 9000)]
 Flag = Annotated[bool, ValueType(_parse_bool, {"type": "boolean"})]
 Host = Annotated[str, ValueType(_parse_host, _STRING)]
 PathValue = Annotated[Path, ValueType(_parse_path, _STRING)]
+# "-" and options of a program are arguments, too; NUL cannot be handed to one (execve(2)).
+Argument = Annotated[
+    str, _text(r"[^\x00]{1,4096}", "an argument of a program: 1 to 4,096 characters, no NUL")
+]
 # IFNAMSIZ of linux/if.h: 15 characters and the NUL.
 InterfaceName = Annotated[
     str,
