@@ -63,6 +63,8 @@ def main() -> int:
         print(f"scripts/demo: {reason}", file=sys.stderr)
         return SystemSetupError.exit_code
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A shell starts what it puts in the background with Ctrl-C ignored, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with (
             tempfile.TemporaryDirectory(prefix="ztna-demo-") as folder,
