@@ -226,7 +226,9 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
     (A, put("tun", "name", 5), "$.tun.name", "5 is wrong; expected an interface name: 1 to 15 of"),
     (A, put("tun", "name", "a" * 16), "$.tun.name", "is wrong; expected an interface name"),
     (A, put("tun", "name", "a/b"), "$.tun.name", '"a/b" is wrong; expected an interface name'),
-    (A, put("tun", "name", "none"), "$.tun.name", '"none" would mean no tunnel interface'),
+    (A, put("tun", "name", "none"), "$.tun.name", '"none" leaves no way in; add "forwards"'),
+    (A, put("socks", 1080), "$.tun.name", 'stand in for a tunnel interface; set "none"'),
+    (A, put("forwards", ["8080:web-app:443"]), "$.tun.name", 'set "none" (--tun none)'),
     (A, put("tun", "name", ".."), "$.tun.name", '".." is wrong; expected an interface name'),
     (A, put("tun", "address", "fd00::1"), "$.tun.address", "expected an IPv4 address such as"),
     (

@@ -9,9 +9,11 @@ import rich_click as click
 
 from ztna.cli.text import printable
 from ztna.config.document import Document, read_document
+from ztna.config.forwards import resolve_forward
 from ztna.config.load import build_config
 from ztna.config.model import (
     CLASSES,
+    NO_TUN,
     AgentConfig,
     AgentService,
     AnyConfig,
@@ -101,11 +103,7 @@ def describe(config: AnyConfig) -> Iterator[str]:
     yield _describe_server(config.intermediate)
     yield from _describe_identity(config.identity)
     if isinstance(config, AgentConfig):
-        tun = config.tun
-        name = "a free tunnel interface" if tun.name == "utun" else f"tunnel interface {tun.name}"
-        address = tun.address or "given by the intermediate"
-        yield f"  uses {name}, MTU {tun.mtu} bytes, address {address}"
-        yield f"  routes {config.service_range} into the tunnel"
+        yield from _describe_ways_in(config)
         yield "  reaches:"
     else:
         assert isinstance(config, ConnectorConfig)
@@ -113,6 +111,23 @@ def describe(config: AnyConfig) -> Iterator[str]:
         yield "  provides:"
     yield from (f"    {_describe_service(service)}" for service in config.services)
     yield f"  keeps its state in {config.state_dir}"
+
+
+def _describe_ways_in(config: AgentConfig) -> Iterator[str]:
+    tun = config.tun
+    if tun.name == NO_TUN:
+        yield "  uses no tunnel interface"
+        for forward in config.forwards:
+            found = resolve_forward(forward, config.services)
+            local = f"{format_host_port(found.listen)} ({found.transport.upper()})"
+            yield f"  listens on {local} for {found.service}, port {found.service_port}"
+        if config.socks is not None:
+            yield f"  listens on {format_host_port(config.socks)} as a SOCKS5 proxy"
+        return
+    name = "a free tunnel interface" if tun.name == "utun" else f"tunnel interface {tun.name}"
+    address = tun.address or "given by the intermediate"
+    yield f"  uses {name}, MTU {tun.mtu} bytes, address {address}"
+    yield f"  routes {config.service_range} into the tunnel"
 
 
 def _describe_server(server: IntermediateAddress) -> str:

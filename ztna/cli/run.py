@@ -138,8 +138,23 @@ def run() -> None:
 @run.command()
 @_config_option(Role.AGENT)
 @_server_options
-@click.option("--tun", metavar="NAME", help='Tunnel interface: "utun" for a free one, or a name.')
+@click.option(
+    "--tun",
+    metavar="NAME",
+    help='Tunnel interface: "utun" for a free one, or a name; "none": local ports instead.',
+)
 @click.option("--mtu", type=int, help="MTU of the tunnel interface, 1280 to 9000.")
+@click.option(
+    "--forward",
+    metavar="[BIND:]PORT:SERVICE[:PORT][/tcp|udp]",
+    multiple=True,
+    help="With --tun none: a local port that leads to a service; may be given several times.",
+)
+@click.option(
+    "--socks",
+    metavar="[BIND:]PORT",
+    help="With --tun none: where a SOCKS5 proxy to all services listens.",
+)
 @_identity_options
 @_common_options
 def agent(
@@ -148,21 +163,29 @@ def agent(
     server_name: str | None,
     tun: str | None,
     mtu: int | None,
+    forward: tuple[str, ...],
+    socks: str | None,
     log_format: LogFormat,
     log_level: str,
     **identity: Path | None,
 ) -> None:
-    """Reach services through a tunnel interface.
+    """Reach services through a tunnel interface, or through local ports.
 
-    Needs the right to create one: root, or CAP_NET_ADMIN.
+    An interface needs the right to create one: root, or CAP_NET_ADMIN. Local ports need nothing.
 
-    Example: ztna run agent --config agent.json --tun utun
+    \b
+    Examples:
+      ztna run agent --config agent.json --tun utun
+      ztna run agent --config agent.json --tun none \\
+        --forward 8080:web-app --forward 127.0.0.1:5432:db:5432/tcp --socks 1080
     """
     overrides = [
         *_server_overrides(server, server_name),
         *_identity_overrides(identity),
         *_given(("tun", "name"), tun, "--tun"),
         *_given(("tun", "mtu"), mtu, "--mtu"),
+        *_given(("forwards",), list(forward) or None, "--forward"),
+        *_given(("socks",), socks, "--socks"),
     ]
     loaded = _load(AgentConfig, Role.AGENT, config, overrides)
     _run(partial(run_agent_from_config, loaded), log_format, log_level)

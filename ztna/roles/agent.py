@@ -13,7 +13,7 @@ import attrs
 import structlog
 import trio
 
-from ztna.config.model import AgentConfig, AgentService
+from ztna.config.model import NO_TUN, AgentConfig, AgentService
 from ztna.core.addresses import (
     DEFAULT_TUNNEL_RANGE,
     TWIN_PREFIX,
@@ -34,6 +34,7 @@ from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials, load_credentials
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
+from ztna.roles.local_ports import open_local_ports
 from ztna.roles.resolve import any_address, resolve
 from ztna.roles.tree import statistics_registry
 from ztna.tun.device import open_tun
@@ -55,6 +56,9 @@ async def run_agent_from_config(config: AgentConfig) -> None:
     credentials = load_credentials(
         config.identity.cert, config.identity.key, config.identity.ca, role=Role.AGENT
     )
+    if config.tun.name == NO_TUN:
+        await _run_without_tun(config, credentials)
+        return
     await repair(config.state_dir)
     server = await resolve(config.intermediate.host, config.intermediate.port)
     check_outside(
@@ -81,6 +85,17 @@ async def run_agent_from_config(config: AgentConfig) -> None:
                 yield
 
         await run_agent(config, port, tun, credentials, configure)
+
+
+async def _run_without_tun(config: AgentConfig, credentials: Credentials) -> None:
+    """Carry the packets of local ports. Nothing on this way needs a privilege."""
+    server = await resolve(config.intermediate.host, config.intermediate.port)
+    routes = [_route(service) for service in config.services]
+    async with (
+        open_udp_port(any_address(server), 0) as port,
+        open_local_ports(config, routes) as host,
+    ):
+        await run_agent(config, port, host, credentials, host.configure)
 
 
 async def run_agent(
