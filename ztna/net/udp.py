@@ -6,9 +6,6 @@ a control message. What it did not join (no GRO, or a sender without GSO) `join_
 that the layers above work per batch all the same. The way out: `split_batch` cuts a batch into
 what one `sendmsg` with UDP_SEGMENT takes; a kernel or path that refuses gets the segments one by
 one.
-
-Linux's udp(7) does not describe the options yet; their source is include/uapi/linux/udp.h and
-net/ipv4/udp.c, udp_send_skb().
 """
 
 import errno
@@ -17,9 +14,9 @@ import math
 import os
 import socket
 import struct
-import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import Self
 
 import attrs
 import structlog
@@ -28,30 +25,25 @@ import trio
 from ztna.core.ports import Address, Buffer, UdpBatch
 from ztna.errors import SystemSetupError
 from ztna.net.batches import join_batches, split_batch
+from ztna.net.udp_socket import (
+    IP_PKTINFO,
+    IPV6_PKTINFO,
+    UDP_GRO,
+    UDP_SEGMENT,
+    bind_failure,
+    grow_buffers,
+    has_option,
+    set_df,
+    tell_where_packets_arrive,
+)
 
 log = structlog.get_logger()
-
-# include/uapi/linux/udp.h and asm-generic/socket.h; Python 3.11 has no names for these.
-_UDP_SEGMENT = 103
-_UDP_GRO = 104
-_SO_SNDBUFFORCE = 32
-_SO_RCVBUFFORCE = 33
-_IP_MTU_DISCOVER = 10
-_IPV6_MTU_DISCOVER = 23
-# Sets DF and ignores the kernel's cached path MTU, which any forged ICMP message can lower to
-# 552 bytes (RFC 9000 section 14.2.1); IP_PMTUDISC_DO would believe it.
-_PMTUDISC_PROBE = 3
 
 _RECEIVE_SIZE = 65_536
 # Our choice: bounds the time that one port holds the loop, about 1 ms at full buffers.
 _RECEIVE_CALLS = 16
-_BUFFER_SIZE = 4 << 20
 # GRO's segment size, and the larger of the two packet information structures.
 _CONTROL_SPACE = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
-# linux/in.h, linux/in6.h; absent from Python's socket module. RFC 3542 section 6.2 for IPv6.
-_IP_PKTINFO = 8
-_IPV6_RECVPKTINFO = 49
-_IPV6_PKTINFO = 50
 # Our choice: peers whose datagrams came to an address of ours that is worth remembering.
 _MAX_LOCAL_ADDRESSES = 32_768
 
@@ -150,9 +142,9 @@ class SocketUdpPort:
                 continue
             segment, arrived_at = size, None
             for level, kind, value in control:
-                if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
+                if level == socket.IPPROTO_UDP and kind == UDP_GRO:
                     segment = struct.unpack("i", value)[0] or size
-                elif kind in (_IP_PKTINFO, _IPV6_PKTINFO):
+                elif kind in (IP_PKTINFO, IPV6_PKTINFO):
                     arrived_at = (level, kind, _answer_from(level, value))
             counters["received_packets"] += math.ceil(size / segment)
             counters["received_bytes"] += size
@@ -197,11 +189,28 @@ class SocketUdpPort:
                 del known[next(iter(known))]
             known[address] = local
 
+    def share_local_addresses(self, other: Self) -> None:
+        """Answer peers from the address that they have asked at either of two ports."""
+        self._local_addresses = other._local_addresses
+
+    @contextmanager
+    def making_room(self, newcomer: socket.socket) -> Iterator[None]:
+        """Let a socket be bound to our port on one address, which takes that address from us. The
+        kernel asks both sockets at that moment only; later nobody else can take a part of it."""
+        both = (self._socket, newcomer)
+        try:
+            for sock in both:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            yield
+        finally:
+            for sock in both:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
     def _send_piece(self, piece: Buffer, segment: int, address: Address) -> None:
         if len(piece) <= segment:
             self._count_sent(self._send_once(piece, [], address), len(piece), 1)
             return
-        control = [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("H", segment))]
+        control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("H", segment))]
         error = self._send_once(piece, control, address)
         if error not in (errno.EIO, errno.EINVAL):
             self._count_sent(error, len(piece), math.ceil(len(piece) / segment))
@@ -270,12 +279,14 @@ class SocketUdpPort:
 
 @asynccontextmanager
 async def open_udp_port(
-    host: str, port: int, *, server: bool = False
+    host: str, port: int, *, server: bool = False, beside: SocketUdpPort | None = None
 ) -> AsyncGenerator[SocketUdpPort, None]:
     """A UDP socket bound to host (an IP address) and port (0: any free one).
 
     server: answers leave from the very address that a peer has sent to, where this machine has
-    several. A client lets the kernel choose, so that it may roam.
+    several. A client lets the kernel choose, so that it may roam. beside: a server's port on all
+    addresses. One of the same number makes room for this one, on a single address; with another
+    number, on all addresses too, its peers are answered from the address that they have asked.
 
     Raises SystemSetupError, with what to do, when it cannot be bound.
     """
@@ -292,95 +303,25 @@ async def open_udp_port(
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
-            sock.bind((host, port))
+            taken = beside is not None and beside.local_address[1] == port
+            with beside.making_room(sock) if beside is not None and taken else nullcontext():
+                sock.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise SystemSetupError(_bind_failure(host, port, error)) from error
-        _grow_buffers(sock)
-        _set_df(sock)
+            raise SystemSetupError(bind_failure(host, port, error)) from error
+        grow_buffers(sock)
+        set_df(sock)
         if server and address.is_unspecified:
-            _tell_where_packets_arrive(sock)
+            tell_where_packets_arrive(sock)
         bound = sock.getsockname()
         udp_port = SocketUdpPort(
             socket=sock,
             local_address=(bound[0].partition("%")[0], bound[1]),
-            gro=_has_option(sock, _UDP_GRO, 1),
-            gso=_has_option(sock, _UDP_SEGMENT, 0),
+            gro=has_option(sock, UDP_GRO, 1),
+            gso=has_option(sock, UDP_SEGMENT, 0),
         )
+        if beside is not None and address.is_unspecified:
+            udp_port.share_local_addresses(beside)
         try:
             yield udp_port
         finally:
             udp_port.close()
-
-
-def _bind_failure(host: str, port: int, error: OSError | OverflowError) -> str:
-    where = f"UDP port {port} on {host}"
-    match error:
-        case OSError(errno=errno.EADDRINUSE):
-            return (
-                f"cannot listen on {where}: another program uses it. "
-                f"`ss -ulnp sport = :{port}` shows which; stop it or choose another port"
-            )
-        case OSError(errno=errno.EACCES | errno.EPERM):
-            return (
-                f"cannot listen on {where}: not permitted. Ports below 1024 need root or "
-                f"CAP_NET_BIND_SERVICE; choose a higher one"
-            )
-        case OSError(errno=errno.EADDRNOTAVAIL):
-            return (
-                f"cannot listen on {where}: this machine has no such address. Use one that "
-                f"`ip address` shows, or 0.0.0.0 or :: for all"
-            )
-        case OverflowError():
-            return f"cannot listen on {where}: a port is a number from 0 to 65535"
-        case _:
-            return f"cannot listen on {where}: {error}"
-
-
-def _has_option(sock: socket.socket, option: int, value: int) -> bool:
-    """Whether the kernel knows this option of UDP; sets it to value."""
-    if sys.platform != "linux":
-        return False
-    try:
-        sock.setsockopt(socket.IPPROTO_UDP, option, value)
-    except OSError:
-        return False
-    return True
-
-
-def _set_df(sock: socket.socket) -> None:
-    """Set DF: datagrams are never fragmented on the way (RFC 9000 section 14)."""
-    if sys.platform != "linux":
-        return
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
-    else:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
-
-
-def _tell_where_packets_arrive(sock: socket.socket) -> None:
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
-    else:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-
-
-def _grow_buffers(sock: socket.socket) -> None:
-    """Ask for 4 MiB each way: 30 ms at 1 Gbit/s, what a busy loop needs to come back."""
-    for force, plain, name in (
-        (_SO_RCVBUFFORCE, socket.SO_RCVBUF, "receive"),
-        (_SO_SNDBUFFORCE, socket.SO_SNDBUF, "send"),
-    ):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, force, _BUFFER_SIZE)
-        except OSError:
-            sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_SIZE)
-        # The kernel doubles what it is asked for (socket(7)).
-        size = sock.getsockopt(socket.SOL_SOCKET, plain) // 2
-        if size < _BUFFER_SIZE:
-            log.info(
-                "udp_buffer_small",
-                which=name,
-                size=size,
-                wanted=_BUFFER_SIZE,
-                help="raise net.core.rmem_max and net.core.wmem_max, or run as root",
-            )
