@@ -88,6 +88,13 @@ async def test_answers_without_accepted_set_nothing_free(autojump_clock: MockClo
     async with open_world([]) as world, open_fake_intermediate(world) as sessions:
         await start(world)
         with trio.fail_after(60):
+            # A first session that is accepted, so that there are flows to go on with.
+            first = await sessions.receive()
+            await trio.sleep(0.05)
+            first.session.send_control(accepted(tunnel_address="10.100.89.148"))
+            first.session.send_datagrams([b"\x12\x00\x04echo"])
+            await first.wait_for(b"\x2f")
+            first.session.close(CloseCode.GOODBYE, "")
             served = await sessions.receive()
             served.session.send_datagrams([b"\x12\x00\x04echo"])
             await trio.sleep(0.1)
@@ -212,6 +219,26 @@ async def test_malformed_datagrams_change_nothing(
             await served.wait_for(b"\x2f\x04echo")
             agent.tun.host_send([PACKET])
             assert not served.session.closed
+
+
+@pytest.mark.parametrize(("lasts", "grows"), [(1.0, True), (6.0, False)])
+async def test_pause_grows_unless_the_session_was_steady(
+    lasts: float, grows: bool, autojump_clock: MockClock
+) -> None:
+    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+        await start(world)
+        pauses = []
+        with trio.fail_after(200):
+            served = await sessions.receive()
+            for _ in range(5):
+                await trio.sleep(0.05)
+                served.session.send_control(accepted())
+                await trio.sleep(lasts)
+                served.session.close(CloseCode.GOODBYE, "")
+                begun = trio.current_time()
+                served = await sessions.receive()
+                pauses.append(trio.current_time() - begun)
+        assert (max(pauses) > 0.9) is grows
 
 
 def goodbye(served: Served) -> None:
