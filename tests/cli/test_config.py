@@ -60,6 +60,7 @@ def test_intermediate_in_words(tmp_path: Path) -> None:
     assert lines[5:] == [
         "  gives tunnel addresses from 10.100.64.0/18; services are in 10.100.0.0/24",
         "  relays packets that are not encrypted end to end",
+        "  answers STUN on its own port, and on port 3479",
         "  policy:",
         "    agent/laptop may reach echo-service, web-app",
         "    connector/home may provide echo-service",
@@ -75,6 +76,16 @@ def test_empty_policy_is_pointed_out(tmp_path: Path) -> None:
     assert "policy: none, so everything is refused" in text
     assert "does not relay packets that are not" in text
     assert "is seen by clients" not in text
+
+
+def test_stun_in_words(tmp_path: Path) -> None:
+    stun: dict[str, object] = {"alternate_port": None, "alternate_ip": "fd00::2"}
+    text = check(tmp_path, {**INTERMEDIATE, "stun": stun}).stdout
+    assert "  answers STUN on its own port\n" in text
+    assert "  answers STUN at fd00::2 too, which clients see as fd00::2\n" in text
+    stun["alternate_external_ip"] = "2001:db8::2"
+    text = check(tmp_path, {**INTERMEDIATE, "stun": stun}).stdout
+    assert "  answers STUN at fd00::2 too, which clients see as 2001:db8::2\n" in text
 
 
 def test_environment_counts_and_is_named(tmp_path: Path) -> None:

@@ -25,13 +25,16 @@ from ztna.config.model import (
     config_schema,
 )
 from ztna.config.structure import scalar_keys
+from ztna.config.stun import StunConfig
 from ztna.config.values import format_host_port
 from ztna.core.identity import Role
 from ztna.core.policy import ANY
 from ztna.errors import UsageError
 
 _ROLES = click.Choice([role.value for role in Role])
-_INTERMEDIATE_KEYS = {"bind", "port", "external_ip", "policy", "tunnel_range", "plain_relay"}
+_INTERMEDIATE_KEYS = frozenset(
+    ("bind", "port", "external_ip", "policy", "tunnel_range", "plain_relay", "stun")
+)
 
 
 @click.group()
@@ -164,11 +167,20 @@ def _describe_intermediate(config: IntermediateConfig) -> Iterator[str]:
     )
     relays = "relays" if config.plain_relay else "does not relay"
     yield f"  {relays} packets that are not encrypted end to end"
+    yield from _describe_stun(config.stun)
     yield "  policy:" if config.policy else "  policy: none, so everything is refused"
     for rule in config.policy:
         verb, ids = ("reach", rule.services) if rule.services else ("provide", rule.provides)
         yield f"    {_describe_who(rule.who)} may {verb} {_describe_ids(ids)}"
     yield f"  keeps its state in {config.state_dir}"
+
+
+def _describe_stun(stun: StunConfig) -> Iterator[str]:
+    port = "" if stun.alternate_port is None else f", and on port {stun.alternate_port}"
+    yield f"  answers STUN on its own port{port}"
+    if stun.alternate_ip is not None:
+        seen = stun.alternate_external_ip or stun.alternate_ip
+        yield f"  answers STUN at {stun.alternate_ip} too, which clients see as {seen}"
 
 
 def _describe_who(who: str) -> str:

@@ -15,6 +15,7 @@ import attrs
 from ztna.config.document import show
 from ztna.config.forwards import ForwardValue, ListenValue, check_forwards
 from ztna.config.structure import Described, Problem, means, schema_of
+from ztna.config.stun import StunConfig, check_stun
 from ztna.config.values import (
     Argument,
     Endpoint,
@@ -295,6 +296,10 @@ class IntermediateConfig:
         metadata=means("Whether packets that are not encrypted end to end are relayed."),
         default=True,
     )
+    stun: StunConfig = attrs.field(
+        metadata=means("STUN, by which clients find out what NAT they are behind."),
+        factory=StunConfig,
+    )
 
 
 AnyConfig = AgentConfig | ConnectorConfig | IntermediateConfig
@@ -326,6 +331,7 @@ def check_config(config: AnyConfig) -> list[Problem]:
     problems = [*_check_renew(config.identity.renew)]
     if isinstance(config, IntermediateConfig):
         problems += _check_policy(config.policy)
+        problems += check_stun(config.stun, config.bind, config.port)
         if config.service_range.overlaps(config.tunnel_range):
             text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
             problems.append(Problem(("tunnel_range",), f"{text}; the two must be apart"))
