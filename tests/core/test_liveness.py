@@ -7,6 +7,7 @@ def test_unanswered_for_its_patience() -> None:
     watch = AnswerWatch(patience=1.0)
     assert not watch.observe(5, waiting=True, now=10.0)
     assert watch.get_timer() == 11.0
+    assert watch.waiting
     assert not watch.observe(5, waiting=True, now=10.9)
     assert watch.observe(5, waiting=True, now=11.0)
     assert watch.suspect

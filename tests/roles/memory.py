@@ -25,6 +25,7 @@ from ztna.config.model import (
 from ztna.core.policy import PolicyRule
 from ztna.core.ports import Address, IpPacket
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
+from ztna.net.stateless_reset import ResetKey
 from ztna.pki import Credentials
 from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
@@ -150,6 +151,7 @@ class World:
     policy: list[PolicyRule]
     book: AddressBook
     relay_host: MemoryHost
+    reset_key: ResetKey = attrs.Factory(lambda: ResetKey(bytes(32)))
     intermediate: Intermediate | None = None
     hosts: dict[str, MemoryHost] = attrs.Factory(dict)
     scopes: dict[str, trio.CancelScope] = attrs.Factory(dict)
@@ -169,6 +171,7 @@ class World:
                         port,
                         self.deployment.intermediate,
                         self.book,
+                        reset_key=self.reset_key,
                         task_status=task_status,
                     )
 
@@ -229,6 +232,17 @@ class World:
     def stop(self, name: str) -> None:
         """End a role in order."""
         self.scopes[name].cancel()
+
+    async def kill(self, name: str) -> None:
+        """End a role as kill -9 does: nobody hears a goodbye."""
+        host = self.relay_host if name == "intermediate" else self.hosts[name]
+        others = [other for other in (self.relay_host, *self.hosts.values()) if other is not host]
+        for other in others:
+            self.network.block(host, other)
+        self.scopes[name].cancel()
+        await trio.sleep(0.001)
+        for other in others:
+            self.network.unblock(host, other)
 
 
 @attrs.define(eq=False)

@@ -35,6 +35,11 @@ class AnswerWatch:
             self.suspect = True
         return self.suspect is not before
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something has no answer yet."""
+        return self._since != math.inf
+
     def get_timer(self) -> float | None:
         """When to observe again even if nothing happens."""
         return None if self.suspect or self._since == math.inf else self._since + self.patience

@@ -74,6 +74,8 @@ class Session(SessionQueues):
     _fast: FastPath = attrs.field(init=False, repr=False)
     _opened_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
     _keepalive_at: float = attrs.field(default=math.inf, init=False, repr=False)
+    _heard_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
+    _used_at: float = attrs.field(default=-math.inf, init=False, repr=False)
     _watch: AnswerWatch = attrs.field(init=False, repr=False)
     _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
     _inbox_bytes: int = attrs.field(default=0, init=False, repr=False)
@@ -229,10 +231,13 @@ class Session(SessionQueues):
             self._late_batches += len(inbox)
             return
         connection = self._connection
+        if inbox:
+            self._heard_at = now
         for batch in inbox:
             self._counters["received_bytes"] += len(batch.data)
             payloads = self._fast.open(batch.data, batch.segment_size, batch.address, now)
             if payloads:
+                self._used_at = now
                 self._put_datagrams(payloads)
             if len(payloads) * batch.segment_size < len(batch.data):
                 self._stirred = True  # some went to aioquic
@@ -295,10 +300,17 @@ class Session(SessionQueues):
                     reason_phrase="the handshake took too long",
                 )
                 self._stirred = True
-        elif now >= self._keepalive_at:
+        elif now >= min(self._keepalive_at, self._ask_at()):
             self._connection.send_ping(0)
             self._stirred = True
+            self._heard_at = now  # or asked: for the next time
             self._keepalive_at = now + self.settings.keepalive
+
+    def _ask_at(self) -> float:
+        """When a client that was used lately asks whether its server is still there."""
+        at = self._heard_at + self.settings.silence
+        lately = at < self._used_at + self.settings.used_for
+        return at if self.is_client and lately and not self._watch.waiting else math.inf
 
     def _watch_answers(self, now: float) -> None:
         """Notice a peer that does not acknowledge what it should, and one that does again."""
@@ -320,6 +332,7 @@ class Session(SessionQueues):
             self._stirred = False
         batches: list[UdpBatch] = []
         if self._outgoing and self._peer is not None:
+            self._used_at = now
             if self._fast.ready():
                 batches = self._seal_datagrams(now)
             else:
@@ -439,7 +452,7 @@ class Session(SessionQueues):
         due = math.inf if timer is None else timer
         if self._close_info is None:
             if self._peer is not None:
-                due = min(due, self._keepalive_at)
+                due = min(due, self._keepalive_at, self._ask_at())
                 due = min(due, self._watch.get_timer() or math.inf)
             elif not self.is_client:
                 due = min(due, self._opened_at + self.settings.handshake_timeout)

@@ -47,6 +47,8 @@ class SessionSettings:
     congestion_control: a name in aioquic's registry.
     idle_timeout, keepalive, handshake_timeout (a server's patience), patience (how long data or a
     PING may stay unanswered before the peer is suspected to be dead): seconds.
+    silence, used_for: a client asks by PING after so many seconds without hearing anything, for as
+    long after the last DATAGRAM; so it learns of a restart although it has nothing to send.
     outgoing_datagrams, incoming_datagrams: messages; incoming_bytes, inbox_bytes (UDP payloads
     that wait for the pump), control_backlog: bytes.
     """
@@ -55,6 +57,8 @@ class SessionSettings:
     idle_timeout: float = 30.0
     keepalive: float = 10.0
     patience: float = 1.0
+    silence: float = 1.0
+    used_for: float = 120.0
     handshake_timeout: float = 10.0
     max_udp_payload: int = 1200
     congestion_control: str = TUNNEL

@@ -1,0 +1,133 @@
+"""Killed, silent, moved: traffic is back within two seconds of the cause being gone."""
+
+import ipaddress
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import attrs
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.roles.memory import ECHO_IP, AgentHost, World, open_world
+from ztna.config.model import AgentService, ConnectorService
+from ztna.core.packet.ip import UDP, parse_ip_untrusted
+from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
+from ztna.core.policy import PolicyRule
+
+POLICY = [
+    PolicyRule("agent/laptop", services=("echo",)),
+    PolicyRule("connector/home", provides=("echo",)),
+]
+BACKEND = ("10.2.0.20", 9999)
+INTERVAL = 0.05
+
+
+@attrs.define
+class Stream:
+    """A user that sends a numbered datagram every 50 ms, and notes when answers come."""
+
+    host: AgentHost
+    answered: list[float] = attrs.Factory(list)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            while True:
+                packet = build_udp_packet(
+                    self.host.address.packed, ECHO_IP.packed, 5000, 9999, b"tick"
+                )
+                self.host.tun.host_send([packet])
+                await trio.sleep(INTERVAL)
+
+    async def _listen(self) -> None:
+        while True:
+            for packet in await self.host.tun.host_receive():
+                header = parse_ip_untrusted(packet.data)
+                if header.protocol == UDP:  # else: host unreachable, while no connector is there
+                    assert parse_udp_untrusted(packet.data, header).payload == b"tick"
+                    self.answered.append(trio.current_time())
+
+    def gap_after(self, moment: float) -> float:
+        """Seconds from moment until the next answer."""
+        return min((at for at in self.answered if at >= moment), default=math.inf) - moment
+
+
+@asynccontextmanager
+async def open_stream_world() -> AsyncIterator[tuple[World, Stream]]:
+    async with open_world(POLICY) as world:
+        world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
+        await world.start_intermediate()
+        await world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])
+        host = await world.start_agent([AgentService("echo", ECHO_IP)])
+        await host.configured.wait()
+        stream = Stream(host)
+        world.nursery.start_soon(stream.run)
+        await trio.sleep(6)
+        assert stream.gap_after(5) < 0.2
+        yield world, stream
+
+
+@pytest.mark.parametrize("down", [0.0, 0.3, 1.7, 5.0, 9.0, 13.0, 45.0])
+async def test_intermediate_killed_and_restarted(down: float, autojump_clock: MockClock) -> None:
+    async with open_stream_world() as (world, stream):
+        address = stream.host.address
+        await world.kill("intermediate")
+        await trio.sleep(down)
+        await world.start_intermediate()
+        back = trio.current_time()
+        await trio.sleep(5)
+        assert stream.gap_after(back) < 2.5
+        assert stream.host.address == address
+
+
+@pytest.mark.parametrize("down", [0.0, 2.0, 35.0])
+async def test_connector_killed_and_restarted(down: float, autojump_clock: MockClock) -> None:
+    async with open_stream_world() as (world, stream):
+        await world.kill("home")
+        await trio.sleep(down)
+        await world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])
+        back = trio.current_time()
+        await trio.sleep(4)
+        assert stream.gap_after(back) < 2
+
+
+@pytest.mark.parametrize("cut", ["laptop", "home"])
+@pytest.mark.parametrize("seconds", [0.5, 3.0, 20.0, 45.0])
+async def test_cable_pulled(cut: str, seconds: float, autojump_clock: MockClock) -> None:
+    async with open_stream_world() as (world, stream):
+        world.network.block(world.hosts[cut], world.relay_host)
+        await trio.sleep(seconds)
+        world.network.unblock(world.hosts[cut], world.relay_host)
+        back = trio.current_time()
+        await trio.sleep(4)
+        assert stream.gap_after(back) < 2.5
+
+
+@pytest.mark.parametrize("who", ["laptop", "home"])
+async def test_address_changes(who: str, autojump_clock: MockClock) -> None:
+    """A roaming agent or connector: QUIC migrates the session, which goes on."""
+    async with open_stream_world() as (world, stream):
+        world.hosts[who].change_address("198.18.0.77")
+        moved = trio.current_time()
+        await trio.sleep(4)
+        # A connector that has nothing to send asks after a second of silence.
+        assert stream.gap_after(moved) < (0.5 if who == "laptop" else 1.5)
+        assert world.intermediate is not None
+        counts = world.intermediate.statistics()
+        assert counts["clients"] == 2
+
+
+async def test_a_slow_answer_begins_no_second_session(autojump_clock: MockClock) -> None:
+    """Silence shorter than a second is no reason."""
+    async with open_stream_world() as (world, stream):
+        assert world.intermediate is not None
+        before = world.intermediate.next_key
+        for _ in range(5):
+            world.network.block(world.hosts["laptop"], world.relay_host)
+            await trio.sleep(0.6)
+            world.network.unblock(world.hosts["laptop"], world.relay_host)
+            await trio.sleep(3)
+        assert world.intermediate.next_key == before
+        assert stream.host.address in ipaddress.IPv4Network("10.100.64.0/18")
