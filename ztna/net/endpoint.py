@@ -2,21 +2,21 @@
 
 The packet's way in: `UdpPort.receive` -> a buffer whose segments all carry one connection id goes
 to its session as it is -> other buffers are cut: the rest of QUIC by its long header, a client's
-first Initial to a new session, an unknown version to Version Negotiation, everything else is
-dropped and counted. Each session's pump sends by itself. Nothing here waits for a session, and
-nothing that the network sends ends the loop.
+first Initial to a new session, an unknown version to Version Negotiation, STUN to its handler;
+everything else is dropped and counted. Each session's pump sends by itself. Nothing here waits for
+a session, and nothing that the network sends ends the loop.
 """
 
 import datetime
 import ipaddress
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import attrs
 import structlog
 import trio
 
 from ztna.core.identity import Role
-from ztna.core.ports import Address, UdpBatch, UdpPort
+from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 from ztna.net.aioquic_private.mutual_tls import (
     client_connection,
@@ -44,6 +44,10 @@ from ztna.net.strangers import Doorkeeper, ProvenIds, RateGate
 from ztna.pki import Credentials
 
 log = structlog.get_logger()
+
+StunHandler = Callable[[Buffer, Address, float], Sequence[UdpBatch]]
+"""Takes one STUN message from a stranger's address at a time (s); gives what to send from the port
+that it came to."""
 
 
 @attrs.frozen
@@ -84,6 +88,7 @@ _COUNTERS = (
     "drop_half_open_full",
     "drop_sessions_full",
     "drop_bad_token",
+    "stun_received",
     "version_negotiations",
     "retries_sent",
     "resets_sent",
@@ -99,13 +104,15 @@ class Endpoint:
     """Sessions on one port. `run` must run while it is used; it says goodbye when cancelled.
 
     clock: the wall clock that certificates are judged by. reset_key: to reset clients of sessions
-    that a restart has forgotten; a server gives one that outlives it.
+    that a restart has forgotten; a server gives one that outlives it. stun: what answers STUN
+    (RFC 9443); without it such messages are dropped.
     """
 
     port: UdpPort
     settings: EndpointSettings = attrs.field(factory=EndpointSettings)
     clock: Callable[[], datetime.datetime] = utc_now
     reset_key: ResetKey | None = attrs.field(default=None, repr=False)
+    stun: StunHandler | None = attrs.field(default=None, repr=False)
     _doorkeeper: Doorkeeper = attrs.field(init=False, repr=False)
     _outbound: set[Session] = attrs.field(factory=set, init=False, repr=False)
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False, repr=False)
@@ -275,6 +282,9 @@ class Endpoint:
                     self._meet_unknown(connection_id, batch, answers)
             case Kind.QUIC_LONG:
                 self._sort_long(batch, answers)
+            case Kind.STUN if self.stun is not None:
+                self._counters["stun_received"] += 1
+                answers += self.stun(batch.data, batch.address, trio.current_time())
             case kind:
                 self._counters[f"drop_{kind.value}"] += 1
 
