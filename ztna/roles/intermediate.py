@@ -36,6 +36,7 @@ from ztna.core.policy import Policy
 from ztna.core.ports import UdpPort
 from ztna.core.registry import MAX_SERVICES, Client, Registration, Registry
 from ztna.core.relay import Relay
+from ztna.core.stun_server import StunServer
 from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
 from ztna.net.closing import CloseCode
@@ -43,6 +44,7 @@ from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey, load_reset_key
+from ztna.net.stun import StunAddresses, StunResponder, open_stun_responder
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials, load_credentials
 from ztna.roles.address_book import AddressBook, open_address_book
@@ -103,7 +105,20 @@ async def run_intermediate_from_config(config: IntermediateConfig) -> None:
         port = await stack.enter_async_context(
             open_udp_port(str(config.bind), config.port, server=True)
         )
-        await run_intermediate(config, port, credentials, book, reset_key=reset_key)
+        stun = await stack.enter_async_context(open_stun_responder(port, _stun_addresses(config)))
+        await run_intermediate(config, port, credentials, book, reset_key=reset_key, stun=stun)
+
+
+def _stun_addresses(config: IntermediateConfig) -> StunAddresses:
+    def text(address: object) -> str | None:
+        return None if address is None else str(address)
+
+    return StunAddresses(
+        text(config.external_ip),
+        config.stun.alternate_port,
+        text(config.stun.alternate_ip),
+        text(config.stun.alternate_external_ip),
+    )
 
 
 async def run_intermediate(
@@ -113,6 +128,7 @@ async def run_intermediate(
     addresses: AddressBook,
     *,
     reset_key: ResetKey | None = None,
+    stun: StunResponder | None = None,
     task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve clients on one port until cancelled."""
@@ -127,7 +143,10 @@ async def run_intermediate(
     statistics_registry().register("intermediate", intermediate.statistics)
     statistics_registry().register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
-        endpoint = Endpoint(port, reset_key=reset_key)
+        stun = stun or StunResponder(StunServer(port.local_address), port)
+        statistics_registry().register("stun", stun.statistics)
+        nursery.start_soon(stun.run)
+        endpoint = Endpoint(port, reset_key=reset_key, stun=stun.answer)
         await nursery.start(endpoint.run)
         statistics_registry().register("endpoint", endpoint.statistics)
         sessions = endpoint.listen(credentials, CLIENT_ROLES, SessionSettings())
