@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     certificate, key and CA lie in the working folder."""
     configs: list[Any] = []
 
-    async def start(config: object) -> None:
+    async def start(config: object, read_config: Callable[[], object]) -> None:
         await trio.lowlevel.checkpoint()
         configs.append(config)
+        # A reload reads the same again: file, environment and options.
+        assert read_config() == config
 
     for role in ("agent", "connector", "intermediate"):
         monkeypatch.setattr(run_module, f"run_{role}_from_config", start)
@@ -226,7 +229,7 @@ def test_logging_options(
 def test_error_of_a_role_is_one_message(
     started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(_: object) -> None:
+    async def fail(_: object, __: object) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
             raise UnreachableError("relay.example.net does not resolve")
@@ -243,7 +246,7 @@ def test_error_of_a_role_is_one_message(
 def test_exit_code_after_a_signal(
     started: list[Any], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    async def stop(_: object) -> None:
+    async def stop(_: object, __: object) -> None:
         signal.raise_signal(number)
         await trio.sleep_forever()
 
@@ -256,7 +259,7 @@ import sys, trio
 import ztna.cli.run
 from ztna.cli.main import main
 
-async def wait(config):
+async def wait(config, read_config):
     print("ready", flush=True)
     await trio.sleep_forever()
 

@@ -1,5 +1,6 @@
 """A whole deployment in memory: hosts, links, roles, TUNs and backends, on the virtual clock."""
 
+import functools
 import ipaddress
 import math
 from collections import deque
@@ -24,13 +25,16 @@ from ztna.config.model import (
 )
 from ztna.core.policy import PolicyRule
 from ztna.core.ports import Address, IpPacket
+from ztna.errors import ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
 from ztna.net.stateless_reset import ResetKey
 from ztna.pki import Credentials
 from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
 from ztna.roles.connector import run_connector
-from ztna.roles.intermediate import Intermediate, run_intermediate
+from ztna.roles.intermediate import run_intermediate
+from ztna.roles.reload import NodeFiles
+from ztna.roles.served import Intermediate
 from ztna.tun.loopback import MemoryTun
 
 RELAY = "198.51.100.10"
@@ -142,7 +146,10 @@ class MemoryDialer:
 
 @attrs.define(eq=False)
 class World:
-    """What a test holds in its hands."""
+    """What a test holds in its hands.
+
+    files: what each role reads at a reload, or why it cannot.
+    """
 
     deployment: Deployment
     network: MemoryNetwork
@@ -155,10 +162,12 @@ class World:
     intermediate: Intermediate | None = None
     hosts: dict[str, MemoryHost] = attrs.Factory(dict)
     scopes: dict[str, trio.CancelScope] = attrs.Factory(dict)
+    files: dict[str, NodeFiles[Any] | ZtnaError] = attrs.Factory(dict)
 
     async def start_intermediate(self) -> None:
         """Start, or start again after `stop('intermediate')`."""
         config = IntermediateConfig(NO_FILES, policy=tuple(self.policy))
+        self.files["intermediate"] = NodeFiles(config, self.deployment.intermediate)
         self.scopes["intermediate"] = trio.CancelScope()
 
         async def run(*, task_status: trio.TaskStatus[Intermediate]) -> None:
@@ -172,6 +181,7 @@ class World:
                         self.deployment.intermediate,
                         self.book,
                         reset_key=self.reset_key,
+                        read=functools.partial(self._read, "intermediate"),
                         task_status=task_status,
                     )
 
@@ -186,13 +196,19 @@ class World:
         )
         credentials = make_connector(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
+        self.files[name] = NodeFiles(config, credentials)
         self.scopes[name] = trio.CancelScope()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with self.scopes[name]:
                 async with self.hosts[name].open_udp_port(4434) as port:
                     await run_connector(
-                        config, port, credentials, self.dialer, task_status=task_status
+                        config,
+                        port,
+                        credentials,
+                        self.dialer,
+                        read=functools.partial(self._read, name),
+                        task_status=task_status,
                     )
 
         await self.nursery.start(run)
@@ -210,6 +226,7 @@ class World:
         )
         credentials = credentials or make_agent(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
+        self.files[name] = NodeFiles(config, credentials)
         self.scopes[name] = trio.CancelScope()
         host = AgentHost(MemoryTun())
 
@@ -223,11 +240,24 @@ class World:
             with self.scopes[name]:
                 async with self.hosts[name].open_udp_port() as port:
                     await run_agent(
-                        config, port, host.tun, credentials, configure, task_status=task_status
+                        config,
+                        port,
+                        host.tun,
+                        credentials,
+                        configure,
+                        read=functools.partial(self._read, name),
+                        task_status=task_status,
                     )
 
         await self.nursery.start(run)
         return host
+
+    async def _read(self, name: str) -> NodeFiles[Any]:
+        await trio.lowlevel.checkpoint()
+        files = self.files[name]
+        if isinstance(files, ZtnaError):
+            raise files
+        return files
 
     def stop(self, name: str) -> None:
         """End a role in order."""

@@ -14,7 +14,7 @@ import trio
 from ztna.backend.sockets import Dialer, SocketDialer
 from ztna.backend.tcp import TcpSplice
 from ztna.backend.udp import UdpForward
-from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowOpened, TcpFlow
+from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowOpened, OfferedService, TcpFlow
 from ztna.core.flows import FlowTable
 from ztna.core.ports import Address, IpPacket
 from ztna.errors import CONTAINED
@@ -56,6 +56,16 @@ class Terminator:
             if timer.cancelled_caught:
                 self.table.handle_timer(trio.current_time())
                 self.settle()
+
+    def set_services(
+        self, services: Mapping[str, OfferedService], backends: Mapping[str, Address]
+    ) -> None:
+        """Offer these from now on. Flows of a service that is gone or offers something else are
+        reset; those of one that has only another backend stay with the old one."""
+        over = [f for f in self._drivers if not _same_offer(f, self.table.services, services)]
+        self.table.services, self.backends = services, backends
+        for flow in over:
+            self._abort(flow)
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
         """Take a batch of users' packets, each with the id of its service."""
@@ -114,9 +124,20 @@ class Terminator:
             # A bug that one flow can reach must not end the others, nor the connector.
             log.exception("internal error in a flow", backend=driver.backend)
             self._drivers.pop(driver.flow, None)
-            if isinstance(driver.flow, TcpFlow):
-                driver.flow.connection.abort(trio.current_time())
-                self.touch(driver.flow)
-            elif not driver.flow.closed:
-                self.table.refuse_flow(driver.flow, trio.current_time())
-                self.settle()
+            self._abort(driver.flow)
+
+    def _abort(self, flow: Flow) -> None:
+        now = trio.current_time()
+        if isinstance(flow, TcpFlow):
+            flow.connection.abort(now)
+            self.touch(flow)
+        elif not flow.closed:
+            self.table.refuse_flow(flow, now)
+            self.settle()
+
+
+def _same_offer(
+    flow: Flow, old: Mapping[str, OfferedService], new: Mapping[str, OfferedService]
+) -> bool:
+    service_id = flow.key.service_id
+    return new.get(service_id) == old.get(service_id)

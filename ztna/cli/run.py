@@ -129,7 +129,8 @@ def _config_option(role: Role) -> Callable[[F], F]:
 def run() -> None:
     """Run a node in the foreground, until SIGTERM or Ctrl-C.
 
-    SIGUSR1 prints its statistics.
+    SIGUSR1 prints its statistics; SIGHUP has it read its files again: certificates, deny-list,
+    policy and services.
 
     Example: ztna run connector --config connector.json
     """
@@ -187,8 +188,8 @@ def agent(
         *_given(("forwards",), list(forward) or None, "--forward"),
         *_given(("socks",), socks, "--socks"),
     ]
-    loaded = _load(AgentConfig, Role.AGENT, config, overrides)
-    _run(partial(run_agent_from_config, loaded), log_format, log_level)
+    read = partial(_load, AgentConfig, Role.AGENT, config, overrides)
+    _run(partial(run_agent_from_config, read(), read), log_format, log_level)
 
 
 @run.command()
@@ -251,8 +252,8 @@ def connector(
             *_given((*place, "protocol"), list(protocol) or None, "--protocol"),
             *_given((*place, "virtual_ip"), virtual_ip, "--virtual-ip"),
         ]
-    loaded = _load(ConnectorConfig, Role.CONNECTOR, config, overrides)
-    _run(partial(run_connector_from_config, loaded), log_format, log_level)
+    read = partial(_load, ConnectorConfig, Role.CONNECTOR, config, overrides)
+    _run(partial(run_connector_from_config, read(), read), log_format, log_level)
 
 
 @run.command()
@@ -283,11 +284,15 @@ def intermediate(
         *_given(("port",), port, "--port"),
         *_given(("external_ip",), external_ip, "--external-ip"),
     ]
-    if policy is not None:
-        document = read_document(policy)
-        overrides.append(Override(("policy",), document.value, document))
-    loaded = _load(IntermediateConfig, Role.INTERMEDIATE, config, overrides)
-    _run(partial(run_intermediate_from_config, loaded), log_format, log_level)
+
+    def read() -> IntermediateConfig:
+        rules = []
+        if policy is not None:
+            document = read_document(policy)
+            rules.append(Override(("policy",), document.value, document))
+        return _load(IntermediateConfig, Role.INTERMEDIATE, config, [*overrides, *rules])
+
+    _run(partial(run_intermediate_from_config, read(), read), log_format, log_level)
 
 
 def _given(path: tuple[str | int, ...], value: object, option: str) -> list[Override]:

@@ -80,6 +80,13 @@ class Denied:
 
 
 @attrs.frozen
+class Withdraw:
+    """The client no longer wants, or no longer provides, these services."""
+
+    services: tuple[str, ...]
+
+
+@attrs.frozen
 class Goodbye:
     """The sender ends the session in order; come back after `wait` seconds at the earliest."""
 
@@ -97,7 +104,7 @@ class ProtocolError:
 _ENTRY_OVERHEAD = len('{"number":65535,"id":},')
 MAX_MAP_SIZE = MAX_FRAME - len('{"type":"ServiceMap","services":[]}')
 
-Message = Hello | Accepted | ServiceMap | Denied | Goodbye | ProtocolError
+Message = Hello | Accepted | ServiceMap | Denied | Withdraw | Goodbye | ProtocolError
 
 _TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in get_args(Message)}
 

@@ -6,7 +6,7 @@ and REFUSED are final for the session, but for refusals that time can heal, whic
 
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import attrs
 
@@ -78,6 +78,32 @@ class Registrar:
     def states(self) -> dict[str, RegistrationState]:
         """The state of each service."""
         return {service_id: service.state for service_id, service in self._services.items()}
+
+    def set_services(self, service_ids: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Ask for these services, and no others, from now on; return what is new and what is
+        over. What was answered stays answered."""
+        wanted = dict.fromkeys(service_ids)
+        added = [service_id for service_id in wanted if service_id not in self._services]
+        removed = [service_id for service_id in self._services if service_id not in wanted]
+        for service_id in removed:
+            del self._services[service_id]
+        for service_id in added:
+            self._services[service_id] = _Service()
+        return added, removed
+
+    def receive_denial(self, service_id: str, reason: str) -> None:
+        """`Denied` on the control stream: as good as the 0x13, which may have been lost."""
+        service = self._services.get(service_id)
+        if service is not None and service.state is RegistrationState.REGISTERED:
+            service.next_at = None
+            self._change(service_id, service, RegistrationState.REFUSED, reason)
+
+    def receive_map(self, service_ids: Container[str], now: float) -> None:
+        """The map of what is ours: a service in it that was refused has been granted since. It is
+        asked for again, should the 0x12 have been lost."""
+        for service_id, service in self._services.items():
+            if service.state is RegistrationState.REFUSED and service_id in service_ids:
+                service.asked, service.next_at = 0, now
 
     def get_timer(self) -> float | None:
         """When something is to be asked; None when nothing is."""

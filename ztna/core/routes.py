@@ -72,6 +72,15 @@ class RouteTable:
         """A table of these services, both address families."""
         return cls({a: route for route in routes for a in packed_pair(route.virtual_ip)})
 
+    def set_services(self, routes: Iterable[ServiceRoute]) -> None:
+        """Know these services from now on. Flows to one that is gone or changed are judged anew;
+        the others go on."""
+        services = set(routes)
+        self._by_address = {a: route for route in services for a in packed_pair(route.virtual_ip)}
+        for key, route in list(self._flows.items()):
+            if route not in services:
+                del self._flows[key]
+
     def set_addresses(self, addresses: Iterable[ipaddress.IPv4Address]) -> None:
         """Our own tunnel addresses, without their twins. Flows from other addresses are over."""
         own_addresses = frozenset(a for address in addresses for a in packed_pair(address))

@@ -52,11 +52,15 @@ class PeerRefusedError(RefusedError):
 
 @attrs.frozen
 class VerifiedPeer:
-    """Who the peer is, and until when its certificate says so."""
+    """Who the peer is, and until when its certificate says so.
+
+    certificates: what it showed, its own first, to be judged again when the rules change.
+    """
 
     identity: Identity
     serial: int
     not_after: datetime.datetime
+    certificates: tuple[x509.Certificate, ...] = attrs.field(default=(), eq=False, repr=False)
 
 
 def verify_peer(
@@ -85,11 +89,34 @@ def verify_peer(
         identity = _check_identity(certificate, credentials, side, expected_roles)
         if server_name is not None:
             _check_name(certificate, chain, credentials, server_name, now)
-        return VerifiedPeer(identity, certificate.serial_number, certificate.not_valid_after_utc)
+        return VerifiedPeer(
+            identity,
+            certificate.serial_number,
+            certificate.not_valid_after_utc,
+            (certificate, *chain),
+        )
     except pki.MALFORMED as error:
         raise PeerRefusedError(
             AlertKind.BAD_CERTIFICATE, f"the {side.value}'s certificate is malformed: {error}"
         ) from error
+
+
+def judge_again(
+    peer: VerifiedPeer,
+    credentials: pki.Credentials,
+    *,
+    side: PeerSide,
+    now: datetime.datetime,
+    denied_serials: Set[int],
+) -> None:
+    """Whether a peer that was verified once would be so now, by other CAs and another deny-list.
+
+    Raises PeerRefusedError.
+    """
+    certificate, *chain = peer.certificates
+    _check_dates(certificate, now)
+    _check_serial(certificate, side, denied_serials)
+    _check_chain(certificate, chain, credentials, now)
 
 
 def _check_dates(certificate: x509.Certificate, now: datetime.datetime) -> None:

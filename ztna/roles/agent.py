@@ -5,6 +5,7 @@ TUN while the session has room, so that the interface's own queue is the only on
 one that gives the interface its address and routes when the intermediate has named them.
 """
 
+import functools
 import ipaddress
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -31,10 +32,12 @@ from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
 from ztna.net.udp import open_udp_port
-from ztna.pki import Credentials, load_credentials
+from ztna.pki import Credentials
+from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.local_ports import open_local_ports
+from ztna.roles.reload import NodeFiles, ReadFiles, keep_reloading, read_files, reader
 from ztna.roles.resolve import any_address, resolve
 from ztna.roles.tree import statistics_registry
 from ztna.tun.device import open_tun
@@ -51,13 +54,17 @@ Configure = Callable[[ipaddress.IPv4Address], AbstractAsyncContextManager[None]]
 """Gives the interface a tunnel address and the routes; takes both back at its exit."""
 
 
-async def run_agent_from_config(config: AgentConfig) -> None:
-    """Carry the host's packets until cancelled, then leave the host as it was."""
-    credentials = load_credentials(
-        config.identity.cert, config.identity.key, config.identity.ca, role=Role.AGENT
-    )
+async def run_agent_from_config(
+    config: AgentConfig, read_config: Callable[[], AgentConfig]
+) -> None:
+    """Carry the host's packets until cancelled, then leave the host as it was.
+
+    read_config: reads the configuration again, for a reload.
+    """
+    files = read_files(config, Role.AGENT)
+    read = reader(read_config, Role.AGENT)
     if config.tun.name == NO_TUN:
-        await _run_without_tun(config, credentials)
+        await _run_without_tun(files, read)
         return
     await repair(config.state_dir)
     server = await resolve(config.intermediate.host, config.intermediate.port)
@@ -84,18 +91,35 @@ async def run_agent_from_config(config: AgentConfig) -> None:
             ):
                 yield
 
-        await run_agent(config, port, tun, credentials, configure)
+        await run_agent(
+            config,
+            port,
+            tun,
+            files.credentials,
+            configure,
+            denied_serials=files.denied_serials,
+            read=read,
+        )
 
 
-async def _run_without_tun(config: AgentConfig, credentials: Credentials) -> None:
+async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentConfig]) -> None:
     """Carry the packets of local ports. Nothing on this way needs a privilege."""
+    config = files.config
     server = await resolve(config.intermediate.host, config.intermediate.port)
     routes = [_route(service) for service in config.services]
     async with (
         open_udp_port(any_address(server), 0) as port,
         open_local_ports(config, routes) as host,
     ):
-        await run_agent(config, port, host, credentials, host.configure)
+        await run_agent(
+            config,
+            port,
+            host,
+            files.credentials,
+            host.configure,
+            denied_serials=files.denied_serials,
+            read=read,
+        )
 
 
 async def run_agent(
@@ -105,11 +129,17 @@ async def run_agent(
     credentials: Credentials,
     configure: Configure,
     *,
+    denied_serials: frozenset[int] = frozenset(),
+    read: ReadFiles[AgentConfig] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Carry packets between tun and the intermediate until cancelled."""
+    """Carry packets between tun and the intermediate until cancelled.
+
+    read: gives the files anew for a reload.
+    """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
-    agent = _Agent(tun, RouteTable.of(_route(service) for service in config.services), fallback)
+    routes = RouteTable.of(_route(service) for service in config.services)
+    agent = _Agent(tun, routes, fallback, [service.id for service in config.services])
     registry = statistics_registry()
     registry.register("routes", agent.routes.statistics)
     registry.register("tun", tun.statistics)
@@ -120,15 +150,20 @@ async def run_agent(
         registry.register("endpoint", endpoint.statistics)
         nursery.start_soon(agent.configure_tun, configure)
         nursery.start_soon(agent.tun_to_session)
-        task_status.started()
         keeper = ControlKeeper(
             endpoint,
             config.intermediate,
             credentials,
             Role.AGENT,
-            [service.id for service in config.services],
+            agent.service_ids,
             agent,
+            denied_serials,
         )
+        if read is not None:
+            files = NodeFiles(config, credentials, denied_serials)
+            apply = functools.partial(agent.apply, keeper)
+            nursery.start_soon(keep_reloading, files, read, apply)
+        task_status.started()
         await keeper.run()
 
 
@@ -139,12 +174,14 @@ class _Agent:
     tun: TunDevice
     routes: RouteTable
     fallback_address: ipaddress.IPv4Address
+    service_ids: list[str]
     address: ipaddress.IPv4Address | None = None
     link: ControlLink | None = None
     _changed: trio.Event = attrs.Factory(trio.Event)
 
     def session_up(self, link: ControlLink) -> None:
         self.link = link
+        link.set_services(self.service_ids)
         self.address = link.tunnel_address or self.fallback_address
         self.routes.set_addresses([self.address])
         self.routes.mss_limits = mss_limits(link.session.max_datagram_data)
@@ -174,6 +211,19 @@ class _Agent:
             self.link = None
             self.routes.set_labels({})
             self._notify()
+
+    def apply(
+        self, keeper: ControlKeeper, old: NodeFiles[AgentConfig], new: NodeFiles[AgentConfig]
+    ) -> None:
+        """Bring what a reload has read into force."""
+        for service_id, change in changed_services(old, new).items():
+            log.info("service reloaded", service=service_id, change=change)
+        self.routes.set_services(_route(service) for service in new.config.services)
+        self.service_ids = [service.id for service in new.config.services]
+        apply_to_session(keeper, self.link, old, new)
+        if self.link is not None:
+            self.link.set_services(self.service_ids)
+            self.services_changed(self.link)
 
     async def tun_to_session(self) -> None:
         """The host's packets, batch by batch."""

@@ -7,7 +7,7 @@ Flows outlive the session: what is unanswered is sent again when the next one is
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 import attrs
@@ -24,15 +24,17 @@ from ztna.core.flows import FlowTable
 from ztna.core.identity import Role
 from ztna.core.mss import mss_limits
 from ztna.core.packet.ip import TCP, UDP
-from ztna.core.ports import IpPacket, UdpPort
+from ztna.core.ports import Address, IpPacket, UdpPort
 from ztna.core.tcp.sequence import initial_numbers
 from ztna.core.tcp.state import TcpConfig
 from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
 from ztna.net.udp import open_udp_port
-from ztna.pki import Credentials, load_credentials
+from ztna.pki import Credentials
+from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
+from ztna.roles.reload import NodeFiles, ReadFiles, keep_reloading, read_files, reader
 from ztna.roles.resolve import any_address, resolve
 from ztna.roles.tree import statistics_registry
 
@@ -44,19 +46,31 @@ SEND_BATCH = 192 * 1024
 # docs/protocol.md section 4: what one DATAGRAM carries at 1,200 bytes, and a short packet's header.
 DATAGRAM_DATA = 1170
 SHORT_HEADER = 3
+# Seconds; our choice: several round trips of the pump, little for who waits for a new service.
+LAST_WORDS = 0.1
 
 
-async def run_connector_from_config(config: ConnectorConfig) -> None:
-    """Provide the configured services until cancelled."""
-    credentials = load_credentials(
-        config.identity.cert, config.identity.key, config.identity.ca, role=Role.CONNECTOR
-    )
+async def run_connector_from_config(
+    config: ConnectorConfig, read_config: Callable[[], ConnectorConfig]
+) -> None:
+    """Provide the configured services until cancelled.
+
+    read_config: reads the configuration again, for a reload.
+    """
+    files = read_files(config, Role.CONNECTOR)
     server = await resolve(config.intermediate.host, config.intermediate.port)
     async with AsyncExitStack() as stack:
         port = await stack.enter_async_context(
             open_udp_port(any_address(server), config.p2p.listen_port)
         )
-        await run_connector(config, port, credentials, SocketDialer())
+        await run_connector(
+            config,
+            port,
+            files.credentials,
+            SocketDialer(),
+            denied_serials=files.denied_serials,
+            read=reader(read_config, Role.CONNECTOR),
+        )
 
 
 async def run_connector(
@@ -65,20 +79,20 @@ async def run_connector(
     credentials: Credentials,
     dialer: Dialer,
     *,
+    denied_serials: frozenset[int] = frozenset(),
+    read: ReadFiles[ConnectorConfig] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Provide services over one UDP port until cancelled."""
+    """Provide services over one UDP port until cancelled. read: gives the files for a reload."""
     table = FlowTable(
-        {service.id: _offer(service) for service in config.services},
+        _offers(config),
         config.service_range,
         _tcp_config,
         functools.partial(_initial_numbers, os.urandom(16)),
         packet_size=DATAGRAM_DATA - SHORT_HEADER,
     )
-    terminator = Terminator(
-        table, {service.id: service.backend for service in config.services}, dialer
-    )
-    connector = _Connector(terminator)
+    terminator = Terminator(table, _backends(config), dialer)
+    connector = _Connector(terminator, [service.id for service in config.services])
     registry = statistics_registry()
     registry.register("flows", table.statistics)
     registry.register("udp", port.statistics)
@@ -88,15 +102,20 @@ async def run_connector(
         registry.register("endpoint", endpoint.statistics)
         await nursery.start(terminator.run)
         nursery.start_soon(connector.send_answers)
-        task_status.started()
         keeper = ControlKeeper(
             endpoint,
             config.intermediate,
             credentials,
             Role.CONNECTOR,
-            [service.id for service in config.services],
+            connector.service_ids,
             connector,
+            denied_serials,
         )
+        if read is not None:
+            files = NodeFiles(config, credentials, denied_serials)
+            apply = functools.partial(connector.apply, keeper, nursery)
+            nursery.start_soon(keep_reloading, files, read, apply)
+        task_status.started()
         await keeper.run()
 
 
@@ -105,12 +124,14 @@ class _Connector:
     """Between the control session and the terminator; a `PacketHandler`."""
 
     terminator: Terminator
+    service_ids: list[str]
     link: ControlLink | None = None
     linked: trio.Event = attrs.Factory(trio.Event)
     unlabelled: int = 0
 
     def session_up(self, link: ControlLink) -> None:
         self.link = link
+        link.set_services(self.service_ids)
         self.linked.set()
         statistics_registry().register("session", link.statistics)
 
@@ -136,6 +157,28 @@ class _Connector:
             self.link = None
             self.linked = trio.Event()
 
+    def apply(
+        self,
+        keeper: ControlKeeper,
+        nursery: trio.Nursery,
+        old: NodeFiles[ConnectorConfig],
+        new: NodeFiles[ConnectorConfig],
+    ) -> None:
+        """Bring what a reload has read into force."""
+        for service_id, change in changed_services(old, new).items():
+            log.info("service reloaded", service=service_id, change=change)
+        self.terminator.set_services(_offers(new.config), _backends(new.config))
+        self.service_ids = [service.id for service in new.config.services]
+        apply_to_session(keeper, self.link, old, new)
+        nursery.start_soon(self._announce)
+
+    async def _announce(self) -> None:
+        """Tell the intermediate. A little later, so that the users hear the last words of flows
+        whose service is gone."""
+        await trio.sleep(LAST_WORDS)
+        if self.link is not None:
+            self.link.set_services(self.service_ids)
+
     async def send_answers(self) -> None:
         """Take what the flows have to say to the session, no faster than it goes out."""
         while True:
@@ -152,6 +195,14 @@ class _Connector:
             link = self.link or link  # that was a long wait, perhaps
             labels = link.labels
             await link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
+
+
+def _offers(config: ConnectorConfig) -> dict[str, OfferedService]:
+    return {service.id: _offer(service) for service in config.services}
+
+
+def _backends(config: ConnectorConfig) -> dict[str, Address]:
+    return {service.id: service.backend for service in config.services}
 
 
 def _offer(service: ConnectorService) -> OfferedService:

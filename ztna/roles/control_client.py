@@ -30,6 +30,7 @@ from ztna.core.messages import (
     Message,
     ProtocolError,
     ServiceMap,
+    Withdraw,
     encode_message,
 )
 from ztna.core.ports import IpPacket
@@ -105,6 +106,17 @@ class ControlLink:
         """The address that the intermediate gave us."""
         given = self.accepted.tunnel_address if self.accepted else None
         return None if given is None else ipaddress.IPv4Address(given)
+
+    def set_services(self, service_ids: Sequence[str]) -> None:
+        """Ask for these services, and no others, from now on."""
+        added, removed = self.registrar.set_services(service_ids)
+        for service_id in removed:
+            self.labels.pop(service_id, None)
+            self.refused.pop(service_id, None)
+        if removed and self.accepted is not None:
+            self.session.send_control(encode_message(Withdraw(tuple(removed))))
+        if added:
+            self.wake.set()
 
     async def send_packets(self, packets: Sequence[tuple[ServiceLabel, IpPacket]]) -> None:
         """Send users' packets; what the session has no room for is dropped and counted there."""
@@ -220,11 +232,15 @@ def _receive_message_untrusted(link: ControlLink, message: Message, handler: Pac
         case ServiceMap():
             link.numbers = {entry.id: entry.number for entry in message.services}
             link.labels = {i: ServiceLabel(i, link.numbers.get(i, 0)) for i in link.labels}
+            link.registrar.receive_map(link.numbers, trio.current_time())
+            link.wake.set()
             handler.services_changed(link)
         case Denied():
             if message.service in link.registrar.states:
                 link.refused[message.service] = message.reason
                 log.warning("service refused", service=message.service, reason=message.reason)
+                link.registrar.receive_denial(message.service, message.reason)
+                _take_registrations(link, handler)
                 handler.services_changed(link)
         case Goodbye():
             link.goodbye_wait = max(0.0, min(message.wait, 300.0))
@@ -282,6 +298,10 @@ def _receive_dialogue_untrusted(
         return
     link.registrar.receive_message_untrusted(message, now)
     link.wake.set()
+    _take_registrations(link, handler)
+
+
+def _take_registrations(link: ControlLink, handler: PacketHandler) -> None:
     while (event := link.registrar.next_event()) is not None:
         _receive_registration(link, event)
         if link.up.is_set():

@@ -36,7 +36,8 @@ RIVAL_DEADLINE = 10.0
 class ControlKeeper:
     """The control session of one role.
 
-    credentials, service_ids: may be set while it runs; `renew` makes them count.
+    credentials, service_ids, denied_serials: may be set while it runs; they count for the next
+    session, which `renew` begins.
     """
 
     endpoint: Endpoint
@@ -45,6 +46,7 @@ class ControlKeeper:
     role: Role
     service_ids: Sequence[str]
     handler: PacketHandler
+    denied_serials: frozenset[int] = frozenset()
     _successor: Session | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
 
@@ -89,7 +91,11 @@ class ControlKeeper:
         family = family_of(self.endpoint.port.local_address)
         address = await resolve(self.intermediate.host, self.intermediate.port, family)
         return self.endpoint.connect(
-            address, self.credentials, self.intermediate.server_name, [Role.INTERMEDIATE]
+            address,
+            self.credentials,
+            self.intermediate.server_name,
+            [Role.INTERMEDIATE],
+            denied_serials=lambda: self.denied_serials,
         )
 
     async def _watch(self, session: Session, running: trio.CancelScope) -> None:

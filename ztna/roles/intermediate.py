@@ -7,10 +7,9 @@ that the relay names.
 
 import datetime
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
-import attrs
 import structlog
 import trio
 
@@ -28,8 +27,7 @@ from ztna.core.messages import (
     Hello,
     HostPort,
     ProtocolError,
-    ServiceMap,
-    ServiceNumber,
+    Withdraw,
     encode_message,
 )
 from ztna.core.policy import Policy
@@ -46,9 +44,19 @@ from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stun import StunAddresses, StunResponder, open_stun_responder
 from ztna.net.udp import open_udp_port
-from ztna.pki import Credentials, load_credentials
+from ztna.pki import Credentials
 from ztna.roles.address_book import AddressBook, open_address_book
 from ztna.roles.control_client import REPLACED_WAIT, VERSION
+from ztna.roles.judgement import judge_clients_again
+from ztna.roles.reload import (
+    NodeFiles,
+    ReadFiles,
+    keep_reloading,
+    read_files,
+    reader,
+    warn_of_restart,
+)
+from ztna.roles.served import Intermediate, Served, send_service_map
 from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
@@ -57,46 +65,18 @@ CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})
 # Our choice: lines that one session can cause in the log by malformed messages, and by asking.
 MALFORMED_LOG_LIMIT = 5
 ANSWER_LOG_LIMIT = 1000
+# Keys of the configuration that a reload brings into force.
+RELOADED = frozenset({"identity", "policy", "deny_list"})
 
 
-@attrs.define(eq=False)
-class _Served:
-    """A client and its session.
+async def run_intermediate_from_config(
+    config: IntermediateConfig, read_config: Callable[[], IntermediateConfig]
+) -> None:
+    """Serve until cancelled, with real sockets and the files that the configuration names.
 
-    refused: reasons, by service, that wait for the client's Hello: a 0x10 often overtakes it.
+    read_config: reads the configuration again, for a reload.
     """
-
-    client: Client
-    session: Session
-    refused: dict[str, str] = attrs.Factory(dict)
-    malformed: int = 0
-    answered: int = 0
-
-
-@attrs.define
-class Intermediate:
-    """What all clients share."""
-
-    registry: Registry
-    relay: Relay
-    addresses: AddressBook
-    served: dict[int, _Served] = attrs.Factory(dict)
-    next_key: int = 0
-
-    def statistics(self) -> dict[str, object]:
-        """Counters of registry and relay, and of each session."""
-        sessions = {
-            f"{served.client.identity}": dict(served.session.statistics())
-            for served in self.served.values()
-        }
-        return {**self.registry.statistics(), **self.relay.statistics(), "sessions": sessions}
-
-
-async def run_intermediate_from_config(config: IntermediateConfig) -> None:
-    """Serve until cancelled, with real sockets and the files that the configuration names."""
-    credentials = load_credentials(
-        config.identity.cert, config.identity.key, config.identity.ca, role=Role.INTERMEDIATE
-    )
+    files = read_files(config, Role.INTERMEDIATE)
     async with AsyncExitStack() as stack:
         book = await stack.enter_async_context(
             open_address_book(config.state_dir / "intermediate.sqlite", config.tunnel_range)
@@ -106,7 +86,16 @@ async def run_intermediate_from_config(config: IntermediateConfig) -> None:
             open_udp_port(str(config.bind), config.port, server=True)
         )
         stun = await stack.enter_async_context(open_stun_responder(port, _stun_addresses(config)))
-        await run_intermediate(config, port, credentials, book, reset_key=reset_key, stun=stun)
+        await run_intermediate(
+            config,
+            port,
+            files.credentials,
+            book,
+            reset_key=reset_key,
+            stun=stun,
+            denied_serials=files.denied_serials,
+            read=reader(read_config, Role.INTERMEDIATE),
+        )
 
 
 def _stun_addresses(config: IntermediateConfig) -> StunAddresses:
@@ -129,17 +118,19 @@ async def run_intermediate(
     *,
     reset_key: ResetKey | None = None,
     stun: StunResponder | None = None,
+    denied_serials: frozenset[int] = frozenset(),
+    read: ReadFiles[IntermediateConfig] | None = None,
     task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve clients on one port until cancelled."""
-    policy = Policy.of(credentials.identity.trust_domain, config.policy)
-    registry = Registry(policy, config.service_range)
+    """Serve clients on one port until cancelled. read: gives the files anew for a reload."""
+    files = NodeFiles(config, credentials, denied_serials)
+    registry = Registry(_policy(files), config.service_range)
     registry.reserved = {
         packed: identity
         for identity, address in addresses.by_identity.items()
         for packed in packed_pair(address)
     }
-    intermediate = Intermediate(registry, Relay(registry), addresses)
+    intermediate = Intermediate(registry, Relay(registry), addresses, denied_serials=denied_serials)
     statistics_registry().register("intermediate", intermediate.statistics)
     statistics_registry().register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
@@ -149,7 +140,15 @@ async def run_intermediate(
         endpoint = Endpoint(port, reset_key=reset_key, stun=stun.answer)
         await nursery.start(endpoint.run)
         statistics_registry().register("endpoint", endpoint.statistics)
-        sessions = endpoint.listen(credentials, CLIENT_ROLES, SessionSettings())
+        sessions = endpoint.listen(
+            credentials,
+            CLIENT_ROLES,
+            SessionSettings(),
+            denied_serials=lambda: intermediate.denied_serials,
+        )
+        if read is not None:
+            apply = functools.partial(_apply, intermediate, endpoint)
+            nursery.start_soon(keep_reloading, files, read, apply)
         log.info(
             "ready", address=format_address(port.local_address), identity=credentials.identity.uri
         )
@@ -158,12 +157,29 @@ async def run_intermediate(
             nursery.start_soon(_serve_client, intermediate, session)
 
 
+def _policy(files: NodeFiles[IntermediateConfig]) -> Policy:
+    return Policy.of(files.credentials.identity.trust_domain, files.config.policy)
+
+
+def _apply(
+    intermediate: Intermediate,
+    endpoint: Endpoint,
+    old: NodeFiles[IntermediateConfig],
+    new: NodeFiles[IntermediateConfig],
+) -> None:
+    """Bring what a reload has read into force."""
+    warn_of_restart(old.config, new.config, RELOADED)
+    endpoint.credentials = new.credentials
+    now = datetime.datetime.now(datetime.UTC)
+    judge_clients_again(intermediate, _policy(new), new.credentials, new.denied_serials, now)
+
+
 async def _serve_client(intermediate: Intermediate, session: Session) -> None:
     """One verified client, from its first message to the end of its session."""
     peer = session.peer
     intermediate.next_key += 1
     client = Client(intermediate.next_key, peer.identity, session.max_datagram_data)
-    served = _Served(client, session)
+    served = Served(client, session)
     replaced = intermediate.registry.add(client)
     intermediate.relay.add(client)
     intermediate.served[client.key] = served
@@ -232,13 +248,15 @@ async def _close_when_expired(session: Session, not_after: datetime.datetime) ->
     session.close(CloseCode.EXPIRED, "the client's certificate has expired; renew it")
 
 
-async def _read_control(intermediate: Intermediate, served: _Served) -> None:
+async def _read_control(intermediate: Intermediate, served: Served) -> None:
     reader = FrameReader()
     while data := await served.session.receive_control():
         for message in reader.receive_bytes_untrusted(data):
             match message:
                 case Hello():
                     await _receive_hello_untrusted(intermediate, served, message)
+                case Withdraw():
+                    _receive_withdraw(intermediate, served, message)
                 case Goodbye():
                     log.info("goodbye", reason=message.reason[:80])
                 case ProtocolError():
@@ -248,7 +266,7 @@ async def _read_control(intermediate: Intermediate, served: _Served) -> None:
 
 
 async def _receive_hello_untrusted(
-    intermediate: Intermediate, served: _Served, hello: Hello
+    intermediate: Intermediate, served: Served, hello: Hello
 ) -> None:
     client, session = served.client, served.session
     if client.speaks_control:
@@ -281,13 +299,22 @@ async def _receive_hello_untrusted(
         tunnel_address6=None if tunnel_address is None else str(twin(tunnel_address)),
     )
     session.send_control(encode_message(accepted))
-    _send_service_map(served)
+    send_service_map(served)
     for service_id, why in served.refused.items():
         session.send_control(encode_message(Denied(service_id, why)))
     served.refused.clear()
 
 
-def _receive_datagrams(intermediate: Intermediate, served: _Served, messages: list[bytes]) -> None:
+def _receive_withdraw(intermediate: Intermediate, served: Served, message: Withdraw) -> None:
+    for service_id in message.services:
+        intermediate.registry.withdraw(served.client, service_id)
+        served.unauthorised.discard(service_id)
+    if served.client.speaks_control:
+        log.info("withdrawn by the client", services=len(message.services))
+        send_service_map(served)
+
+
+def _receive_datagrams(intermediate: Intermediate, served: Served, messages: list[bytes]) -> None:
     """The data path: a batch in, batches out."""
     client, sessions = served.client, intermediate.served
     if client.key not in sessions:
@@ -302,7 +329,7 @@ def _receive_datagrams(intermediate: Intermediate, served: _Served, messages: li
 
 
 def _receive_dialogue(
-    intermediate: Intermediate, served: _Served, messages: Sequence[bytes]
+    intermediate: Intermediate, served: Served, messages: Sequence[bytes]
 ) -> None:
     """Registrations; anything else of the dialogue is the server's to send, and is counted."""
     client, session = served.client, served.session
@@ -322,6 +349,8 @@ def _receive_dialogue(
             continue
         answer = _answer(intermediate, served, message)
         refusal = answer.refusal
+        if refusal is Refusal.NOT_AUTHORISED and len(served.unauthorised) < MAX_SERVICES:
+            served.unauthorised.add(answer.service_id)
         kind = wire.REGISTERED if refusal is None else wire.REFUSED
         answers.append(
             wire.encode_service_message(ServiceMessage(kind, answer.service_id, refusal or 0))
@@ -333,10 +362,10 @@ def _receive_dialogue(
             served.refused[answer.service_id] = answer.reason
     session.send_datagrams(answers)
     if map_changed and client.speaks_control:
-        _send_service_map(served)  # once for all: it holds the whole map
+        send_service_map(served)  # once for all: it holds the whole map
 
 
-def _answer(intermediate: Intermediate, served: _Served, message: ServiceMessage) -> Registration:
+def _answer(intermediate: Intermediate, served: Served, message: ServiceMessage) -> Registration:
     client = served.client
     if message.kind == (wire.AGENT_WANTS if client.is_agent else wire.CONNECTOR_PROVIDES):
         answer = intermediate.registry.register(client, message.service_id)
@@ -355,14 +384,3 @@ def _answer(intermediate: Intermediate, served: _Served, message: ServiceMessage
 
 def _other(role: Role) -> Role:
     return Role.CONNECTOR if role is Role.AGENT else Role.AGENT
-
-
-def _send_service_map(served: _Served) -> None:
-    client = served.client
-    numbers = (
-        {route.service_id: route.number for route in client.routes.values()}
-        if client.is_agent
-        else client.provides
-    )
-    entries = tuple(ServiceNumber(number, service_id) for service_id, number in numbers.items())
-    served.session.send_control(encode_message(ServiceMap(entries)))

@@ -2,7 +2,8 @@
 
 `run_role` starts a role's main function and watches for signals beside it. SIGTERM and SIGINT
 cancel the role, which then has `GRACE` seconds to say goodbye; a second one, or the end of that
-time, ends the process at once. SIGUSR1 prints the statistics that the role's parts registered.
+time, ends the process at once. SIGUSR1 prints the statistics that the role's parts registered,
+SIGHUP has the role read its files again (`ztna.roles.reload`).
 
 `restart_with_backoff` is for the part of a role that connects: it is tried again, for ever, with
 the delays of `ztna.core.backoff`.
@@ -24,6 +25,7 @@ import trio
 from ztna.core.backoff import Backoff
 from ztna.core.error_groups import leaves
 from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError, ZtnaError
+from ztna.roles.reload import reload_requests
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +97,7 @@ async def run_role(
     Errors of main come out in exception groups. Call it in the main thread's trio.run.
     """
     stop = _Stop()
-    with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGUSR1) as signals:
+    with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch_signals, signals, stop, nursery, json_statistics)
             with stop.scope:
@@ -121,6 +123,8 @@ async def _watch_signals(
             text = registry.format_json() if json_statistics else registry.format_text()
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
+        elif number == signal.SIGHUP:
+            reload_requests().ask()
         elif stop.number is None:
             stop.number = signal.Signals(number)
             # From here on a plain handler: it works even if the event loop hangs. The receiver

@@ -1,0 +1,57 @@
+"""What the intermediate keeps for all clients, and for each of them."""
+
+import attrs
+
+from ztna.core.messages import ServiceMap, ServiceNumber, encode_message
+from ztna.core.registry import Client, Registry
+from ztna.core.relay import Relay
+from ztna.net.session import Session
+from ztna.roles.address_book import AddressBook
+
+
+@attrs.define(eq=False)
+class Served:
+    """A client and its session.
+
+    refused: reasons, by service, that wait for the client's Hello: a 0x10 often overtakes it.
+    unauthorised: services that the policy refused, to be judged again when it changes.
+    """
+
+    client: Client
+    session: Session
+    refused: dict[str, str] = attrs.Factory(dict)
+    unauthorised: set[str] = attrs.Factory(set)
+    malformed: int = 0
+    answered: int = 0
+
+
+@attrs.define
+class Intermediate:
+    """What all clients share. denied_serials: certificates that are refused although valid."""
+
+    registry: Registry
+    relay: Relay
+    addresses: AddressBook
+    served: dict[int, Served] = attrs.Factory(dict)
+    next_key: int = 0
+    denied_serials: frozenset[int] = frozenset()
+
+    def statistics(self) -> dict[str, object]:
+        """Counters of registry and relay, and of each session."""
+        sessions = {
+            f"{served.client.identity}": dict(served.session.statistics())
+            for served in self.served.values()
+        }
+        return {**self.registry.statistics(), **self.relay.statistics(), "sessions": sessions}
+
+
+def send_service_map(served: Served) -> None:
+    """Tell a client all its services with their numbers."""
+    client = served.client
+    numbers = (
+        {route.service_id: route.number for route in client.routes.values()}
+        if client.is_agent
+        else client.provides
+    )
+    entries = tuple(ServiceNumber(number, service_id) for service_id, number in numbers.items())
+    served.session.send_control(encode_message(ServiceMap(entries)))
