@@ -1,6 +1,8 @@
-"""When a peer is suspected, and when it is cleared."""
+"""When a peer is suspected, when it is cleared, and when it is asked."""
 
-from ztna.core.liveness import AnswerWatch
+import math
+
+from ztna.core.liveness import AnswerWatch, Heartbeat
 
 
 def test_unanswered_for_its_patience() -> None:
@@ -20,8 +22,7 @@ def test_an_answer_begins_anew() -> None:
     watch.observe(5, waiting=True, now=10.0)
     watch.observe(6, waiting=True, now=10.8)
     assert watch.get_timer() == 11.8
-    watch.observe(6, waiting=True, now=11.8)
-    assert watch.suspect
+    assert watch.observe(6, waiting=True, now=11.8)
     assert watch.observe(7, waiting=True, now=12.0)
     assert not watch.suspect
 
@@ -37,8 +38,28 @@ def test_waits_from_the_first_packet_that_is_under_way() -> None:
 def test_nothing_to_answer_clears() -> None:
     watch = AnswerWatch(patience=1.0)
     watch.observe(0, waiting=True, now=0.0)
-    watch.observe(0, waiting=True, now=1.0)
-    assert watch.suspect
+    assert watch.observe(0, waiting=True, now=1.0)
     assert watch.observe(0, waiting=False, now=1.5)
     assert not watch.suspect
     assert watch.get_timer() is None
+
+
+def test_keepalive_counts_from_the_last_packet_sent() -> None:
+    heart = Heartbeat(10.0, math.inf, 120.0, 0.0)
+    assert heart.get_timer(waiting=False) == math.inf
+    heart.sent(3.0)
+    assert heart.get_timer(waiting=False) == 13.0
+
+
+def test_asks_after_a_second_of_silence_while_in_use() -> None:
+    heart = Heartbeat(10.0, 1.0, 120.0, 0.0)
+    heart.sent(0.0)
+    assert heart.get_timer(waiting=False) == 10.0
+    heart.used(5.0)
+    heart.heard(5.0)
+    assert heart.get_timer(waiting=False) == 6.0
+    assert heart.get_timer(waiting=True) == 10.0
+    heart.asked(6.0)
+    assert heart.get_timer(waiting=False) == 7.0
+    heart.heard(124.5)
+    assert heart.get_timer(waiting=False) == 10.0

@@ -43,3 +43,43 @@ class AnswerWatch:
     def get_timer(self) -> float | None:
         """When to observe again even if nothing happens."""
         return None if self.suspect or self._since == math.inf else self._since + self.patience
+
+
+@attrs.define
+class Heartbeat:
+    """When to send a PING: to keep a NAT's mapping, and to ask whether the peer is still there.
+
+    keepalive: seconds without sending. silence, used_for: whether to ask after so many seconds
+    without hearing anything, for as long after the last use; infinity for never. Times are on the
+    clock of `now`.
+    """
+
+    keepalive: float
+    silence: float
+    used_for: float
+    _heard_at: float
+    _keepalive_at: float = math.inf
+    _used_at: float = -math.inf
+
+    def heard(self, now: float) -> None:
+        """Something came from the peer."""
+        self._heard_at = now
+
+    def used(self, now: float) -> None:
+        """The session carried something of a user, either way."""
+        self._used_at = now
+
+    def sent(self, now: float) -> None:
+        """Something was sent."""
+        self._keepalive_at = now + self.keepalive
+
+    def asked(self, now: float) -> None:
+        """A PING is on its way: the next question comes `silence` later."""
+        self._heard_at = now
+
+    def get_timer(self, *, waiting: bool) -> float:
+        """When a PING is due; infinity for never. waiting: something is unanswered already, and
+        is asked again by its own timer."""
+        asks_at = self._heard_at + self.silence
+        lately = asks_at < self._used_at + self.used_for
+        return min(self._keepalive_at, asks_at) if lately and not waiting else self._keepalive_at

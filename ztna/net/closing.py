@@ -9,6 +9,7 @@ import enum
 import attrs
 from aioquic.quic.packet import QuicErrorCode
 
+from ztna.core.ports import UdpBatch
 from ztna.net.aioquic_private.state import Termination
 from ztna.net.tls import AlertKind
 
@@ -127,3 +128,23 @@ def _transport_words(end: Termination, said: str) -> str:
     except ValueError:
         name = f"code {end.code:#x}"
     return f"QUIC ended by {_who(end.by_peer)}: {name}" + (f": {said}" if said else "")
+
+
+@attrs.define
+class Farewell:
+    """What closed a session, to be said again to a peer that has not heard it.
+
+    batches: the CONNECTION_CLOSE; none if the peer closed. late: batches that came afterwards.
+    """
+
+    batches: list[UdpBatch] = attrs.Factory(list)
+    late: int = 0
+    _next: int = 1
+
+    def repeat(self) -> list[UdpBatch]:
+        """Say it again to a peer that goes on sending, ever more rarely (RFC 9000 section
+        10.2.1): aioquic itself would not, and one lost packet would leave the peer waiting."""
+        if self.late < self._next:
+            return []
+        self._next = 2 * self.late
+        return self.batches

@@ -10,10 +10,8 @@ the queues -> `receive_datagrams`, `receive_control`.
 Only the pump touches the connection (style: one pump task owns sends, events and the timer).
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import attrs
 import structlog
@@ -21,14 +19,23 @@ import trio
 from aioquic.quic import events
 from aioquic.quic.packet import QuicErrorCode
 
-from ztna.core.liveness import AnswerWatch
+from ztna.core.liveness import AnswerWatch, Heartbeat
 from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import CONTAINED
 from ztna.net.aioquic_private import state as aioquic_state
 from ztna.net.aioquic_private.mutual_tls import MutualQuicConnection
 from ztna.net.batches import batches_of
-from ztna.net.closing import CloseCode, CloseInfo, SessionView, ascii_reason, describe
+from ztna.net.closing import (
+    CloseCode,
+    CloseInfo,
+    Farewell,
+    SessionView,
+    ascii_reason,
+    describe,
+)
+from ztna.net.datagram_sender import DatagramSender
 from ztna.net.fastpath import FastPath
+from ztna.net.session_owner import SessionOwner
 from ztna.net.session_queues import SessionQueues, SessionSettings
 from ztna.net.stateless_reset import is_reset
 
@@ -37,8 +44,6 @@ __all__ = ["CloseCode", "CloseInfo", "Session", "SessionOwner", "SessionSettings
 log = structlog.get_logger()
 
 CONTROL_STREAM = 0
-# Our choice: what one round seals before others may run; 0.4 ms, or 10 ms by plain aioquic.
-_ROUND_DATAGRAMS = 256
 # A few, so that a client with other habits is answered with a reset and not left waiting.
 _PEER_STREAMS = 4
 # Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
@@ -46,22 +51,6 @@ _PEER_STREAMS = 4
 # each side as much as 50 packets of a batch, and ten batches may come in that time.
 _ACK_DELAY = 0.005
 _MIN_WAIT = 0.001
-
-
-class SessionOwner(Protocol):
-    """What a session tells the endpoint that holds it."""
-
-    def connection_id_issued(self, session: "Session", connection_id: bytes) -> None:
-        """Packets with this id are for the session, too."""
-
-    def connection_id_retired(self, session: "Session", connection_id: bytes) -> None:
-        """Packets with this id are for it no longer."""
-
-    def session_due(self, session: "Session") -> bool:
-        """A session has something to do; whether the present round of the endpoint does it."""
-
-    def session_verified(self, session: "Session") -> None:
-        """The handshake is complete and the peer's certificate was judged good."""
 
 
 @attrs.define(eq=False)
@@ -72,10 +61,9 @@ class Session(SessionQueues):
     _port: UdpPort = attrs.field(repr=False)
     _owner: SessionOwner = attrs.field(repr=False)
     _fast: FastPath = attrs.field(init=False, repr=False)
+    _sender: DatagramSender = attrs.field(init=False, repr=False)
     _opened_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
-    _keepalive_at: float = attrs.field(default=math.inf, init=False, repr=False)
-    _heard_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
-    _used_at: float = attrs.field(default=-math.inf, init=False, repr=False)
+    _heartbeat: Heartbeat = attrs.field(init=False, repr=False)
     _watch: AnswerWatch = attrs.field(init=False, repr=False)
     _inbox: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
     _inbox_bytes: int = attrs.field(default=0, init=False, repr=False)
@@ -85,14 +73,16 @@ class Session(SessionQueues):
     # Whether aioquic may have something to send: it was fed, told something, or its timer fired.
     _stirred: bool = attrs.field(default=True, init=False, repr=False)
     _broken: bool = attrs.field(default=False, init=False, repr=False)
-    # What closed the session, to be said again to a peer that has not heard it.
-    _farewell: list[UdpBatch] = attrs.field(factory=list, init=False, repr=False)
-    _farewell_after: int = attrs.field(default=1, init=False, repr=False)
-    _late_batches: int = attrs.field(default=0, init=False, repr=False)
+    _farewell: Farewell = attrs.field(factory=Farewell, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._fast = FastPath(self._connection)
-        self._watch = AnswerWatch(self.settings.patience)
+        self._sender = DatagramSender(self._connection, self._fast)
+        settings = self.settings
+        self._watch = AnswerWatch(settings.patience)
+        # A server leaves asking to its clients.
+        silence = settings.silence if self.is_client else math.inf
+        self._heartbeat = Heartbeat(settings.keepalive, silence, settings.used_for, self._opened_at)
         # A client offers no stream to its server: the only one is its own stream 0.
         aioquic_state.set_ack_delay(self._connection, _ACK_DELAY)
         aioquic_state.limit_streams(self._connection, 0 if self.is_client else _PEER_STREAMS)
@@ -187,7 +177,7 @@ class Session(SessionQueues):
             self._pumping = True
             self._feed(now)
         except aioquic_state.LEAKED_ERRORS as error:
-            return self._fail(error, now)
+            return self._give_up(error, now)
         finally:
             self._pumping = False
         self._pumping = True
@@ -204,7 +194,7 @@ class Session(SessionQueues):
         try:
             return self._round(now)
         except aioquic_state.LEAKED_ERRORS as error:
-            return self._fail(error, now)
+            return self._give_up(error, now)
 
     def _round(self, now: float) -> list[UdpBatch]:
         connection = self._connection
@@ -215,29 +205,29 @@ class Session(SessionQueues):
         if self._close_info is not None:
             self._drain_events()
             self._finished = aioquic_state.finished(connection)
-            return self._repeat_farewell()
+            return self._farewell.repeat()
         self._drain_events()
         self._handle_own_timers(now)
         batches = self._batches_to_send(now)
         self._watch_answers(now)
         if batches:
-            self._keepalive_at = now + self.settings.keepalive
+            self._heartbeat.sent(now)
         self._notice_end(batches)
         return batches
 
     def _feed(self, now: float) -> None:
         inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
         if self._close_info is not None:
-            self._late_batches += len(inbox)
+            self._farewell.late += len(inbox)
             return
         connection = self._connection
         if inbox:
-            self._heard_at = now
+            self._heartbeat.heard(now)
         for batch in inbox:
             self._counters["received_bytes"] += len(batch.data)
             payloads = self._fast.open(batch.data, batch.segment_size, batch.address, now)
             if payloads:
-                self._used_at = now
+                self._heartbeat.used(now)
                 self._put_datagrams(payloads)
             if len(payloads) * batch.segment_size < len(batch.data):
                 self._stirred = True  # some went to aioquic
@@ -300,17 +290,11 @@ class Session(SessionQueues):
                     reason_phrase="the handshake took too long",
                 )
                 self._stirred = True
-        elif now >= min(self._keepalive_at, self._ask_at()):
+        elif now >= self._heartbeat.get_timer(waiting=self._watch.waiting):
             self._connection.send_ping(0)
             self._stirred = True
-            self._heard_at = now  # or asked: for the next time
-            self._keepalive_at = now + self.settings.keepalive
-
-    def _ask_at(self) -> float:
-        """When a client that was used lately asks whether its server is still there."""
-        at = self._heard_at + self.settings.silence
-        lately = at < self._used_at + self.settings.used_for
-        return at if self.is_client and lately and not self._watch.waiting else math.inf
+            self._heartbeat.asked(now)
+            self._heartbeat.sent(now)
 
     def _watch_answers(self, now: float) -> None:
         """Notice a peer that does not acknowledge what it should, and one that does again."""
@@ -332,11 +316,14 @@ class Session(SessionQueues):
             self._stirred = False
         batches: list[UdpBatch] = []
         if self._outgoing and self._peer is not None:
-            self._used_at = now
-            if self._fast.ready():
-                batches = self._seal_datagrams(now)
-            else:
-                packets += self._hand_over_datagrams(now)
+            self._heartbeat.used(now)
+            overhead = self.settings.max_udp_payload - self.max_datagram_data
+            sent = self._sender.send(self._outgoing, overhead, self.remote_address, now)
+            batches = sent.batches
+            self._counters["sent_datagrams"] += sent.count
+            self._stirred |= sent.stirred
+            if sent.again:
+                self._wake.set()  # another round, after others have run
             self._room_made()
         batches = batches_of(packets) + batches
         if self._close_wanted is not None:
@@ -363,41 +350,6 @@ class Session(SessionQueues):
             self._control_out.clear()
         self._control_unacknowledged = aioquic_state.stream_backlog(connection, CONTROL_STREAM)
 
-    def _seal_datagrams(self, now: float) -> list[UdpBatch]:
-        """Send DATAGRAMs on the fast path, as far as the window allows."""
-        queue = self._outgoing
-        offered = list(itertools.islice(queue, _ROUND_DATAGRAMS))
-        buffers, count = self._fast.seal(offered, now)
-        for _ in range(count):
-            queue.popleft()
-        self._counters["sent_datagrams"] += count
-        if count == 0:
-            self._stirred = True  # it may have closed the connection at a limit of the AEAD
-        if queue and count == len(offered):
-            self._wake.set()  # another round, after others have run
-        return [UdpBatch(data, size, self.remote_address) for data, size in buffers]
-
-    def _hand_over_datagrams(self, now: float) -> list[tuple[bytes, Address]]:
-        """The same by plain aioquic. What its pacing holds back is queued here again, so that its
-        own queue is empty when the next round writes the control stream."""
-        connection, queue = self._connection, self._outgoing
-        room = aioquic_state.window_room(connection)
-        overhead = self.settings.max_udp_payload - self.max_datagram_data
-        count = 0
-        while queue and count < _ROUND_DATAGRAMS:
-            room -= len(queue[0]) + overhead
-            if room < 0:
-                break
-            connection.send_datagram_frame(queue.popleft())
-            count += 1
-        packets = connection.datagrams_to_send(now=now)
-        waiting = aioquic_state.take_back_datagrams(connection)
-        queue.extendleft(reversed(waiting))
-        self._counters["sent_datagrams"] += count - len(waiting)
-        if queue and room >= 0 and not waiting:
-            self._wake.set()
-        return packets
-
     def _notice_end(self, batches: list[UdpBatch]) -> None:
         end = aioquic_state.termination(self._connection)
         if end is None:
@@ -411,29 +363,18 @@ class Session(SessionQueues):
             refusal=self._connection.refusal,
         )
         self._set_closed(describe(end, view))
-        self._farewell = [] if end.by_peer else batches[-1:]
+        self._farewell.batches = [] if end.by_peer else batches[-1:]
         self._finished = aioquic_state.finished(self._connection)
-
-    def _repeat_farewell(self) -> list[UdpBatch]:
-        """Say it again to a peer that goes on sending, ever more rarely (RFC 9000 section
-        10.2.1): aioquic itself would not, and one lost packet would leave the peer waiting."""
-        if self._late_batches < self._farewell_after:
-            return []
-        self._farewell_after = 2 * self._late_batches
-        return self._farewell
 
     def _kick(self) -> None:
         # What is queued while we feed and deliver goes out at the end of the same round.
         if not self._pumping and not self._owner.session_due(self):
             self._wake.set()
 
-    def _fail(self, error: Exception, now: float) -> list[UdpBatch]:
+    def _give_up(self, error: Exception, now: float) -> list[UdpBatch]:
+        """End a session whose connection has failed inside; once without a word if need be."""
         words = f"{type(error).__name__}: {error}"
         log.warning("quic_internal_error", remote=self.remote_address, error=words)
-        return self._give_up(now)
-
-    def _give_up(self, now: float) -> list[UdpBatch]:
-        """End a session whose connection has failed inside; once without a word if need be."""
         batches: list[UdpBatch] = []
         if not self._broken and self._connection.get_peer_address() is not None:
             self._broken = True
@@ -452,8 +393,8 @@ class Session(SessionQueues):
         due = math.inf if timer is None else timer
         if self._close_info is None:
             if self._peer is not None:
-                due = min(due, self._keepalive_at, self._ask_at())
-                due = min(due, self._watch.get_timer() or math.inf)
+                ping_at = self._heartbeat.get_timer(waiting=self._watch.waiting)
+                due = min(due, ping_at, self._watch.get_timer() or math.inf)
             elif not self.is_client:
                 due = min(due, self._opened_at + self.settings.handshake_timeout)
         return max(due, now + _MIN_WAIT)
