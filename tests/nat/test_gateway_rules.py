@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ztna.core.natclass import FilteringKind, MappingKind, PortKind
@@ -149,11 +149,12 @@ STEPS = st.lists(
         st.integers(0, 1000),
         st.sampled_from([0.0, 0.0, 1.0, 10.0, 29.0]),
     ),
-    max_size=60,
+    min_size=10,
+    max_size=40,
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, phases=[Phase.generate, Phase.shrink])
 @given(NATS, STEPS, st.integers(0, 1 << 32))
 def test_rules_hold_for_any_traffic(nat: NatSpec, steps: list[Any], seed: int) -> None:
     witness = Witness(nat, Gateway(nat, OUTER, random.Random(seed)))

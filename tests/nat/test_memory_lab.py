@@ -1,0 +1,25 @@
+"""The scenarios in memory, for everything that RFC 4787 can express."""
+
+import itertools
+
+import pytest
+from trio.testing import MockClock
+
+from tests.nat import scenarios
+from ztna.core.natclass import FilteringKind, MappingKind, PortKind
+from ztna.nat.memory_lab import open_lab
+from ztna.nat.spec import NatSpec
+
+EVERY_NAT = [
+    NatSpec(*kinds)
+    for kinds in itertools.product(MappingKind, FilteringKind, PortKind, (False, True))
+]
+
+
+@pytest.mark.parametrize("nat", EVERY_NAT, ids=lambda nat: nat.words)
+@pytest.mark.parametrize("scenario", scenarios.OF_EVERY_NAT, ids=lambda scenario: scenario.__name__)
+async def test_every_nat(
+    nat: NatSpec, scenario: scenarios.OfNat, autojump_clock: MockClock
+) -> None:
+    async with open_lab(seed=7) as lab:
+        await scenario(scenarios.build(lab, nat))
