@@ -140,3 +140,47 @@ def test_garbage(data: bytes) -> None:
     assert (registrar.states["web"] is RegistrationState.REGISTERED) == (
         data[:1] == bytes([REGISTERED]) and data[2:6] == b"\x03web"
     )
+
+
+def test_services_come_and_go() -> None:
+    registrar = Registrar.of(AGENT_WANTS, ["web", "db"])
+    registrar.messages_to_send(0.0)
+    registrar.receive_message_untrusted(YES, 0.1)
+    registrar.next_event()
+    assert registrar.set_services(["echo", "web"]) == (["echo"], ["db"])
+    assert registrar.messages_to_send(1.0) == [b"\x10\x04echo"]
+    assert registrar.states == {
+        "web": RegistrationState.REGISTERED,
+        "echo": RegistrationState.ASKING,
+    }
+    registrar.receive_message_untrusted(b"\x12\x00\x02db", 1.1)
+    assert registrar.next_event() is None, "an answer that came too late"
+    assert registrar.set_services(["echo", "web"]) == ([], [])
+
+
+def test_denial_on_the_stream_is_as_good_as_the_datagram() -> None:
+    registrar = Registrar.of(AGENT_WANTS, ["web"])
+    registrar.messages_to_send(0.0)
+    registrar.receive_denial("web", "words")
+    assert registrar.next_event() is None, "the 0x13 is awaited: it says whether to ask again"
+    registrar.receive_message_untrusted(YES, 0.1)
+    registrar.next_event()
+    registrar.receive_denial("web", "words")
+    registrar.receive_denial("other", "words")
+    assert registrar.next_event() == RegistrationEvent("web", RegistrationState.REFUSED, "words")
+    assert registrar.next_event() is None
+    assert registrar.get_timer() is None
+
+
+def test_refused_service_in_the_map_is_asked_for_again() -> None:
+    registrar = Registrar.of(AGENT_WANTS, ["web"])
+    registrar.messages_to_send(0.0)
+    registrar.receive_map({"web"}, 0.05)
+    assert registrar.messages_to_send(0.1) == [], "asked for anyway"
+    registrar.receive_message_untrusted(NO, 0.1)
+    registrar.receive_map({"db"}, 5.0)
+    assert registrar.get_timer() is None
+    registrar.receive_map({"web"}, 6.0)
+    assert registrar.messages_to_send(6.0) == [ASK]
+    registrar.receive_message_untrusted(YES, 6.1)
+    assert registrar.states == {"web": RegistrationState.REGISTERED}

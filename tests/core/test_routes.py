@@ -266,6 +266,17 @@ def test_flows_of_an_address_that_we_lost_are_over() -> None:
     assert drops(found) == {"source_is_not_ours": 1}
 
 
+def test_other_services_leave_the_flows_of_those_that_stay() -> None:
+    found = table()
+    out(found, udp(), syn(OWN, WEB), syn(OWN, ANY, port=1))
+    echo = ServiceRoute("echo", ECHO, frozenset({9999}), frozenset({UDP}))
+    found.set_services([echo, ServiceRoute("web", WEB, frozenset({80}))])
+    assert found.statistics()["flows"] == 1
+    forward, answers = out(found, udp(), syn(OWN, WEB), syn(OWN, ANY, port=1))
+    assert [label for label, _ in forward] == ["echo"]
+    assert len(answers) == 2, "port 443 is no longer the service, and the other address is free"
+
+
 def test_a_new_session_asks_for_every_flow_that_is_remembered() -> None:
     found = table()
     found.set_labels({**LABELS, "any": ServiceLabel("any", 3)})

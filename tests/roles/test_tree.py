@@ -113,6 +113,34 @@ def wait_for_line(process: subprocess.Popen[str], word: str) -> None:
     raise AssertionError(f"the process ended without saying {word}")
 
 
+def test_hangup_of_a_role_that_reads_no_files() -> None:
+    with tiny_role(POLITE) as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr is not None
+        assert "nothing is read again" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=10)
+    assert out == "goodbye\nSIGTERM\n"
+
+
+def test_hangup_asks_for_a_reload() -> None:
+    body = """
+    from ztna.roles.reload import reload_requests
+    requests = reload_requests()
+    requests.served = True
+    say("ready")
+    for _ in range(2):
+        await requests.wait()
+        say("reloaded")
+    """
+    with tiny_role(body) as process:
+        process.send_signal(signal.SIGHUP)
+        wait_for_line(process, "reloaded")
+        process.send_signal(signal.SIGHUP)
+        out, err = process.communicate(timeout=10)
+    assert (out, err) == ("reloaded\nended\n", "")
+
+
 def test_second_signal_ends_at_once() -> None:
     body = """
     say("ready")
