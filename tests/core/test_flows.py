@@ -15,6 +15,7 @@ from ztna.core import flows
 from ztna.core.addresses import packed_pair
 from ztna.core.flow import (
     MAX_INBOX,
+    MAX_INBOX_BYTES,
     FlowActive,
     FlowClosed,
     FlowEvent,
@@ -24,7 +25,14 @@ from ztna.core.flow import (
     TcpFlow,
     UdpFlow,
 )
-from ztna.core.flows import MAX_ANSWERS, MAX_PENDING_CONNECTS, TURN_BYTES, UDP_IDLE, FlowTable
+from ztna.core.flows import (
+    MAX_ANSWERS,
+    MAX_PENDING_CONNECTS,
+    MAX_PENDING_PER_USER,
+    TURN_BYTES,
+    UDP_IDLE,
+    FlowTable,
+)
 from ztna.core.packet.fragments import Reassembler, fragment
 from ztna.core.packet.ip import TCP, UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet
@@ -156,7 +164,7 @@ class User:
         (opened,) = [e for e in events(self.found) if isinstance(e, FlowOpened)]
         assert isinstance(opened.flow, TcpFlow)
         opened.flow.connection.establish(now)
-        self.found.connect_finished()
+        self.found.connect_finished(opened.flow)
         self.found.touch(opened.flow, now)
         self.exchange(now)
         assert self.connection.state is TcpState.ESTABLISHED
@@ -181,7 +189,7 @@ def test_tcp_waits_for_the_backend_then_talks(version: int) -> None:
     assert answers(found) == [], "no SYN-ACK before the backend has accepted"
     assert found.statistics()["pending_connects"] == 1
     flow.connection.establish(0.0)
-    found.connect_finished()
+    found.connect_finished(flow)
     found.touch(flow, 0.0)
     assert found.wants_to_send
     user.exchange()
@@ -205,7 +213,7 @@ def test_tcp_refused_by_the_backend() -> None:
     assert isinstance(opened, FlowOpened)
     assert isinstance(opened.flow, TcpFlow)
     opened.flow.connection.refuse(0.0)
-    found.connect_finished()
+    found.connect_finished(opened.flow)
     found.touch(opened.flow, 0.0)
     (data,) = answers(found)
     tcp = parsed(data)[inet.TCP]
@@ -373,15 +381,34 @@ def test_syn_flood_stops_at_the_cap() -> None:
     assert MAX_PENDING_CONNECTS == 512
     found = table()
     for number in range(600):
-        source = ipaddress.IPv4Address(int(USER) + number % 4)
+        source = ipaddress.IPv4Address(int(USER) + number % 10)
         User(found, source_port=1000 + number, source=source).send()
     assert found.statistics()["pending_connects"] == 512
     assert found.statistics()["tcp_flows"] == 512
     assert drops(found) == {"too_many_pending_connects": 88}
     assert answers(found) == [], "no RST: the SYN comes again"
-    found.connect_finished()
+    opened = events(found)[0]
+    assert isinstance(opened.flow, TcpFlow)
+    found.connect_finished(opened.flow)
     User(found, source_port=9).send()
     assert found.statistics()["tcp_flows"] == 513
+
+
+def test_one_user_cannot_take_all_pending_connects() -> None:
+    assert MAX_PENDING_PER_USER == 64
+    found = table()
+    for number in range(70):
+        User(found, source_port=1000 + number).send()
+    assert found.statistics()["pending_connects"] == 64
+    assert drops(found) == {"too_many_pending_connects": 6}
+    User(found, source=OTHER).send()
+    assert found.statistics()["pending_connects"] == 65
+    for event in events(found):
+        assert isinstance(event.flow, TcpFlow)
+        found.connect_finished(event.flow)
+    assert found.statistics()["pending_connects"] == 0
+    User(found, source_port=9).send()
+    assert found.statistics()["pending_connects"] == 1
 
 
 def test_one_user_cannot_take_all_flows() -> None:
@@ -505,6 +532,20 @@ def test_udp_inbox_is_bounded() -> None:
     flow = events(found)[0].flow
     assert isinstance(flow, UdpFlow)
     assert [payload[0] for payload, _ in flow.inbox] == list(range(256)), "the first ones stay"
+
+
+def test_udp_inbox_is_bounded_in_bytes() -> None:
+    assert MAX_INBOX_BYTES == 1 << 20
+    found = table()
+    packet = IpPacket(udp(bytes(60_000)))
+    found.receive_packets([("echo", packet)] * 20, 0.0)
+    assert drops(found) == {"udp_inbox_full": 3}
+    flow = events(found)[0].flow
+    assert isinstance(flow, UdpFlow)
+    assert len(flow.inbox) == 17
+    flow.inbox.clear()
+    found.receive_packets([("echo", packet)] * 2, 0.0)
+    assert len(flow.inbox) == 2
 
 
 def test_udp_flows_end_after_120_idle_seconds() -> None:

@@ -100,7 +100,7 @@ class Pair:
                 if isinstance(event, FlowOpened):
                     self.accepted.append(event.flow)
                     if isinstance(event.flow, TcpFlow):
-                        self.inbound.connect_finished()
+                        self.inbound.connect_finished(event.flow)
                         connection = event.flow.connection
                         (connection.establish if accept else connection.refuse)(now)
                         self.inbound.touch(event.flow, now)

@@ -76,7 +76,7 @@ class TcpSplice:
             if stream is None:
                 log.warning("backend does not answer", backend=self.backend)
         finally:
-            self.owner.table.connect_finished()
+            self.owner.table.connect_finished(self.flow)
         if connection.closed:
             if stream is not None:
                 await trio.aclose_forcefully(stream)

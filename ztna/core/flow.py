@@ -13,6 +13,9 @@ from ztna.core.tcp.connection import TcpConnection
 
 # Our choice: four fragmented datagrams' worth, or some 30 ms at 10,000 packets a second.
 MAX_INBOX = 256
+# Our choice: what a backend's socket takes at once (net.core.wmem_max is 208 KiB by default), five
+# times over. With entries alone bounded, super-packets of 64 KB would make it 16 MiB a flow.
+MAX_INBOX_BYTES = 1 << 20
 
 
 @attrs.frozen
@@ -68,12 +71,25 @@ class TcpFlow:
 
 @attrs.define(eq=False)
 class UdpFlow:
-    """A user's UDP flow. inbox: (payload, segment size or 0), for the backend."""
+    """A user's UDP flow. inbox: (payload, segment size or 0), for the backend; who reads it clears
+    it."""
 
     key: FlowKey
     last_used: float
-    inbox: deque[tuple[Buffer, int]] = attrs.Factory(lambda: deque(maxlen=MAX_INBOX))
+    inbox: deque[tuple[Buffer, int]] = attrs.Factory(deque)
     closed: bool = False
+    _inbox_bytes: int = 0
+
+    def put(self, payload: Buffer, segment_size: int) -> bool:
+        """Add to the inbox; False when it is full."""
+        if not self.inbox:
+            self._inbox_bytes = 0
+        size = self._inbox_bytes + len(payload)
+        if len(self.inbox) >= MAX_INBOX or size > MAX_INBOX_BYTES:
+            return False
+        self._inbox_bytes = size
+        self.inbox.append((payload, segment_size))
+        return True
 
 
 Flow = TcpFlow | UdpFlow

@@ -16,7 +16,6 @@ import attrs
 
 from ztna.core.addresses import in_range
 from ztna.core.flow import (
-    MAX_INBOX,
     Flow,
     FlowActive,
     FlowClosed,
@@ -50,6 +49,8 @@ from ztna.errors import RemoteProtocolError
 MAX_FLOWS = 8192
 MAX_FLOWS_PER_USER = 1024
 MAX_PENDING_CONNECTS = 512
+# A backend that does not answer holds each for ten seconds: one user must not take all of them.
+MAX_PENDING_PER_USER = 64
 # Answers that wait for room in the session: at least the 64 packets of one fragmented datagram.
 MAX_ANSWERS = 1024
 # (seed); RFC 4787 REQ-5 asks for at least two minutes.
@@ -83,7 +84,7 @@ class FlowTable:
     dropped: Counter[str] = attrs.Factory(Counter)
     _flows: dict[FlowIndex, Flow] = attrs.Factory(dict)
     _per_user: Counter[bytes] = attrs.Factory(Counter)
-    _pending: int = 0
+    _pending: Counter[bytes] = attrs.Factory(Counter)
     _answers: deque[tuple[str, IpPacket]] = attrs.Factory(deque)
     _ready: OrderedDict[TcpFlow, None] = attrs.Factory(OrderedDict)
     _events: deque[FlowEvent] = attrs.Factory(deque)
@@ -208,15 +209,18 @@ class FlowTable:
         return {
             "tcp_flows": tcp,
             "udp_flows": len(self._flows) - tcp,
-            "pending_connects": self._pending,
+            "pending_connects": self._pending.total(),
             "answers_queued": len(self._answers),
             **{f"drop_{reason}": count for reason, count in self.dropped.items()},
             **{f"fragments_{k}": v for k, v in self._reassembler.statistics().items()},
         }
 
-    def connect_finished(self) -> None:
-        """The driver's connect to a backend ended, either way."""
-        self._pending -= 1
+    def connect_finished(self, flow: TcpFlow) -> None:
+        """The driver's connect to a backend ended, either way. Call it once a flow."""
+        user = flow.key.source
+        self._pending[user] -= 1
+        if not self._pending[user]:
+            del self._pending[user]
 
     def _receive_packet_untrusted(
         self,
@@ -277,7 +281,10 @@ class FlowTable:
                 for answer in _to_packets(key, [reset]):
                     self._answer(service.id, answer.data)
             return
-        if self._pending >= MAX_PENDING_CONNECTS:
+        if (
+            self._pending[ip.source] >= MAX_PENDING_PER_USER
+            or self._pending.total() >= MAX_PENDING_CONNECTS
+        ):
             self.dropped["too_many_pending_connects"] += 1
             return  # the user's SYN comes again
         initial_sequence, timestamp_offset = self.initial_numbers(key, now)
@@ -290,7 +297,7 @@ class FlowTable:
         )
         flow = TcpFlow(key, connection)
         if self._open(flow):
-            self._pending += 1
+            self._pending[ip.source] += 1
             self._arm(flow, now)
 
     def _receive_udp_untrusted(
@@ -313,11 +320,10 @@ class FlowTable:
             if not self._open(flow):
                 return
             self._timers.arm(flow, now + UDP_IDLE)
-        if len(flow.inbox) >= MAX_INBOX:
+        if not flow.put(datagram.payload, packet.segment_size):
             self.dropped["udp_inbox_full"] += 1
             return
         flow.last_used = now
-        flow.inbox.append((datagram.payload, packet.segment_size))
         datagrams[flow] = None
 
     def _refuse(self, service: OfferedService, packet: IpPacket) -> None:

@@ -17,7 +17,7 @@ import attrs
 
 from ztna.core.addresses import packed_pair
 from ztna.core.failure import Failure, failure_of
-from ztna.core.flow import MAX_INBOX, Flow, FlowActive, FlowClosed, FlowKey, TcpFlow, UdpFlow
+from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowKey, TcpFlow, UdpFlow
 from ztna.core.flow_timers import FlowTimers
 from ztna.core.flows import MAX_DATAGRAM, TURN_BYTES, UDP_IDLE
 from ztna.core.packet.fragments import Reassembler, fragment
@@ -284,11 +284,10 @@ class OutboundTable:
         )
         if not isinstance(flow, UdpFlow):
             self.dropped["no_udp_flow"] += 1
-        elif len(flow.inbox) >= MAX_INBOX:
+        elif not flow.put(datagram.payload, packet.segment_size):
             self.dropped["udp_inbox_full"] += 1
         else:
             flow.last_used = now
-            flow.inbox.append((datagram.payload, packet.segment_size))
             datagrams[flow] = None
 
     def _receive_error_untrusted(self, packet: IpPacket, ip: IpHeader, now: float) -> None:

@@ -11,7 +11,11 @@ from scapy.layers import inet, inet6
 
 from ztna.core.packet.fragments import (
     MAX_AGE,
+    MAX_ALL_BYTES,
+    MAX_ALL_PACKETS,
+    MAX_BYTES,
     MAX_FRAGMENTS,
+    MAX_PACKETS,
     MustNotFragmentError,
     Reassembler,
     fragment,
@@ -281,6 +285,60 @@ def test_bytes_are_bounded() -> None:
     assert reassembler.statistics()["evicted"] == 4
     reassembler.receive_fragments([piece4(8, bytes(96), identification=9)], 0.0)
     assert reassembler.statistics()["held_bytes"] <= 100
+
+
+def from_source(number: int, identification: int, size: int = 8) -> bytes:
+    """A first fragment of some source."""
+    source = bytes([10, 100, 64, number])
+    return bytes(
+        inet.IP(src=source_text(source), dst="10.0.0.2", flags="MF", id=identification, proto=17)
+        / bytes(size)
+    )
+
+
+def source_text(address: bytes) -> str:
+    return ".".join(map(str, address))
+
+
+def test_a_source_pushes_out_only_its_own() -> None:
+    """Packets, then bytes: whoever sends too much loses its own, the others' become whole."""
+    for count, size in ((MAX_PACKETS + 50, 8), (MAX_PACKETS, 65_000), (20, 65_000)):
+        reassembler = Reassembler()
+        good = fragment(datagram(A4, B4, 1500), 600, identification=7)
+        assert reassembler.receive_fragments(good[:2], 0.0) == []
+        reassembler.receive_fragments([from_source(9, n, size) for n in range(count)], 0.0)
+        statistics = reassembler.statistics()
+        assert statistics["held_packets"] <= MAX_PACKETS + 1
+        assert statistics["held_bytes"] <= MAX_BYTES + 1500
+        assert statistics["evicted"] == max(0, count - MAX_PACKETS)
+        assert len(reassembler.receive_fragments(good[2:], 0.0)) == 1
+
+
+def test_all_sources_together_are_bounded() -> None:
+    """The one that holds most gives way."""
+    reassembler = Reassembler()
+    small = [from_source(1, n) for n in range(3)]
+    reassembler.receive_fragments(small, 0.0)
+    for source in range(2, 13):
+        pieces = [from_source(source, n) for n in range(MAX_PACKETS)]
+        reassembler.receive_fragments(pieces, 0.0)
+        assert reassembler.statistics()["held_packets"] <= MAX_ALL_PACKETS
+    assert reassembler.statistics()["held_packets"] == MAX_ALL_PACKETS == 128
+    rest = [
+        bytes(
+            inet.IP(src="10.100.64.1", dst="10.0.0.2", frag=1, id=n, proto=17) / b"x",
+        )
+        for n in range(3)
+    ]
+    assert len(reassembler.receive_fragments(rest, 0.0)) == 3
+
+    assert MAX_ALL_BYTES == 8 << 20
+    reassembler = Reassembler()
+    for source in range(1, 11):
+        pieces = [from_source(source, n, 65_000) for n in range(MAX_PACKETS)]
+        reassembler.receive_fragments(pieces, 0.0)
+        assert reassembler.statistics()["held_bytes"] <= MAX_ALL_BYTES
+    assert reassembler.statistics()["evicted"] > 0
 
 
 def test_too_many_fragments() -> None:

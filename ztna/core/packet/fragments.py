@@ -31,9 +31,12 @@ from ztna.errors import LocalProtocolError, RemoteProtocolError
 _FRAGMENT_HEADER_SIZE: Final = 8  # IPv6, RFC 8200 section 4.5
 _FRAGMENT_UNIT: Final = 8  # offsets count these, in both versions
 
-# Our choice: 16 datagrams of 64 KB at once, from all sources together.
+# Our choice: 16 datagrams of 64 KB at once from one source, so that no source can push out the
+# fragments of another; and eight times that from all together.
 MAX_PACKETS: Final = 16
 MAX_BYTES: Final = 1 << 20
+MAX_ALL_PACKETS: Final = 128
+MAX_ALL_BYTES: Final = 8 << 20
 # 60 s in RFC 8200 section 4.5 and RFC 1122 section 3.3.2, 30 s in Linux. Our choice is less: inside
 # one tunnel fragments follow each other within milliseconds, and IPv4 identifications wrap
 # (RFC 4963).
@@ -174,14 +177,28 @@ _Key = tuple[bytes, bytes, int, int]
 
 
 @attrs.define
+class _Share:
+    """What one source has here: its packets, the oldest first, and their bytes."""
+
+    keys: OrderedDict[_Key, None] = attrs.Factory(OrderedDict)
+    held: int = 0
+
+
+@attrs.define
 class Reassembler:
-    """Puts the fragments of IP packets together. Bounded in packets, bytes and time: the oldest
-    is given up."""
+    """Puts the fragments of IP packets together. Bounded in packets, bytes and time: a source that
+    has too many loses its own oldest; when all together have, the one that holds most does.
+
+    max_packets, max_bytes: of one source. max_all_packets, max_all_bytes: of all.
+    """
 
     max_packets: int = MAX_PACKETS
     max_bytes: int = MAX_BYTES
     max_age: float = MAX_AGE
+    max_all_packets: int = MAX_ALL_PACKETS
+    max_all_bytes: int = MAX_ALL_BYTES
     _partials: OrderedDict[_Key, _Partial] = attrs.Factory(OrderedDict)
+    _shares: dict[bytes, _Share] = attrs.Factory(dict)
     _held: int = 0
     _counts: dict[str, int] = attrs.Factory(
         lambda: dict.fromkeys(
@@ -240,20 +257,22 @@ class Reassembler:
         self.handle_timer(now)
         partial = self._partials.get(key)
         if partial is None:
-            self._make_room(len(piece), len(self._partials) + 1)
+            self._make_room(header.source, len(piece), 1)
             partial = self._partials[key] = _Partial(now + self.max_age)
+            self._shares.setdefault(header.source, _Share()).keys[key] = None
         if partial.refused or partial.pieces.get(place.offset) == piece:
             return None  # RFC 5722 section 4 lets an exact duplicate pass for what it is
         if _contradicts(partial, place.offset, len(piece), place.more):
             # The whole packet, and what else comes of it, is dropped in silence. The entry stays,
             # empty, until its time is over.
             self._counts["overlapping"] += 1
-            self._forget_pieces(partial)
+            self._forget_pieces(key, partial)
             partial.refused = True
             return None
         partial.pieces[place.offset] = piece
         partial.held += len(piece)
         self._held += len(piece)
+        self._shares[header.source].held += len(piece)
         partial.ecn.add(header.traffic_class & 3)
         if not place.more:
             partial.size = place.offset + len(piece)
@@ -264,7 +283,7 @@ class Reassembler:
     def _complete(self, key: _Key, partial: _Partial) -> bytes | None:
         """Return the packet when all of it is here."""
         if partial.head is None or partial.size != partial.held:
-            self._make_room(0, len(self._partials))
+            self._make_room(key[0], 0, 0)
             return None
         payload = b"".join([partial.pieces[offset] for offset in sorted(partial.pieces)])
         self._drop(key)
@@ -272,16 +291,32 @@ class Reassembler:
         self._counts["reassembled"] += 1
         return packet
 
-    def _make_room(self, size: int, packets: int) -> None:
-        while self._partials and (packets > self.max_packets or self._held + size > self.max_bytes):
-            self._drop(next(iter(self._partials)))
-            self._counts["evicted"] += 1
-            packets -= 1
+    def _make_room(self, source: bytes, size: int, packets: int) -> None:
+        """Give up packets until so many bytes and packets more from this source are within the
+        bounds."""
+        while (own := self._shares.get(source)) is not None and (
+            len(own.keys) + packets > self.max_packets or own.held + size > self.max_bytes
+        ):
+            self._evict(own)
+        while self._partials and (
+            len(self._partials) + packets > self.max_all_packets
+            or self._held + size > self.max_all_bytes
+        ):
+            self._evict(max(self._shares.values(), key=lambda share: share.held))
+
+    def _evict(self, share: _Share) -> None:
+        self._drop(next(iter(share.keys)))
+        self._counts["evicted"] += 1
 
     def _drop(self, key: _Key) -> None:
-        self._forget_pieces(self._partials.pop(key))
+        self._forget_pieces(key, self._partials.pop(key))
+        share = self._shares[key[0]]
+        del share.keys[key]
+        if not share.keys:
+            del self._shares[key[0]]
 
-    def _forget_pieces(self, partial: _Partial) -> None:
+    def _forget_pieces(self, key: _Key, partial: _Partial) -> None:
+        self._shares[key[0]].held -= partial.held
         self._held -= partial.held
         partial.held = 0
         partial.pieces = {}
