@@ -5,12 +5,19 @@ import hashlib
 import random
 from collections.abc import Sequence
 
+import attrs
 import pytest
 import structlog.testing
 import trio
 from trio.testing import MockClock
 
-from tests.net.certificates import make_agent, make_connector, make_credentials
+from tests.net.certificates import (
+    BOTH,
+    SERVER_IP,
+    make_agent,
+    make_connector,
+    make_credentials,
+)
 from tests.roles.memory import ECHO_IP, WEB_IP, World, open_world
 from tests.roles.peers import open_raw_client
 from tests.roles.user_host import UserHost, echo_request
@@ -220,7 +227,32 @@ async def test_expired_certificate_ends_the_session(autojump_clock: MockClock) -
             with trio.fail_after(30):
                 closed = await client.session.wait_closed()
             assert closed.code == CloseCode.EXPIRED
-            assert "the client's certificate has expired; renew it" in closed.reason
+            assert "the agent's certificate has expired: have it renewed" in closed.reason
+
+
+async def test_agent_leaves_an_intermediate_whose_certificate_expired(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world(POLICY) as world:
+        now = datetime.datetime.now(datetime.UTC)
+        good = world.deployment.intermediate
+        short = make_credentials(
+            world.deployment.ca,
+            good.identity,
+            now,
+            ips=[SERVER_IP],
+            uses=BOTH,
+            ends=datetime.timedelta(seconds=1000),
+        )
+        world.deployment = attrs.evolve(world.deployment, intermediate=short)
+        await world.start_intermediate()
+        with structlog.testing.capture_logs() as logs:
+            await world.start_agent(AGENT)
+            await trio.sleep(980)
+            assert not [entry for entry in logs if "expired" in entry["event"]]
+            await trio.sleep(30)
+        (expired,) = [entry for entry in logs if "expired" in entry["event"]][:1]
+        assert expired["peer"] == good.identity.uri
 
 
 async def test_two_agents_with_the_same_ports(autojump_clock: MockClock) -> None:

@@ -39,6 +39,7 @@ from ztna.core.wire import FEATURES, Feature
 from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
+from ztna.roles.expiry import close_when_expired
 
 log = structlog.get_logger(__name__)
 
@@ -156,6 +157,7 @@ async def run_control_session(
             session.deliver_datagrams(functools.partial(_receive_datagrams, link, handler))
             nursery.start_soon(_register, link)
             nursery.start_soon(_accept_seed, link, handler)
+            nursery.start_soon(close_when_expired, session)
             with trio.move_on_after(UP_DEADLINE):
                 await link.up.wait()
             if link.up.is_set():

@@ -47,6 +47,7 @@ from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.address_book import AddressBook, open_address_book
 from ztna.roles.control_client import REPLACED_WAIT, VERSION
+from ztna.roles.expiry import close_when_expired
 from ztna.roles.judgement import judge_clients_again
 from ztna.roles.reload import (
     NodeFiles,
@@ -193,7 +194,7 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
                     functools.partial(_receive_datagrams, intermediate, served)
                 )
                 nursery.start_soon(_report_address, session)
-                nursery.start_soon(_close_when_expired, session, peer.not_after)
+                nursery.start_soon(close_when_expired, session)
                 nursery.start_soon(_read_control, intermediate, served)
                 await session.wait_closed()
                 nursery.cancel_scope.cancel()
@@ -240,12 +241,6 @@ async def _report_address(session: Session) -> None:
         address = session.remote_address
         session.send_datagrams([wire.encode_observed_address(address)])
         await session.wait_address_change(address)
-
-
-async def _close_when_expired(session: Session, not_after: datetime.datetime) -> None:
-    left = (not_after - datetime.datetime.now(datetime.UTC)).total_seconds()
-    await trio.sleep(max(0.0, left))
-    session.close(CloseCode.EXPIRED, "the client's certificate has expired; renew it")
 
 
 async def _read_control(intermediate: Intermediate, served: Served) -> None:
