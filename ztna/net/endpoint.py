@@ -39,8 +39,9 @@ from ztna.net.demux import (
 )
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
+from ztna.net.session_table import SessionTable
 from ztna.net.stateless_reset import ResetKey
-from ztna.net.strangers import Doorkeeper, ProvenIds, RateGate
+from ztna.net.strangers import Doorkeeper, Listener, ProvenIds, RateGate
 from ztna.pki import Credentials
 
 log = structlog.get_logger()
@@ -68,17 +69,6 @@ class EndpointSettings:
     goodbye: float = 1.0
 
 
-@attrs.define(eq=False)
-class _Listener:
-    """How clients are met: what `Endpoint.listen` was given."""
-
-    credentials: Credentials
-    expected_roles: frozenset[Role]
-    settings: SessionSettings
-    denied_serials: Callable[[], Set[int]]
-    accepted: trio.MemorySendChannel[Session]
-
-
 _COUNTERS = (
     *(f"drop_{kind.value}" for kind in Kind),
     "drop_malformed",
@@ -93,7 +83,6 @@ _COUNTERS = (
     "retries_sent",
     "resets_sent",
     "resets_received",
-    "sessions_opened",
     "sessions_verified",
     "sessions_refused",
 )
@@ -114,12 +103,9 @@ class Endpoint:
     reset_key: ResetKey | None = attrs.field(default=None, repr=False)
     stun: StunHandler | None = attrs.field(default=None, repr=False)
     _doorkeeper: Doorkeeper = attrs.field(init=False, repr=False)
-    _outbound: set[Session] = attrs.field(factory=set, init=False, repr=False)
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False, repr=False)
-    _listener: _Listener | None = attrs.field(default=None, init=False, repr=False)
-    _by_id: dict[bytes, Session] = attrs.field(factory=dict, init=False, repr=False)
-    _ids: dict[Session, set[bytes]] = attrs.field(factory=dict, init=False, repr=False)
-    _half_open: set[Session] = attrs.field(factory=set, init=False, repr=False)
+    _listener: Listener | None = attrs.field(default=None, init=False, repr=False)
+    _table: SessionTable = attrs.field(factory=SessionTable, init=False, repr=False)
     _due: dict[Session, None] = attrs.field(factory=dict, init=False, repr=False)
     _in_round: bool = attrs.field(default=False, init=False, repr=False)
     _log_gate: RateGate = attrs.field(factory=RateGate, init=False, repr=False)
@@ -181,8 +167,8 @@ class Endpoint:
             port=self.port,
             owner=self,
         )
-        self._add(session, connection.host_cid)
-        self._outbound.add(session)
+        self._table.add(session, connection.host_cid)
+        self._table.outbound.add(session)
         self._nursery.start_soon(self._run_session, session)
         return session
 
@@ -198,7 +184,7 @@ class Endpoint:
         if self._listener is not None:
             raise LocalProtocolError("this endpoint listens already")
         accepted, sessions = trio.open_memory_channel[Session](self.settings.accept_queue)
-        self._listener = _Listener(
+        self._listener = Listener(
             credentials,
             frozenset(expected_roles),
             settings or SessionSettings(),
@@ -216,23 +202,21 @@ class Endpoint:
     def credentials(self, credentials: Credentials) -> None:
         self._listening().credentials = credentials
 
-    def _listening(self) -> _Listener:
+    def _listening(self) -> Listener:
         if self._listener is None:
             raise LocalProtocolError("this endpoint does not listen")
         return self._listener
 
     def sessions(self) -> Iterator[Session]:
         """All sessions, whatever their state."""
-        return iter(list(self._ids))
+        return iter(self._table.sessions)
 
     def statistics(self) -> Mapping[str, int]:
         """Counters of drops by reason and of sessions; how many there are now."""
         return {
             **self._counters,
             "log_lines_suppressed": self._log_gate.suppressed,
-            "sessions": len(self._ids),
-            "half_open": len(self._half_open),
-            "connection_ids": len(self._by_id),
+            **self._table.statistics(),
         }
 
     # --- receiving ----------------------------------------------------------------------------
@@ -262,7 +246,7 @@ class Endpoint:
     def _sort(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
         connection_id = uniform_connection_id(batch)
         if connection_id is not None:
-            session = self._by_id.get(connection_id)
+            session = self._table.by_id.get(connection_id)
             if session is None:
                 self._meet_unknown(connection_id, batch, answers)
             else:
@@ -275,7 +259,7 @@ class Endpoint:
         match kind_of(batch.data[0]):
             case Kind.QUIC_SHORT:
                 connection_id = bytes(batch.data[1 : 1 + CONNECTION_ID_LENGTH])
-                session = self._by_id.get(connection_id)
+                session = self._table.by_id.get(connection_id)
                 if session is not None and len(batch.data) >= MIN_SHORT:
                     session.take_batch(batch)
                 else:
@@ -294,7 +278,7 @@ class Endpoint:
         except RemoteProtocolError:
             self._counters["drop_malformed"] += 1
             return
-        session = self._by_id.get(header.destination_cid)
+        session = self._table.by_id.get(header.destination_cid)
         if session is not None:
             session.take_batch(batch)
         elif self._listener is None:
@@ -315,7 +299,7 @@ class Endpoint:
         """A short header for no session: a reset for one of ours, or a client of a session that
         we have forgotten, which is told so."""
         packet = bytes(batch.data[: batch.segment_size])
-        for session in self._outbound:
+        for session in self._table.outbound:
             if session.remote_address == batch.address and session.take_reset(packet):
                 self._counters["resets_received"] += 1
                 return
@@ -328,7 +312,7 @@ class Endpoint:
             answers.append(reset)
 
     def _meet_client(
-        self, header: LongHeader, batch: UdpBatch, listener: _Listener, answers: list[UdpBatch]
+        self, header: LongHeader, batch: UdpBatch, listener: Listener, answers: list[UdpBatch]
     ) -> None:
         now = trio.current_time()
         try:
@@ -336,15 +320,15 @@ class Endpoint:
         except RemoteProtocolError:
             self._counters["drop_bad_token"] += 1
             return
-        if ids is None and len(self._half_open) >= self.settings.retry_from:
+        if ids is None and len(self._table.half_open) >= self.settings.retry_from:
             self._counters["retries_sent"] += 1
             answers.append(self._doorkeeper.retry(header, batch.address, now))
             return
         ids = ids or ProvenIds(header.destination_cid, None)
-        if len(self._half_open) >= self.settings.half_open:
+        if len(self._table.half_open) >= self.settings.half_open:
             self._counters["drop_half_open_full"] += 1
             return
-        if len(self._ids) >= self.settings.sessions:
+        if len(self._table) >= self.settings.sessions:
             self._counters["drop_sessions_full"] += 1
             return
         assert self._nursery is not None
@@ -366,9 +350,9 @@ class Endpoint:
             port=self.port,
             owner=self,
         )
-        self._half_open.add(session)
-        self._add(session, connection.host_cid)
-        self._add(session, header.destination_cid)
+        self._table.half_open.add(session)
+        self._table.add(session, connection.host_cid)
+        self._table.add(session, header.destination_cid)
         # The pump feeds before it sends: a connection that has received nothing cannot send.
         session.take_batch(batch)
         self._nursery.start_soon(self._run_session, session)
@@ -378,33 +362,19 @@ class Endpoint:
     async def _run_session(self, session: Session) -> None:
         await session.run()
         info = await session.wait_closed()
-        if session in self._half_open:
+        if session in self._table.half_open:
             self._counters["sessions_refused"] += 1
             if self._log_gate.allow(trio.current_time()):
                 log.warning("client_refused", remote=session.remote_address, reason=info.reason)
-        self._forget(session)
-
-    def _add(self, session: Session, connection_id: bytes) -> None:
-        if session not in self._ids:
-            self._counters["sessions_opened"] += 1
-            self._ids[session] = set()
-        self._ids[session].add(connection_id)
-        self._by_id[connection_id] = session
-
-    def _forget(self, session: Session) -> None:
-        for connection_id in self._ids.pop(session, ()):
-            self._by_id.pop(connection_id, None)
-        self._half_open.discard(session)
-        self._outbound.discard(session)
+        self._table.forget(session)
 
     def connection_id_issued(self, session: Session, connection_id: bytes) -> None:
         """Part of `SessionOwner`."""
-        self._add(session, connection_id)
+        self._table.add(session, connection_id)
 
     def connection_id_retired(self, session: Session, connection_id: bytes) -> None:
         """Part of `SessionOwner`."""
-        self._ids[session].discard(connection_id)
-        self._by_id.pop(connection_id, None)
+        self._table.retire(session, connection_id)
 
     def session_due(self, session: Session) -> bool:
         """Part of `SessionOwner`."""
@@ -417,7 +387,7 @@ class Endpoint:
         self._counters["sessions_verified"] += 1
         if session.is_client:
             return
-        self._half_open.discard(session)
+        self._table.half_open.discard(session)
         listener = self._listening()
         try:
             listener.accepted.send_nowait(session)
@@ -431,7 +401,7 @@ class Endpoint:
         batches: list[UdpBatch] = []
         for session in self.sessions():
             batches += session.say_goodbye(now)
-            self._forget(session)
+            self._table.forget(session)
         if self._listener is not None:
             self._listener.accepted.close()
         await self.port.send(batches)

@@ -5,15 +5,21 @@ all without memory of the stranger, and none larger than what it sent.
 """
 
 import secrets
+from collections.abc import Callable, Set
 
 import attrs
+import trio
 from aioquic.quic.packet import encode_quic_retry, encode_quic_version_negotiation
 from aioquic.quic.retry import QuicRetryTokenHandler
 
+from ztna.core.identity import Role
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import RemoteProtocolError
 from ztna.net.demux import CONNECTION_ID_LENGTH, QUIC_VERSION_1, LongHeader, initial_token_untrusted
+from ztna.net.session import Session
+from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey
+from ztna.pki import Credentials
 
 # Our choice: lines a second that strangers can cause in the log.
 _LOG_RATE = 5.0
@@ -122,3 +128,14 @@ class Doorkeeper:
         if packet is None or not self._reset_gate.allow(now):
             return None
         return UdpBatch(packet, len(packet), address)
+
+
+@attrs.define(eq=False)
+class Listener:
+    """How clients are met: what `Endpoint.listen` was given."""
+
+    credentials: Credentials
+    expected_roles: frozenset[Role]
+    settings: SessionSettings
+    denied_serials: Callable[[], Set[int]]
+    accepted: trio.MemorySendChannel[Session]
