@@ -9,6 +9,7 @@ a session, and nothing that the network sends ends the loop.
 
 import datetime
 import ipaddress
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import attrs
@@ -88,6 +89,10 @@ _COUNTERS = (
 )
 
 
+def _zeros() -> Counter[str]:
+    return Counter(dict.fromkeys(_COUNTERS, 0))
+
+
 @attrs.define(eq=False)
 class Endpoint:
     """Sessions on one port. `run` must run while it is used; it says goodbye when cancelled.
@@ -109,14 +114,10 @@ class Endpoint:
     _due: dict[Session, None] = attrs.field(factory=dict, init=False, repr=False)
     _in_round: bool = attrs.field(default=False, init=False, repr=False)
     _log_gate: RateGate = attrs.field(factory=RateGate, init=False, repr=False)
-    _counters: dict[str, int] = attrs.field(
-        factory=lambda: dict.fromkeys(_COUNTERS, 0), init=False, repr=False
-    )
+    _counters: Counter[str] = attrs.field(factory=_zeros, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._doorkeeper = Doorkeeper(self.reset_key, self.settings.resets)
-
-    # --- for the roles ------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive, and pump all sessions, until cancelled; then close them all."""
@@ -218,8 +219,6 @@ class Endpoint:
             "log_lines_suppressed": self._log_gate.suppressed,
             **self._table.statistics(),
         }
-
-    # --- receiving ----------------------------------------------------------------------------
 
     async def _receive(self) -> None:
         """Sort what came, pump the sessions that it concerns, and those that they hand it to, and
@@ -356,8 +355,6 @@ class Endpoint:
         # The pump feeds before it sends: a connection that has received nothing cannot send.
         session.take_batch(batch)
         self._nursery.start_soon(self._run_session, session)
-
-    # --- sessions -----------------------------------------------------------------------------
 
     async def _run_session(self, session: Session) -> None:
         await session.run()
