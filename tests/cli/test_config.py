@@ -41,6 +41,23 @@ def test_agent_in_words(tmp_path: Path) -> None:
     ]
 
 
+def test_agent_without_a_tunnel_interface_in_words(tmp_path: Path) -> None:
+    value = {
+        **AGENT,
+        "tun": {"name": "none"},
+        "forwards": ["8443:web-app:443", "[::1]:9999:echo-service"],
+        "socks": 1080,
+    }
+    lines = check(tmp_path, value).stdout.splitlines()
+    assert lines[4:9] == [
+        "  uses no tunnel interface",
+        "  listens on 127.0.0.1:8443 (TCP) for web-app, port 443",
+        "  listens on [::1]:9999 (UDP) for echo-service, port 9999",
+        "  listens on 127.0.0.1:1080 as a SOCKS5 proxy",
+        "  reaches:",
+    ]
+
+
 def test_connector_in_words(tmp_path: Path) -> None:
     lines = check(tmp_path, CONNECTOR).stdout.splitlines()
     assert lines[0].endswith("configuration of a connector")

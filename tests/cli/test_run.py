@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from tests.config.test_model import AGENT, CONNECTOR, INTERMEDIATE
 from ztna.cli import run as run_module
 from ztna.cli.main import cli
+from ztna.config.forwards import Forward
 from ztna.config.model import AgentConfig, ConnectorConfig, IntermediateConfig
 from ztna.errors import UnreachableError
 
@@ -73,6 +74,39 @@ def test_agent_options_replace_the_file(started: list[Any]) -> None:
     server = config.intermediate
     assert (server.host, server.port, server.server_name) == ("2001:db8::1", 4433, "b.example.net")
     assert (config.tun.name, config.tun.mtu) == ("ztna7", 1400)
+
+
+def test_agent_without_a_tunnel_interface(started: list[Any]) -> None:
+    file = {**AGENT, "tun": {"name": "none"}, "forwards": ["1:echo-service"], "socks": 1}
+    result = invoke("agent", "--config", write(file))
+    assert result.exit_code == 0, result.output
+    assert started[0].forwards == (Forward(("127.0.0.1", 1), "echo-service"),)
+    options = ["--tun", "none", "--forward", "8080:web-app:80", "--forward", "9:echo-service/udp"]
+    result = invoke("agent", "--config", write(AGENT), *options, "--socks", "[::1]:1080")
+    assert result.exit_code == 0, result.output
+    config = started[1]
+    assert (config.tun.name, config.socks) == ("none", ("::1", 1080))
+    assert config.forwards == (
+        Forward(("127.0.0.1", 8080), "web-app", 80),
+        Forward(("127.0.0.1", 9), "echo-service", None, "udp"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--forward", "8080"], "option --forward"),
+        (["--socks", "x"], "option --socks"),
+        (["--forward", "8080:web-app"], "the service's port too"),
+        ([], 'add "forwards" or "socks"'),
+    ],
+)
+def test_agent_without_a_tunnel_interface_is_told_what_is_wrong(
+    started: list[Any], options: list[str], words: str
+) -> None:
+    result = invoke("agent", "--config", write(AGENT), "--tun", "none", *options)
+    assert result.exit_code == 3
+    assert words in str(result.exception) + result.output
 
 
 def test_connector_without_any_file(started: list[Any]) -> None:
