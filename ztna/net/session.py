@@ -297,7 +297,12 @@ class Session(SessionQueues):
             self._heartbeat.sent(now)
 
     def _watch_answers(self, now: float) -> None:
-        """Notice a peer that does not acknowledge what it should, and one that does again."""
+        """Notice a peer that does not acknowledge what it should, and one that does again.
+
+        Not before it is verified: a handshake with a server that is not back yet is no silence,
+        and must not count against the session once it is up."""
+        if self._peer is None:
+            return
         connection = self._connection
         changed = self._watch.observe(
             aioquic_state.largest_acknowledged(connection),

@@ -125,6 +125,11 @@ class SessionQueues:
         return self._peer
 
     @property
+    def verified(self) -> bool:
+        """Whether the handshake is complete and the peer's certificate was judged good."""
+        return self._peer is not None
+
+    @property
     def closed(self) -> bool:
         """Whether the session has ended; what was received may still be read."""
         return self._close_info is not None

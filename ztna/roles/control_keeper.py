@@ -5,6 +5,7 @@ session is begun beside the first; whichever answers first is used. `renew` begi
 a certificate or the services have changed.
 """
 
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
@@ -49,6 +50,7 @@ class ControlKeeper:
     denied_serials: frozenset[int] = frozenset()
     _successor: Session | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
+    _rival_at: float = -math.inf  # when the last rival was begun
 
     async def run(self) -> NoReturn:
         """Keep a session until cancelled."""
@@ -78,8 +80,15 @@ class ControlKeeper:
                     raise
             successor = self._successor
             if successor is None:
-                return wait
+                return 0.0 if await self._replaced_by_ourselves(session) else wait
             session = successor
+
+    async def _replaced_by_ourselves(self, session: Session) -> bool:
+        """Whether what replaced a session was a rival of ours, which was given up too late: the
+        intermediate had taken it already. Then nobody else has our identity."""
+        closed = await session.wait_closed()
+        recently = trio.current_time() < self._rival_at + 2 * RIVAL_DEADLINE
+        return recently and closed.by_peer and closed.code == CloseCode.REPLACED
 
     def _set_successor(self, session: Session | None) -> None:
         self._successor = session
@@ -110,6 +119,7 @@ class ControlKeeper:
                 renewing = await _first_of(session.wait_suspect, self._renew.wait) == 1
                 log.info("beginning another session", renewing=renewing)
                 rival = await self._connect_again()
+                self._rival_at = trio.current_time()
                 self._set_successor(rival)
                 if not await self._wins(rival, session, renewing=renewing):
                     self._set_successor(None)
@@ -137,7 +147,10 @@ class ControlKeeper:
 
         with trio.move_on_after(RIVAL_DEADLINE):
             try:
-                return await _first_of(rival.wait_verified, answered) == 0
+                # Both may come in one round. A rival that is verified has told the intermediate,
+                # for which the newer session counts.
+                first = await _first_of(rival.wait_verified, answered)
+                return first == 0 or rival.verified
             except* SessionClosedError:
                 if session.closed:
                     raise
