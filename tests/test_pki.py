@@ -64,7 +64,7 @@ def test_now_is_the_wall_clock_by_default(good: Deployment, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("expired", r"node\.crt expired on 2030-06-01 11:59 UTC: have a new one issued"),
+        ("expired", r"node\.crt expired on 2030-06-01 11:59 UTC: have it renewed where the CA is"),
         ("not yet valid", r"node\.crt is not valid before .* clock right\?"),
         ("other CA", r"node\.crt was not issued by the CA in .*ca\.crt"),
         ("other CA of the same name", r"node\.crt was not issued by the CA in .*ca\.crt"),

@@ -29,8 +29,10 @@ from ztna.errors import IdentityError, RemoteProtocolError, UsageError
 from ztna.pki import (
     MALFORMED,
     PrivateKey,
+    alternative_names,
     certificate_pem,
     connector_dns_name,
+    identity_of,
     matches,
     private_key_pem,
     read_certificates,
@@ -141,16 +143,9 @@ def make_request(
 ) -> tuple[PrivateKey, x509.CertificateSigningRequest]:
     """A new P-256 key, and the CSR that asks for its certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
-    check_request(
-        Request(identity, key.public_key(), tuple(dns), tuple(ips)), identity.trust_domain
-    )
-    csr = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(identity)[:64])]))
-        .add_extension(_alternative_names(identity.uri, dns, ips), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    return key, csr
+    request = Request(identity, key.public_key(), tuple(dns), tuple(ips))
+    check_request(request, identity.trust_domain)
+    return key, request_for(request, key)
 
 
 def read_request_untrusted(pem: bytes) -> Request:
@@ -186,6 +181,44 @@ def read_request_untrusted(pem: bytes) -> Request:
     if len(addresses) != len(ips):
         raise RemoteProtocolError("the request names a network where an address is due")
     return Request(Identity.parse_untrusted(uris[0]), public_key, tuple(dns), addresses)
+
+
+def renewal_of(
+    certificate: x509.Certificate, issuer: x509.Certificate, public_key: PublicKey | None = None
+) -> Request:
+    """What asks for the same identity and names once more. Expired ones may be renewed, too.
+
+    public_key: a new one; the old one if None. Raises IdentityError for a certificate that is not
+    of this CA, or that is no node's.
+    """
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (*MALFORMED, InvalidSignature, TypeError) as error:
+        raise IdentityError("it was not issued by this CA") from error
+    names = alternative_names(certificate)
+    key = public_key or certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
+        raise IdentityError("its key is neither P-256 nor Ed25519")
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return Request(
+        identity_of(certificate),
+        key,
+        tuple(names.get_values_for_type(x509.DNSName)),
+        tuple(
+            ip for ip in addresses if isinstance(ip, ipaddress.IPv4Address | ipaddress.IPv6Address)
+        ),
+    )
+
+
+def request_for(request: Request, key: PrivateKey) -> x509.CertificateSigningRequest:
+    """The CSR of a request, signed by its key."""
+    identity = request.identity
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(identity)[:64])]))
+        .add_extension(_alternative_names(identity.uri, request.dns, request.ips), critical=False)
+        .sign(key, hashes.SHA256() if isinstance(key, ec.EllipticCurvePrivateKey) else None)
+    )
 
 
 def check_request(request: Request, trust_domain: str) -> None:

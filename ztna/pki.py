@@ -120,7 +120,8 @@ def load_credentials(
     if now > leaf.not_valid_after_utc:
         raise IdentityError(
             f"{certificate} expired on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: "
-            "have a new one issued (ztna pki issue)"
+            f"have it renewed where the CA is (ztna pki renew --ca DIR --cert {certificate.name}), "
+            "and start this node again"
         )
     if now < leaf.not_valid_before_utc:
         raise IdentityError(
@@ -219,13 +220,22 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
 def write_public(path: Path, data: bytes) -> None:
     """Write certificates or a request, replacing the file at once if it is there: that is a
     renewal. Raises IdentityError."""
+    _replace(path, data, 0o644)
+
+
+def replace_key(path: Path, data: bytes) -> None:
+    """Write a private key over the one that it follows, at once. Raises IdentityError."""
+    _replace(path, data, 0o600)
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
     _make_directory(path.parent)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(descriptor, 0o644)
+                os.fchmod(descriptor, mode)
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)

@@ -8,10 +8,11 @@ from click.testing import CliRunner, Result
 
 from tests.net.certificates import bad_client, make_agent, make_deployment, write_credentials
 from tests.net.certificates import make_ca as make_test_ca
+from ztna.authority import Authority, Request, make_request
 from ztna.cli.pki import describe, pki
 from ztna.core.identity import Identity, Role
 from ztna.errors import IdentityError, UsageError, ZtnaError
-from ztna.pki import certificate_pem, load_credentials
+from ztna.pki import alternative_names, certificate_pem, load_credentials, private_key_pem
 
 PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
@@ -54,6 +55,68 @@ def test_from_nothing_to_credentials(ca: Path, tmp_path: Path) -> None:
     renewed = load_credentials(node / "agent.crt", node / "agent.key", ca / "ca.crt")
     assert renewed.certificate.serial_number != before.serial_number
     assert renewed.not_after < before.not_valid_after_utc
+
+
+def issue_intermediate(ca: Path, node: Path) -> None:
+    hosts = ("--dns", "relay.example.net", "--ip", "10.0.0.1", "--ip", "::1")
+    succeed("issue", "--ca", ca, "intermediate", "relay", *hosts, "--out", node, "--days", "1")
+
+
+def test_renewal_keeps_identity_names_and_key(ca: Path, tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    issue_intermediate(ca, node)
+    cert, key = node / "intermediate.crt", node / "intermediate.key"
+    before = load_credentials(cert, key, ca / "ca.crt")
+    said = succeed("renew", "--ca", ca, "--cert", cert, "--days", "30")
+    assert f"{cert}: intermediate/relay, valid until" in said
+    after = load_credentials(cert, key, ca / "ca.crt")
+    assert after.identity == before.identity
+    assert alternative_names(after.certificate) == alternative_names(before.certificate)
+    assert after.certificate.public_key() == before.certificate.public_key()
+    assert after.certificate.serial_number != before.certificate.serial_number
+    assert after.not_after - before.not_after > datetime.timedelta(days=28)
+    assert oct(cert.stat().st_mode & 0o777) == "0o644"
+
+
+def test_renewal_of_an_expired_certificate(ca: Path, tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    authority = Authority.load(ca)
+    key, _ = make_request(Identity("example.net", Role.CONNECTOR, "home"))
+    asked = Request(Identity("example.net", Role.CONNECTOR, "home"), key.public_key())
+    node.mkdir()
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=30)
+    old = authority.issue(asked, past, datetime.timedelta(minutes=10))
+    (node / "c.crt").write_bytes(certificate_pem(old))
+    (node / "c.key").write_bytes(private_key_pem(key))
+    (node / "c.key").chmod(0o600)
+    with pytest.raises(IdentityError, match=r"ztna pki renew --ca DIR --cert c\.crt"):
+        load_credentials(node / "c.crt", node / "c.key", ca / "ca.crt")
+    succeed("renew", "--ca", ca, "--cert", node / "c.crt")
+    assert load_credentials(node / "c.crt", node / "c.key", ca / "ca.crt").identity.name == "home"
+
+
+def test_renewal_with_a_new_key_to_another_place(ca: Path, tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    issue_intermediate(ca, node)
+    cert, key, out = node / "intermediate.crt", node / "intermediate.key", tmp_path / "new.crt"
+    before = load_credentials(cert, key, ca / "ca.crt")
+    succeed("renew", "--ca", ca, "--cert", cert, "--key", key, "--out", out)
+    assert oct(key.stat().st_mode & 0o777) == "0o600"
+    after = load_credentials(out, key, ca / "ca.crt")
+    assert after.certificate.public_key() != before.certificate.public_key()
+    assert certificate_pem(before.certificate) == cert.read_bytes(), "--out spares it"
+
+
+def test_renewal_refuses_what_is_not_its_own(ca: Path, tmp_path: Path) -> None:
+    succeed("init", tmp_path / "other", "--trust-domain", "example.net")
+    issue_intermediate(tmp_path / "other", tmp_path / "node")
+    cert = tmp_path / "node" / "intermediate.crt"
+    before = cert.read_bytes()
+    words = fail(IdentityError, "renew", "--ca", ca, "--cert", cert, "--key", tmp_path / "k")
+    assert words == f"{cert}: it was not issued by this CA"
+    assert (cert.read_bytes(), (tmp_path / "k").exists()) == (before, False)
+    words = fail(IdentityError, "renew", "--ca", ca, "--cert", ca / "ca.crt")
+    assert "SPIFFE ID" in words
 
 
 def test_server_request_keeps_its_names(ca: Path, tmp_path: Path) -> None:

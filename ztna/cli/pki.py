@@ -1,7 +1,8 @@
 """`ztna pki`: the private CA, requests, certificates.
 
-init -> request (on the node) -> issue (beside the CA) -> show. Keys are made where they are used
-and never overwritten; certificates are replaced when they are renewed.
+init -> request (on the node) -> issue (beside the CA) -> show -> renew (beside the CA). Keys are
+made where they are used and never overwritten, but by `renew --key`; certificates are replaced when
+they are renewed.
 """
 
 import datetime
@@ -23,6 +24,7 @@ from ztna.authority import (
     create_authority,
     make_request,
     read_request_untrusted,
+    renewal_of,
 )
 from ztna.core.identity import Identity, Role, valid_name, valid_trust_domain
 from ztna.errors import IdentityError, RemoteProtocolError, UsageError
@@ -34,6 +36,7 @@ from ztna.pki import (
     read_certificates,
     read_file,
     renew_at,
+    replace_key,
     trust_domain_of,
     write_new,
     write_public,
@@ -185,6 +188,50 @@ def issue(
     click.echo(
         f"{path}: {role or asked.identity.role}, valid until "
         f"{certificate.not_valid_after_utc:%Y-%m-%d}, renew from {renew_at(certificate):%Y-%m-%d}"
+    )
+
+
+@pki.command()
+@click.option("--ca", type=PATH, required=True, help="Directory that `pki init` made.")
+@click.option("--cert", type=PATH, required=True, help="The certificate; it may have expired.")
+@click.option(
+    "--key", type=PATH, help="Make a new key, too, and write it here; the old one is replaced."
+)
+@click.option(
+    "--days",
+    type=click.IntRange(1, 3650),
+    default=LEAF_LIFETIME.days,
+    show_default=True,
+    help="Lifetime from now; never longer than the CA's.",
+)
+@click.option("--out", type=PATH, help="Where the certificate goes; by default into --cert.")
+def renew(ca: Path, cert: Path, key: Path | None, days: int, out: Path | None) -> None:
+    """Issue a certificate once more, for the same identity, names and key.
+
+    The node takes it on SIGHUP. A node renews by itself where its file has "identity": {"renew"}.
+
+    \b
+    Example:
+      ztna pki renew --ca ca --cert agent.crt
+    """
+    authority = Authority.load(ca)
+    new_key = ec.generate_private_key(ec.SECP256R1()) if key is not None else None
+    try:
+        asked = renewal_of(
+            read_certificates(cert)[0],
+            authority.certificate,
+            None if new_key is None else new_key.public_key(),
+        )
+    except IdentityError as error:
+        raise IdentityError(f"{cert}: {error}") from error
+    certificate = authority.issue(asked, _now(), datetime.timedelta(days=days))
+    path = out or cert
+    if key is not None and new_key is not None:
+        replace_key(key, private_key_pem(new_key))
+    write_public(path, certificate_pem(certificate))
+    click.echo(
+        f"{path}: {asked.identity}, valid until {certificate.not_valid_after_utc:%Y-%m-%d}, "
+        f"renew from {renew_at(certificate):%Y-%m-%d}"
     )
 
 
