@@ -35,7 +35,7 @@ from ztna.errors import ConfigError
 from ztna.roles.agent import run_agent_from_config
 from ztna.roles.connector import run_connector_from_config
 from ztna.roles.intermediate import run_intermediate_from_config
-from ztna.roles.tree import run_role
+from ztna.roles.tree import process_statistics, run_role, statistics_registry
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=AnyConfig)
@@ -346,6 +346,11 @@ def _run(
     if verbosity(ctx):
         level = logging.DEBUG if verbosity(ctx) == 1 else logging.DEBUG - 1
     configure_logging(log_format, level)
-    stopped_by = trio.run(partial(run_role, start, json_statistics=log_format == "json"))
+
+    async def main() -> None:
+        statistics_registry().register("process", process_statistics)
+        await start()
+
+    stopped_by = trio.run(partial(run_role, main, json_statistics=log_format == "json"))
     if stopped_by is signal.SIGINT:
         ctx.exit(INTERRUPTED)

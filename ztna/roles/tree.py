@@ -89,6 +89,12 @@ def statistics_registry() -> StatisticsRegistry:
         return registry
 
 
+def process_statistics() -> dict[str, object]:
+    """What a leak would let grow: tasks of trio, calls that wait for its loop."""
+    statistics = trio.lowlevel.current_statistics()
+    return {"tasks": statistics.tasks_living, "run_sync_soon": statistics.run_sync_soon_queue_size}
+
+
 async def run_role(
     main: Callable[[], Awaitable[None]], *, json_statistics: bool = False
 ) -> signal.Signals | None:
