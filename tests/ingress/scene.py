@@ -52,7 +52,7 @@ class Scene:
 
     def forward(self, port: int = 80) -> Stream:
         """A local program's connection to a forwarded port of the web service."""
-        return self._serve(TcpForward(self.host, Target("web", WEB_IP.packed, port)).handle)
+        return self._serve(TcpForward(self.host, lambda: Target("web", WEB_IP.packed, port)).handle)
 
     def socks_client(self) -> Stream:
         """A local program's connection to the SOCKS port."""

@@ -288,12 +288,15 @@ class MemoryDatagrams:
     def send_nowait(self, payloads: Sequence[Buffer], peer: Any) -> None:
         self.sent += [(bytes(payload), peer) for payload in payloads]
 
+    def close(self) -> None:
+        self.arrived.close()
+
 
 def udp_forward(scene: Scene) -> tuple[UdpForward, MemoryDatagrams]:
     scene.world.dialer.datagrams[ECHO_BACKEND] = lambda datagram: [datagram]
     local = MemoryDatagrams(*trio.open_memory_channel[list[tuple[bytes, Any]]](10))
     target = Target("echo", ECHO_IP.packed, 9999)
-    forward = UdpForward(scene.host, target, local)  # type: ignore[arg-type] # in memory
+    forward = UdpForward(scene.host, lambda: target, local)  # type: ignore[arg-type] # in memory
     scene.nursery.start_soon(forward.run)
     return forward, local
 

@@ -116,7 +116,7 @@ async def test_four_mebibytes_there_and_back() -> None:
     data = os.urandom(4 << 20)
     async with open_machine() as machine:
         machine.dialer.streams[WEB_BACKEND] = echo
-        stream = await machine.listen(TcpForward(machine.host, WEB).handle)
+        stream = await machine.listen(TcpForward(machine.host, lambda: WEB).handle)
 
         async def send() -> None:
             await stream.send_all(data)
@@ -134,7 +134,7 @@ async def test_a_service_that_resets_resets_the_program() -> None:
 
     async with open_machine() as machine:
         machine.dialer.streams[WEB_BACKEND] = reset
-        stream = await machine.listen(TcpForward(machine.host, WEB).handle)
+        stream = await machine.listen(TcpForward(machine.host, lambda: WEB).handle)
         await stream.send_all(b"x")
         with pytest.raises(trio.BrokenResourceError) as error:
             await stream.receive_some()
@@ -143,7 +143,7 @@ async def test_a_service_that_resets_resets_the_program() -> None:
 
 async def test_a_service_that_refuses_resets_the_program() -> None:
     async with open_machine() as machine:
-        stream = await machine.listen(TcpForward(machine.host, WEB).handle)
+        stream = await machine.listen(TcpForward(machine.host, lambda: WEB).handle)
         with pytest.raises(trio.BrokenResourceError) as error:
             await stream.receive_some()
         assert isinstance(error.value.__cause__, ConnectionResetError)
@@ -162,7 +162,7 @@ async def test_a_program_that_resets_resets_the_service() -> None:
 
     async with open_machine() as machine:
         machine.dialer.streams[WEB_BACKEND] = wait
-        stream = await machine.listen(TcpForward(machine.host, WEB).handle)
+        stream = await machine.listen(TcpForward(machine.host, lambda: WEB).handle)
         assert await stream.receive_some() == b"x"
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await trio.aclose_forcefully(stream)
@@ -184,15 +184,13 @@ async def test_datagrams(sizes: Sequence[int]) -> None:
     async with open_machine() as machine:
         machine.dialer.datagrams[ECHO_BACKEND] = lambda datagram: [datagram]
         local = await open_datagrams(("127.0.0.1", 0))
-        machine.nursery.start_soon(UdpForward(machine.host, ECHO, local).run)
+        machine.nursery.start_soon(UdpForward(machine.host, lambda: ECHO, local).run)
         with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             await udp.connect(local.local_address)
             sent = [os.urandom(size) for size in sizes]
             for payload in sent:
                 await udp.send(payload)
             assert sorted([await udp.recv(65_535) for _ in sent]) == sorted(sent)
-        machine.nursery.cancel_scope.cancel()
-    local.close()
 
 
 async def associate(stream: Stream, port: int = 0) -> tuple[str, int]:

@@ -5,7 +5,7 @@ ids differ in nothing else, the exact one is meant.
 """
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import attrs
 
@@ -16,22 +16,26 @@ from ztna.ingress.host import Target
 DOMAIN = ".ztna.internal"
 
 
-@attrs.frozen
+@attrs.define
 class Directory:
     """Services by what they may be called."""
 
-    _by_name: Mapping[str, ServiceRoute]
-    _by_address: Mapping[bytes, ServiceRoute]
+    _by_name: dict[str, ServiceRoute] = attrs.Factory(dict)
+    _by_address: dict[bytes, ServiceRoute] = attrs.Factory(dict)
 
     @classmethod
     def of(cls, services: Iterable[ServiceRoute]) -> "Directory":
         """The names and addresses of these services."""
+        directory = cls()
+        directory.set_services(services)
+        return directory
+
+    def set_services(self, services: Iterable[ServiceRoute]) -> None:
+        """Know these services, and no others."""
         known = list(services)
         names = {service.id.lower(): service for service in reversed(known)}
-        return cls(
-            names | {service.id: service for service in known},
-            {a: service for service in known for a in packed_pair(service.virtual_ip)},
-        )
+        self._by_name = names | {service.id: service for service in known}
+        self._by_address = {a: s for s in known for a in packed_pair(s.virtual_ip)}
 
     def find(self, host: str, port: int) -> Target | None:
         """The target that a program means by a name or an address; None if there is none."""

@@ -7,7 +7,7 @@ one that gives the interface its address and routes when the intermediate has na
 
 import functools
 import ipaddress
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import attrs
@@ -109,16 +109,17 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
     routes = [_route(service) for service in config.services]
     async with (
         open_udp_port(any_address(server), 0) as port,
-        open_local_ports(config, routes) as host,
+        open_local_ports(config, routes) as local,
     ):
         await run_agent(
             config,
             port,
-            host,
+            local.host,
             files.credentials,
-            host.configure,
+            local.host.configure,
             denied_serials=files.denied_serials,
             read=read,
+            on_services=local.directory.set_services,
         )
 
 
@@ -131,11 +132,12 @@ async def run_agent(
     *,
     denied_serials: frozenset[int] = frozenset(),
     read: ReadFiles[AgentConfig] | None = None,
+    on_services: Callable[[Iterable[ServiceRoute]], None] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry packets between tun and the intermediate until cancelled.
 
-    read: gives the files anew for a reload.
+    read: gives the files anew for a reload. on_services: hears of the services that it brought.
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
     routes = RouteTable.of(_route(service) for service in config.services)
@@ -161,7 +163,7 @@ async def run_agent(
         )
         if read is not None:
             files = NodeFiles(config, credentials, denied_serials)
-            apply = functools.partial(agent.apply, keeper)
+            apply = functools.partial(agent.apply, keeper, on_services)
             nursery.start_soon(keep_reloading, files, read, apply)
         task_status.started()
         await keeper.run()
@@ -213,12 +215,19 @@ class _Agent:
             self._notify()
 
     def apply(
-        self, keeper: ControlKeeper, old: NodeFiles[AgentConfig], new: NodeFiles[AgentConfig]
+        self,
+        keeper: ControlKeeper,
+        on_services: Callable[[Iterable[ServiceRoute]], None] | None,
+        old: NodeFiles[AgentConfig],
+        new: NodeFiles[AgentConfig],
     ) -> None:
         """Bring what a reload has read into force."""
         for service_id, change in changed_services(old, new).items():
             log.info("service reloaded", service=service_id, change=change)
-        self.routes.set_services(_route(service) for service in new.config.services)
+        routes = [_route(service) for service in new.config.services]
+        self.routes.set_services(routes)
+        if on_services is not None:
+            on_services(routes)
         self.service_ids = [service.id for service in new.config.services]
         apply_to_session(keeper, self.link, old, new)
         if self.link is not None:

@@ -3,13 +3,14 @@
 import functools
 import ipaddress
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
+import attrs
 import structlog
 import trio
 
-from ztna.config.forwards import ResolvedForward, resolve_forward
+from ztna.config.forwards import resolve_forward
 from ztna.config.model import AgentConfig
 from ztna.core.addresses import format_address
 from ztna.core.mss import mss_limits
@@ -19,7 +20,7 @@ from ztna.core.routes import ServiceRoute
 from ztna.core.tcp.state import TcpConfig
 from ztna.ingress.directory import Directory
 from ztna.ingress.forward import TcpForward, UdpForward
-from ztna.ingress.host import Target, UserspaceHost
+from ztna.ingress.host import UserspaceHost
 from ztna.ingress.local import LocalConnections, Stream, open_datagrams, open_listeners
 from ztna.ingress.socks import SocksServer
 from ztna.roles.tree import statistics_registry
@@ -34,6 +35,14 @@ SHORT_HEADER = 3
 Handle = Callable[[Stream], Awaitable[None]]
 
 
+@attrs.frozen
+class LocalPorts:
+    """What is behind the local ports. directory: to be told of services that a reload changed."""
+
+    host: UserspaceHost
+    directory: Directory
+
+
 def make_host(mtu: int) -> UserspaceHost:
     """A host without an address and without flows."""
     table = OutboundTable(_tcp_config, os.urandom(16), packet_size=DATAGRAM_DATA - SHORT_HEADER)
@@ -43,8 +52,8 @@ def make_host(mtu: int) -> UserspaceHost:
 @asynccontextmanager
 async def open_local_ports(
     config: AgentConfig, services: Sequence[ServiceRoute]
-) -> AsyncIterator[UserspaceHost]:
-    """Listen on all local ports that the configuration names; yield the host behind them.
+) -> AsyncIterator[LocalPorts]:
+    """Listen on all local ports that the configuration names; yield what is behind them.
 
     Raises SystemSetupError where one cannot be listened on.
     """
@@ -52,20 +61,18 @@ async def open_local_ports(
     registry = statistics_registry()
     connections = LocalConnections()
     registry.register("local", connections.statistics)
-    targets = {service.id: service.virtual_ip for service in services}
-    async with AsyncExitStack() as stack:
-        nursery = await stack.enter_async_context(trio.open_nursery())
+    directory = Directory.of(services)
+    async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         for forward in (resolve_forward(forward, config.services) for forward in config.forwards):
-            target = _target(forward, targets)
+            find = functools.partial(directory.find, forward.service, forward.service_port)
             _warn_if_open(forward.listen)
             if forward.transport == "tcp":
-                handle = TcpForward(host, target).handle
+                handle = TcpForward(host, find).handle
                 await _listen(nursery, connections, forward.listen, handle)
             else:
                 local = await open_datagrams(forward.listen)
-                stack.callback(local.close)
-                relay = UdpForward(host, target, local)
+                relay = UdpForward(host, find, local)
                 registry.register(f"forward.udp.{forward.listen[1]}", relay.statistics)
                 nursery.start_soon(relay.run)
             log.info(
@@ -76,12 +83,12 @@ async def open_local_ports(
                 port=forward.service_port,
             )
         if config.socks is not None:
-            socks = SocksServer(host, Directory.of(services))
+            socks = SocksServer(host, directory)
             registry.register("socks", socks.statistics)
             _warn_if_open(config.socks)
             await _listen(nursery, connections, config.socks, socks.handle)
             log.info("SOCKS5 proxy listens", listen=format_address(config.socks))
-        yield host
+        yield LocalPorts(host, directory)
         nursery.cancel_scope.cancel()
 
 
@@ -91,10 +98,6 @@ async def _listen(
     listeners = await open_listeners(address)
     serve = functools.partial(connections.serve, handle)
     await nursery.start(trio.serve_listeners, serve, listeners)
-
-
-def _target(forward: ResolvedForward, addresses: Mapping[str, ipaddress.IPv4Address]) -> Target:
-    return Target(forward.service, addresses[forward.service].packed, forward.service_port)
 
 
 def _warn_if_open(listen: Address) -> None:
