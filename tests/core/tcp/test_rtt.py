@@ -36,7 +36,8 @@ def test_one_sample_far_above_the_others_counts_for_less() -> None:
     assert rtt.rto > 2.0
 
 
-def test_backoff_doubles_to_a_minute_and_ends_with_progress() -> None:
+def test_backoff_doubles_to_a_second_and_ends_with_progress() -> None:
+    """So that a connection goes on within a second of the path being back."""
     rtt = RttEstimator()
     rtt.recover()
     rtt.sample(0.0, 0.0)
@@ -44,11 +45,25 @@ def test_backoff_doubles_to_a_minute_and_ends_with_progress() -> None:
     for _ in range(10):
         rtt.back_off()
         seen.append(rtt.rto)
-    assert seen[:3] == pytest.approx([0.4, 0.8, 1.6])
-    assert seen[-1] == 60.0
+    assert seen == pytest.approx([0.4, 0.8] + 8 * [1.0])
     rtt.recover()
     assert rtt.rto == pytest.approx(0.2)
     assert rtt.backoffs == 0
+
+
+def test_backoff_never_goes_below_what_the_path_needs() -> None:
+    rtt = RttEstimator()
+    rtt.sample(2.0, 0.0)
+    assert rtt.rto == pytest.approx(6.0)
+    rtt.back_off()
+    assert rtt.rto == pytest.approx(6.0)
+
+
+def test_backoff_of_a_handshake_doubles_to_a_minute() -> None:
+    rtt = RttEstimator()
+    for _ in range(10):
+        rtt.back_off()
+    assert rtt.rto == 60.0
 
 
 def test_backoff_without_a_sample_stays() -> None:

@@ -12,6 +12,12 @@ INITIAL_RTO: Final = 1.0
 _MIN_VARIANCE: Final = 0.2
 # RFC 6298 section 2.5: a maximum is at least 60 s.
 MAX_RTO: Final = 60.0
+# Doubling ends here, unless the path itself is slower. RFC 6298 section 2.5 allows no maximum below
+# 60 s; we differ, as Linux lets one choose (TCP_RTO_MAX_MS). The sessions beneath know a dead path
+# by themselves and are back at once when it is, and connections are to go on at once, too; what
+# congests is theirs to slow down. One packet a second is little for a connection that waits. Before
+# the first sample, as in a handshake, nothing is known of the path and the RFC is followed.
+BACKOFF_LIMIT: Final = 1.0
 # Our choice: a sample is at most twice the timeout that was expected.
 _MAX_SURPRISE: Final = 2.0
 # RFC 6298 section 5.7: after a handshake with a timeout, when there is no sample.
@@ -57,9 +63,10 @@ class RttEstimator:
             minima.popleft()
 
     def back_off(self) -> None:
-        """Double the timeout, RFC 6298 section 5.5."""
+        """Double the timeout, RFC 6298 section 5.5, up to `BACKOFF_LIMIT`."""
         self.backoffs += 1
-        self.rto = min(self.rto * 2, MAX_RTO)
+        limit = MAX_RTO if self.smoothed is None else max(self.rto, BACKOFF_LIMIT)
+        self.rto = min(self.rto * 2, limit)
 
     def recover(self) -> None:
         """New data was acknowledged: the backoff is over. RFC 6298 section 5 leaves it to the
