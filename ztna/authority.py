@@ -195,6 +195,11 @@ def renewal_of(
         certificate.verify_directly_issued_by(issuer)
     except (*MALFORMED, InvalidSignature, TypeError) as error:
         raise IdentityError("it was not issued by this CA") from error
+    return request_of(certificate, public_key)
+
+
+def request_of(certificate: x509.Certificate, public_key: PublicKey | None = None) -> Request:
+    """What a node's certificate was issued for. Raises IdentityError."""
     names = alternative_names(certificate)
     key = public_key or certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):

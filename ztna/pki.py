@@ -260,9 +260,9 @@ def certificate_pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(c.public_bytes(serialization.Encoding.PEM) for c in certificates)
 
 
-def read_file(path: Path, *, private: bool = False) -> bytes:
-    """A file's bytes. private: only if nobody but its owner has a right to it. Raises
-    IdentityError."""
+def read_file(path: Path, *, private: bool = False, limit: int = -1) -> bytes:
+    """A file's bytes. private: only if nobody but its owner has a right to it. limit: what lies
+    behind so many bytes stays unread. Raises IdentityError."""
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -270,7 +270,7 @@ def read_file(path: Path, *, private: bool = False) -> bytes:
                 raise IdentityError(
                     f"{path} can be read or written by others (mode {mode:04o}): chmod 600 {path}"
                 )
-            return file.read()
+            return file.read(limit)
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from error
 

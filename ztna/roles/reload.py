@@ -18,6 +18,7 @@ from ztna.config.model import AnyConfig
 from ztna.core.identity import Role
 from ztna.errors import ConfigError, IdentityError, ZtnaError
 from ztna.pki import Credentials, load_credentials
+from ztna.roles.renewal import Renewal
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +92,7 @@ def reload_requests() -> ReloadRequests:
 async def keep_reloading(
     files: NodeFiles[C], read: ReadFiles[C], apply: Callable[[NodeFiles[C], NodeFiles[C]], None]
 ) -> NoReturn:
-    """Read again whenever asked, until cancelled.
+    """Read again whenever asked, and renew the certificate in time, until cancelled.
 
     files: what the role runs by now. apply: takes what was and what is to be; it may raise
     ConfigError or IdentityError before it changes anything, and has no checkpoint.
@@ -100,25 +101,35 @@ async def keep_reloading(
     requests.served = True
     try:
         while True:
-            await requests.wait()
-            try:
-                fresh = await read()
-                _check_same_node(files, fresh)
-                apply(files, fresh)
-            except ZtnaError as error:
-                kind = type(error).__name__
-                log.error(
-                    "reload refused, the old files stay in force", kind=kind, error=str(error)
-                )
-                continue
-            files = fresh
-            log.info(
-                "reloaded",
-                certificate_until=f"{fresh.credentials.not_after:%Y-%m-%d %H:%M} UTC",
-                denied=len(fresh.denied_serials),
-            )
+            async with trio.open_nursery() as nursery:
+                renewal = Renewal(files.config.identity, files.credentials, requests.ask)
+                nursery.start_soon(renewal.run)
+                files = await _next_files(requests, files, read, apply)
+                nursery.cancel_scope.cancel()
     finally:
         requests.served = False
+
+
+async def _next_files(
+    requests: ReloadRequests,
+    files: NodeFiles[C],
+    read: ReadFiles[C],
+    apply: Callable[[NodeFiles[C], NodeFiles[C]], None],
+) -> NodeFiles[C]:
+    """Wait for a reload that succeeds."""
+    while True:
+        await requests.wait()
+        try:
+            fresh = await read()
+            _check_same_node(files, fresh)
+            apply(files, fresh)
+        except ZtnaError as error:
+            kind = type(error).__name__
+            log.error("reload refused, the old files stay in force", kind=kind, error=str(error))
+            continue
+        until = f"{fresh.credentials.not_after:%Y-%m-%d %H:%M} UTC"
+        log.info("reloaded", certificate_until=until, denied=len(fresh.denied_serials))
+        return fresh
 
 
 def _check_same_node(old: NodeFiles[C], new: NodeFiles[C]) -> None:
