@@ -26,8 +26,6 @@ _STEP = 0.05  # s
 _STEP_BYTES = 10_000
 # A small buffer shows a pause of the sender at once.
 _BUFFER = 32_768
-# A download that brings nothing for so long is given up: its connection is dead.
-_PATIENCE = 6.0
 _ANSWER = re.compile(r"^\[(\d+\.\d+)\] \d+ bytes from ", re.MULTILINE)
 
 
@@ -91,6 +89,7 @@ class Ping:
 class Download:
     """One TCP connection that brings a file slowly, until `finish`; a dead one is begun again.
 
+    patience: seconds; a connection that brings nothing for so long is given up.
     arrivals: when bytes came. broken: why connections ended early. whole: downloads whose
     checksum was right.
     """
@@ -98,6 +97,7 @@ class Download:
     host: Host
     target: str
     content: bytes = attrs.field(repr=False)
+    patience: float
     arrivals: list[float] = attrs.field(factory=list, repr=False)
     broken: list[str] = attrs.field(factory=list)
     whole: int = 0
@@ -137,7 +137,7 @@ class Download:
         digest, size = hashlib.sha256(), 0
         with self.host.namespace.open_socket(socket.AF_INET, socket.SOCK_STREAM) as tcp:
             tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            tcp.settimeout(_PATIENCE)
+            tcp.settimeout(self.patience)
             tcp.connect((self.target, 80))
             tcp.sendall(b"GET /download HTTP/1.0\r\n\r\n")
             head = b""

@@ -1,16 +1,18 @@
 """What breaks, and how it is mended. Each function returns the moment when the peer is back.
 
-By the wall clock. Of a process that is started again that is when it was started, so what Python
-needs to load is part of the gap; of everything else, when the cause was gone.
+By the wall clock. Of a process that is started again that is when it has opened its UDP port (what
+Python needs to load until then is told apart); of everything else, when the cause was gone.
 """
 
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import attrs
 
+from scripts.lab.deployment import NotReadyError
 from scripts.lab.recovery_probes import wall_clock
 from scripts.lab.recovery_site import CAFE_ROUTER, HOME_ROUTER, RecoverySite
 
@@ -18,7 +20,18 @@ DOWN = 3.0  # s
 LONG = 120.0  # s
 _OTHER_ADDRESS = {"10.1.0.2": "10.1.0.9", "10.1.0.9": "10.1.0.2"}
 
-Fault = Callable[[RecoverySite], float]
+_OPEN_DEADLINE = 20.0  # s
+
+Fault = Callable[[RecoverySite], "Back"]
+
+
+@attrs.frozen
+class Back:
+    """When the peer was back, by the wall clock. start_up: seconds that its program took to load
+    before; 0 where none was started."""
+
+    at: float = attrs.field(factory=wall_clock)
+    start_up: float = 0.0
 
 
 @attrs.frozen
@@ -31,15 +44,26 @@ class Scenario:
     long: bool = False
 
 
+def _start(site: RecoverySite, role: str) -> Back:
+    """Start a role and wait until it has opened its UDP port: the only one of its host."""
+    begin = wall_clock()
+    process = site.launch(role)
+    ports = Path(f"/proc/{process.pid}/net/udp")
+    while len(ports.read_text().splitlines()) < 2:  # the first is the heading
+        if process.process.poll() is not None or wall_clock() > begin + _OPEN_DEADLINE:
+            raise NotReadyError(f"{role} opens no port:\n{process.tail()}")
+        time.sleep(0.002)
+    now = wall_clock()
+    return Back(now, now - begin)
+
+
 def kill(role: str, down: float = 0.0) -> Fault:
     """SIGKILL, and a new process after `down` seconds."""
 
-    def fault(site: RecoverySite) -> float:
+    def fault(site: RecoverySite) -> Back:
         site.roles[role].kill()
         time.sleep(down)
-        back = wall_clock()
-        site.launch(role)
-        return back
+        return _start(site, role)
 
     return fault
 
@@ -47,11 +71,11 @@ def kill(role: str, down: float = 0.0) -> Fault:
 def freeze(role: str, seconds: float = DOWN) -> Fault:
     """SIGSTOP, as a suspended machine, then SIGCONT."""
 
-    def fault(site: RecoverySite) -> float:
+    def fault(site: RecoverySite) -> Back:
         os.kill(site.roles[role].pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(site.roles[role].pid, signal.SIGCONT)
-        return wall_clock()
+        return Back()
 
     return fault
 
@@ -59,24 +83,22 @@ def freeze(role: str, seconds: float = DOWN) -> Fault:
 def terminate(role: str) -> Fault:
     """SIGTERM, wait for the end, start again."""
 
-    def fault(site: RecoverySite) -> float:
+    def fault(site: RecoverySite) -> Back:
         site.roles[role].stop()
-        back = wall_clock()
-        site.launch(role)
-        return back
+        return _start(site, role)
 
     return fault
 
 
-def pull_cable(site: RecoverySite) -> float:
+def pull_cable(site: RecoverySite) -> Back:
     """The agent's cable, for 3 s."""
     site.agent.pull_cable()
     time.sleep(DOWN)
     site.agent.plug_cable()
-    return wall_clock()
+    return Back()
 
 
-def interface_down(site: RecoverySite) -> float:
+def interface_down(site: RecoverySite) -> Back:
     """The agent's interface down for 3 s; its routes come back as DHCP would bring them."""
     machine = site.agent.namespace
     machine.ip("link set eth0 down")
@@ -87,10 +109,10 @@ def interface_down(site: RecoverySite) -> float:
         f"route replace default via {HOME_ROUTER} dev eth0",
     )
     site.agent.wait_running()
-    return wall_clock()
+    return Back()
 
 
-def change_address(site: RecoverySite) -> float:
+def change_address(site: RecoverySite) -> Back:
     """The agent gets another address behind the same NAT."""
     old, new = site.agent_address, _OTHER_ADDRESS[site.agent_address]
     route = site.home.outside.run("ip", "route", "show", f"{old}/32").stdout.split()
@@ -98,18 +120,18 @@ def change_address(site: RecoverySite) -> float:
     site.home.inside.namespace.ip(f"route replace {new}/32 dev {end}", f"route del {old}/32")
     site.agent.namespace.ip(f"addr add {new}/32 dev eth0", f"addr del {old}/32 dev eth0")
     site.agent_address = new
-    return wall_clock()
+    return Back()
 
 
-def change_gateway(site: RecoverySite) -> float:
+def change_gateway(site: RecoverySite) -> Back:
     """The agent moves to another uplink, with another public address, or back."""
     routes = site.agent.run("ip", "route", "show", "default").stdout
     router, interface = (CAFE_ROUTER, "eth1") if HOME_ROUTER in routes else (HOME_ROUTER, "eth0")
     site.agent.namespace.ip(f"route replace default via {router} dev {interface}")
-    return wall_clock()
+    return Back()
 
 
-def rebind(site: RecoverySite) -> float:
+def rebind(site: RecoverySite) -> Back:
     """The agent's NAT forgets its mappings and gives other ports."""
     site.home.load(
         lambda wan: (
@@ -124,7 +146,7 @@ table ip natlab {{
         )
     )
     site.home.outside.run("conntrack", "-F")
-    return wall_clock()
+    return Back()
 
 
 SCENARIOS = (
