@@ -13,7 +13,7 @@ import pytest
 
 from ztna.errors import SystemSetupError
 from ztna.nat import netns
-from ztna.nat.kernel_lab import Gateway, Host, KernelLab, open_kernel_lab, supported
+from ztna.nat.kernel_lab import Gateway, Host, KernelLab, supported
 from ztna.nat.netns import Namespace
 
 pytestmark = [
@@ -245,13 +245,6 @@ def test_capture_holds_what_crossed(network: Network, tmp_path: Path) -> None:
     seen = [frame for frame in frames if b"seen on the wire" in frame]
     assert len(seen) == 500
     assert dpkt.ethernet.Ethernet(seen[0]).data.data.dport == 7002
-
-
-async def test_lab_for_trio() -> None:
-    async with open_kernel_lab() as lab:
-        path = lab.public_host("solo", "198.51.100.10").namespace.path
-        assert path.exists()
-    assert not path.exists()
 
 
 def test_errors_say_what_failed(network: Network) -> None:

@@ -17,7 +17,11 @@ EVERY_NAT = [
 
 
 @pytest.mark.parametrize("nat", EVERY_NAT, ids=lambda nat: nat.words)
-@pytest.mark.parametrize("scenario", scenarios.OF_EVERY_NAT, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize(
+    "scenario",
+    [*scenarios.OF_EVERY_NAT, scenarios.classified],
+    ids=lambda scenario: scenario.__name__,
+)
 async def test_every_nat(
     nat: NatSpec, scenario: scenarios.OfNat, autojump_clock: MockClock
 ) -> None:

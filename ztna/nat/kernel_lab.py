@@ -5,7 +5,7 @@
 Every member is a network namespace, and every link a point-to-point veth to a router (the public
 one, or a gateway), with host routes. So each packet, also between two hosts of one LAN, crosses a
 forward hook, where `block` drops it. All verbs are synchronous, as building takes milliseconds and
-programs run beside us; `open_kernel_lab` is the same thing for trio. Nothing outlives the lab, and
+programs run beside us. `nat.kernel_nat` adds gateways by `NatSpec`. Nothing outlives the lab, and
 the next lab removes what a killed one left.
 """
 
@@ -13,20 +13,21 @@ import contextlib
 import ipaddress
 import itertools
 import re
+import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
 import attrs
-import trio
 
 from ztna.errors import SystemSetupError
 from ztna.nat import netns
 from ztna.nat.capture import capture
+from ztna.nat.kernel_port import KernelUdpPort
 from ztna.nat.netns import Namespace, supported
 
-__all__ = ["Gateway", "Host", "KernelLab", "open_kernel_lab", "port_restricted_cone", "supported"]
+__all__ = ["Gateway", "Host", "KernelLab", "Router", "port_restricted_cone", "supported"]
 
 # RFC 5737: addresses for documentation, so never on a machine's own networks.
 _PUBLIC_ROUTER = "198.51.100.1"
@@ -77,16 +78,27 @@ table ip natlab {{
 
 _BLOCK_RULES = """
 table inet lab {
- set blocked { type ipv4_addr . ipv4_addr; }
+ set blocked4 { type ipv4_addr . ipv4_addr; }
+ set blocked6 { type ipv6_addr . ipv6_addr; }
  chain forward { type filter hook forward priority filter - 10;
-  ip saddr . ip daddr @blocked drop
+  ip saddr . ip daddr @blocked4 drop
+  ip6 saddr . ip6 daddr @blocked6 drop
  }
 }
 """
 
 
+def _version(address: str) -> int:
+    return ipaddress.ip_address(address).version
+
+
+def _alone(address: str) -> str:
+    """As a network of its own."""
+    return f"{address}/{ipaddress.ip_address(address).max_prefixlen}"
+
+
 @attrs.define(eq=False)
-class _Router:
+class Router:
     """A namespace that forwards between point-to-point links."""
 
     namespace: Namespace
@@ -95,6 +107,7 @@ class _Router:
 
     def __attrs_post_init__(self) -> None:
         self.namespace.set_sysctl("net/ipv4/ip_forward", "1")
+        self.namespace.set_sysctl("net/ipv6/conf/all/forwarding", "1")
         self.namespace.nft(_BLOCK_RULES)
 
     def attach(self, namespace: Namespace, interface: str, address: str) -> str:
@@ -103,19 +116,20 @@ class _Router:
         end = f"link{next(self._links)}"
         self.namespace.ip(
             f"link add {end} type veth peer name {interface} netns {namespace.name}",
-            f"addr add {self.address}/32 dev {end}",
+            f"addr add {_alone(self.address)} dev {end}",
             f"link set {end} up",
         )
         for side, name in ((self.namespace, end), (namespace, interface)):
             # A lost ARP request costs 50 ms instead of the first second of a test.
-            side.set_sysctl(f"net/ipv4/neigh/{name}/retrans_time_ms", "50")
+            family = f"ipv{_version(address)}"
+            side.set_sysctl(f"net/{family}/neigh/{name}/retrans_time_ms", "50")
         namespace.ip(
-            f"addr add {address}/32 dev {interface}",
+            f"addr add {_alone(address)} dev {interface}",
             f"link set {interface} up",
-            f"route add {self.address}/32 dev {interface}",
+            f"route add {_alone(self.address)} dev {interface}",
             f"route add default via {self.address} dev {interface}",
         )
-        self.namespace.ip(f"route add {address}/32 dev {end}")
+        self.namespace.ip(f"route add {_alone(address)} dev {end}")
         return end
 
 
@@ -126,8 +140,23 @@ class Host:
     namespace: Namespace
     address: str
     interface: str
-    _router: _Router
-    _router_end: str
+    router: Router
+    router_end: str
+
+    def open_udp_port(self, number: int = 0) -> KernelUdpPort:
+        """A UDP port for functions of this process; 0 is any free one."""
+        family = socket.AF_INET6 if _version(self.address) == 6 else socket.AF_INET
+        udp = self.namespace.open_socket(family)
+        udp.setblocking(False)
+        try:
+            udp.bind(("", number))
+        except OSError as error:
+            udp.close()
+            raise SystemSetupError(
+                f"cannot listen on UDP port {number} on {self.address}: {error.strerror}; "
+                f"choose another port"
+            ) from error
+        return KernelUdpPort(udp, self)
 
     def popen(self, *args: str | Path, **options: object) -> subprocess.Popen[str]:
         """Start a program on this host; see Namespace.popen."""
@@ -140,7 +169,7 @@ class Host:
         return self.namespace.run(*args, deadline=deadline, check=check, text=text)
 
     def block(self, peer: str) -> None:
-        """Drop, at the next router, all between this host and an IPv4 address."""
+        """Drop, at the next router, all between this host and an IP address."""
         self._change_blocks("add", peer)
 
     def unblock(self, peer: str) -> None:
@@ -149,19 +178,41 @@ class Host:
 
     def pull_cable(self) -> None:
         """Take the carrier away, as an unplugged cable does."""
-        self._router.namespace.ip(f"link set {self._router_end} down")
+        self.router.namespace.ip(f"link set {self.router_end} down")
 
     def plug_cable(self) -> None:
         """Undo `pull_cable`, and wait for the carrier."""
-        self._router.namespace.ip(
-            f"link set {self._router_end} up",
-            f"route replace {self.address}/32 dev {self._router_end}",
+        self.router.namespace.ip(
+            f"link set {self.router_end} up",
+            # Over IPv6 the address has gone with the carrier.
+            f"addr replace {_alone(self.router.address)} dev {self.router_end}",
+            f"route replace {_alone(self.address)} dev {self.router_end}",
         )
+        self.wait_running()
+
+    def change_address(self, address: str) -> None:
+        """Get another address on the same link."""
+        # The new one first: with the last address an interface loses its routes.
+        self.namespace.ip(
+            f"addr add {_alone(address)} dev {self.interface}",
+            f"addr del {_alone(self.address)} dev {self.interface}",
+        )
+        self.router.namespace.ip(
+            f"route add {_alone(address)} dev {self.router_end}",
+            f"route del {_alone(self.address)} dev {self.router_end}",
+        )
+        self.address = address
+
+    def move(self, router: Router, address: str) -> None:
+        """Hang on another router; open sockets stay."""
+        self.namespace.ip(f"link del {self.interface}")
+        self.router_end = router.attach(self.namespace, self.interface, address)
+        self.router, self.address = router, address
         self.wait_running()
 
     def wait_running(self) -> None:
         """Wait for the carrier on both ends of the link."""
-        self._router.namespace.wait_running(self._router_end)
+        self.router.namespace.wait_running(self.router_end)
         self.namespace.wait_running(self.interface)
 
     def capture(self, path: Path) -> contextlib.AbstractContextManager[None]:
@@ -170,7 +221,8 @@ class Host:
 
     def _change_blocks(self, verb: str, peer: str) -> None:
         pairs = f"{{ {self.address} . {peer}, {peer} . {self.address} }}"
-        self._router.namespace.nft(f"{verb} element inet lab blocked {pairs}")
+        version = _version(self.address)
+        self.router.namespace.nft(f"{verb} element inet lab blocked{version} {pairs}")
 
 
 @attrs.define(eq=False)
@@ -178,7 +230,7 @@ class Gateway:
     """A NAT gateway: a host on the outside (interface `wan`), a router on the inside."""
 
     outside: Host
-    inside: _Router
+    inside: Router
     network: ipaddress.IPv4Network
 
     def load(self, rules: NatRules) -> None:
@@ -193,14 +245,14 @@ class KernelLab:
 
     _number: int = attrs.field(factory=lambda: next(_lab_numbers))
     _namespaces: dict[str, Namespace] = attrs.field(factory=dict)
-    _public: _Router = attrs.field(init=False)
+    _public: Router = attrs.field(init=False)
 
     def __enter__(self) -> Self:
         if reason := supported():
             raise SystemSetupError(reason)
         netns.cleanup_stale()
         try:
-            self._public = _Router(self._add("router"), _PUBLIC_ROUTER)
+            self._public = Router(self.add_namespace("router"), _PUBLIC_ROUTER)
         except BaseException:
             self.close()
             raise
@@ -216,7 +268,7 @@ class KernelLab:
 
     def public_host(self, name: str, address: str) -> Host:
         """A host with a public address."""
-        return self._attached(name, address, "eth0", self._public)
+        return self.attach_host(name, address, "eth0", self._public)
 
     def gateway(
         self,
@@ -230,8 +282,8 @@ class KernelLab:
         inner one of two, as with a carrier's NAT."""
         network = ipaddress.IPv4Network(lan_network)
         router = self._public if behind is None else behind.inside
-        outside = self._attached(name, wan_address, "wan", router)
-        gateway = Gateway(outside, _Router(outside.namespace, str(network[1])), network)
+        outside = self.attach_host(name, wan_address, "wan", router)
+        gateway = Gateway(outside, Router(outside.namespace, str(network[1])), network)
         gateway.load(rules)
         return gateway
 
@@ -239,33 +291,20 @@ class KernelLab:
         """A host in the LAN of a gateway."""
         if ipaddress.IPv4Address(address) not in behind.network:
             raise ValueError(f"{address} is not in the gateway's LAN, {behind.network}")
-        return self._attached(name, address, "eth0", behind.inside)
+        return self.attach_host(name, address, "eth0", behind.inside)
 
-    def _attached(self, name: str, address: str, interface: str, router: _Router) -> Host:
-        namespace = self._add(name)
+    def attach_host(self, name: str, address: str, interface: str, router: Router) -> Host:
+        """A host on any router, by any interface name."""
+        namespace = self.add_namespace(name)
         end = router.attach(namespace, interface, address)
         host = Host(namespace, address, interface, router, end)
         host.wait_running()
         return host
 
-    def _add(self, name: str) -> Namespace:
+    def add_namespace(self, name: str) -> Namespace:
+        """A namespace that goes with the lab."""
         if not re.fullmatch(r"[a-z0-9-]+", name) or name in self._namespaces:
             raise ValueError(f"name of a lab's member: lower case, and only once: {name!r}")
         namespace = Namespace.create(netns.new_name(f"{self._number}-{name}"))
         self._namespaces[name] = namespace
         return namespace
-
-
-@contextlib.asynccontextmanager
-async def open_kernel_lab() -> AsyncIterator[KernelLab]:
-    """A KernelLab for trio; its verbs stay synchronous, and programs run beside the event loop.
-
-    To wait for one, use `trio.run_process(host.namespace.command(...))`.
-    """
-    lab = KernelLab()
-    await trio.to_thread.run_sync(lab.__enter__)
-    try:
-        yield lab
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(lab.close)
