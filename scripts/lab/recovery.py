@@ -36,7 +36,8 @@ _DEADLINE = 45.0  # s; longer than any idle timeout
 
 @attrs.frozen
 class Result:
-    """One scenario. gaps, download_gaps, start_ups: seconds, one a run. load: of one minute, the mean."""
+    """One scenario. gaps, download_gaps, start_ups: seconds, one a run. load: the machine's, of one
+    minute, the mean."""
 
     name: str
     gaps: list[float]
@@ -158,6 +159,8 @@ def measure(site: RecoverySite, scenario: Scenario, runs: int) -> Result:
             start_ups.append(mended.start_up)
             back = mended.at
             answered = ping.wait_answer(back, _DEADLINE)
+            if scenario.survives and answered:
+                answered = download.wait_arrival(back, _DEADLINE)
             end = max(wall_clock(), back + WINDOW) if answered else wall_clock()
             time.sleep(max(0.0, end - wall_clock()))
             gaps.append(longest_silence(ping.answers(), back, end))

@@ -118,6 +118,15 @@ class Download:
         self._hurry.set()
         self._thread.join()
 
+    def wait_arrival(self, after: float, deadline: float) -> bool:
+        """Wait for bytes that come after a moment."""
+        end = time.monotonic() + deadline
+        while time.monotonic() < end:
+            if self.arrivals and self.arrivals[-1] >= after:
+                return True
+            time.sleep(0.05)
+        return False
+
     def _run(self) -> None:
         with contextlib.suppress(PermissionError):
             flags = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
