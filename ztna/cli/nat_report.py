@@ -128,9 +128,9 @@ def _lifetime(lifetime: Lifetime | None) -> str:
 def _mtu(mtu: PathMtu) -> str:
     if mtu.forth is None:
         return "could not be told"
-    if mtu.back is None:
+    if mtu.back != mtu.forth:
         return f"{mtu.forth} bytes to the server; the way back could not be told"
-    return f"{mtu.forth} bytes to the server, {mtu.back} back"
+    return f"{mtu.forth} bytes, both ways"
 
 
 def _observed(family: FamilyReport) -> str:

@@ -41,8 +41,9 @@ IPV6_OVERHEAD = 48
 class PathMtu:
     """The largest MTU that passed, in bytes; None: not even the smallest that was tried.
 
-    forth: towards the server. back: from it, if it fills its answers and forbids their
-    fragmentation; at most what passed forth.
+    forth: requests of this size were answered. back: so large were answers; less than `forth` where
+    the server does not fill them. A filled answer that is too large for the way back does not
+    come, so the narrower direction counts for both.
     """
 
     forth: int | None
