@@ -10,6 +10,7 @@ CLIENT = SessionView(True, "192.0.2.1:4433", True, 30.0, None)
 SERVER = SessionView(False, "192.0.2.9:5555", True, 30.0, None)
 REFUSING = SessionView(True, "192.0.2.1:4433", False, 30.0, "it expired on\n2020-01-01")
 EARLY = SessionView(True, "192.0.2.1:4433", False, 30.0, None)
+RENEW = "; have it renewed (ztna pki renew), then send SIGHUP here"
 
 
 def by_peer(code: int, reason: str = "", *, application: bool = False) -> Termination:
@@ -43,7 +44,16 @@ def by_us(code: int, reason: str = "", *, application: bool = False) -> Terminat
             CLIENT,
             "the server refused our certificate: certificate required",
         ),
-        (by_peer(0x12D), SERVER, "the client refused our certificate: certificate expired"),
+        (
+            by_peer(0x12D),
+            CLIENT,
+            f"the server refused our certificate: certificate expired{RENEW}",
+        ),
+        (
+            by_peer(0x12D, "not valid before noon"),
+            SERVER,
+            "the client refused our certificate: certificate expired: not valid before noon",
+        ),
         (
             by_us(0x12D, "cut short"),
             REFUSING,

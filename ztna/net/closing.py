@@ -38,6 +38,12 @@ _CODE_WORDS = {
     CloseCode.EXPIRED: "the right to the session ended",
 }
 
+# What helps when the peer refuses our certificate for this.
+_ADVICE: dict[int, str] = {
+    AlertKind.CERTIFICATE_EXPIRED: "; have it renewed (ztna pki renew), then send SIGHUP here",
+    AlertKind.CERTIFICATE_REVOKED: "; have another one issued, with a new key (ztna pki request)",
+}
+
 
 @attrs.frozen
 class CloseInfo:
@@ -117,7 +123,8 @@ def _alert_words(end: Termination, view: SessionView, said: str) -> str:
         return f"the TLS handshake with {view.remote} failed at {_who(end.by_peer)}: {said}"
     kind = AlertKind(alert).name.lower().replace("_", " ")
     if end.by_peer:
-        return f"the {peer} refused our certificate: {kind}" + (f": {said}" if said else "")
+        words = f"the {peer} refused our certificate: {kind}" + (f": {said}" if said else "")
+        return words + ("" if "not valid before" in said else _ADVICE.get(alert, ""))
     why = printable(view.refusal) if view.refusal else said
     return f"we refused the {peer}'s certificate: {kind}" + (f": {why}" if why else "")
 
