@@ -144,6 +144,41 @@ def test_wrong_ports_and_protocols_are_refused(version: int) -> None:
     assert found.statistics()["flows"] == 0
 
 
+@VERSIONS
+def test_the_agent_is_the_first_hop(version: int) -> None:
+    """What traceroute sends first; and not what it sends second."""
+    router = ipaddress.IPv4Address("10.100.0.0")
+    field = "ttl" if version == 4 else "hlim"
+    first, second = (
+        bytes(ip(OWN, ECHO, version, **{field: hops}) / inet.UDP(sport=5000, dport=9999) / b"x")
+        for hops in (1, 2)
+    )
+    routes = table()
+    routes.hop_addresses = packed_pair(router)
+    forward, (answer,) = routes.route_outbound([IpPacket(second), IpPacket(first)])
+    assert [bytes(packet.data) for _, packet in forward] == [second]
+    error = (inet.IP if version == 4 else inet6.IPv6)(bytes(answer.data))
+    body = error.payload
+    assert (body.type, body.code) == ((11, 0) if version == 4 else (3, 0))
+    assert ipaddress.ip_address(error.src) == (router if version == 4 else twin(router))
+    assert ipaddress.ip_address(error.dst) == (OWN if version == 4 else twin(OWN))
+    assert bytes(answer.data).endswith(first)
+    assert routes.statistics()["drop_hops_used_up"] == 1
+
+
+@VERSIONS
+def test_hops_that_end_without_an_answer(version: int) -> None:
+    """Nobody answers a stranger, nor an error; without an address of its own, the destination's."""
+    field = "ttl" if version == 4 else "hlim"
+    stranger = bytes(ip(FREE, ECHO, version, **{field: 1}) / inet.UDP(dport=9999))
+    routes = table()
+    assert routes.route_outbound([IpPacket(stranger), IpPacket(b"E" + bytes(9))]) == ([], [])
+    ours = bytes(ip(OWN, ECHO, version, **{field: 1}) / inet.UDP(dport=9999))
+    _, (answer,) = routes.route_outbound([IpPacket(ours)])
+    error = (inet.IP if version == 4 else inet6.IPv6)(bytes(answer.data))
+    assert ipaddress.ip_address(error.src) == (ECHO if version == 4 else twin(ECHO))
+
+
 def test_ports_and_protocols() -> None:
     web = ServiceRoute("web", WEB, frozenset({80, 443}), frozenset({TCP}))
     assert web.accepts(TCP, 80)

@@ -2,8 +2,9 @@
 
 Out: the host's packets from the TUN get the service that owns their destination; what belongs to
 no service, or to one on another protocol or port, is answered at once with ICMP, so that no
-program waits. In: only packets from a virtual address of the service that the message named, for
-our own tunnel address, and ICMP errors only about a packet of ours that is still remembered.
+program waits. The agent is the first hop and the service the second, so traceroute sees both. In:
+only packets from a virtual address of the service that the message named, for our own tunnel
+address, and ICMP errors only about a packet of ours that is still remembered.
 
 TCP's MSS is clamped both ways, so that a full segment fits one message.
 """
@@ -27,6 +28,8 @@ from ztna.core.refusal import refuse
 MAX_FLOWS = 16_384
 # Our choice, among those that programs seldom use; it names nothing.
 _ECHO_IDENTIFIER = 0
+# Byte of the time to live in IPv4, of the hop limit in IPv6.
+_TTL4, _HOP_LIMIT6 = 8, 7
 # Bytes of `flow_key` over IPv4.
 _KEY_SIZE4 = 13
 _TRANSPORTS = frozenset((TCP, UDP))
@@ -56,13 +59,18 @@ class ServiceRoute:
 
 @attrs.define
 class RouteTable:
-    """Routes of one agent, and the flows that it began."""
+    """Routes of one agent, and the flows that it began.
+
+    hop_addresses: where the answer to a packet comes from whose hops end here, IPv4 and IPv6. Not
+    our own address: a kernel takes no packet from itself. Without one it is the destination.
+    """
 
     _by_address: dict[bytes, ServiceRoute]
     own_addresses: frozenset[bytes] = frozenset()
     labels: dict[str, ServiceLabel] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
     mss_limits: tuple[int, int] = mss_limits(1170)
+    hop_addresses: tuple[bytes, bytes] | None = None
     dropped: Counter[str] = attrs.Factory(Counter)
     _by_number: dict[int, str] = attrs.Factory(dict)
     _flows: OrderedDict[bytes, ServiceRoute] = attrs.Factory(OrderedDict)
@@ -101,6 +109,9 @@ class RouteTable:
         answers: list[IpPacket] = []
         for packet in packets:
             data = bytes(packet.data)
+            if len(data) > _TTL4 and data[_TTL4 if data[0] >> 4 == 4 else _HOP_LIMIT6] <= 1:
+                self._answer_last_hop(data, answers)
+                continue
             key = flow_key(data)
             route = self._flows.get(key) if key is not None else None
             if route is None:
@@ -199,6 +210,16 @@ class RouteTable:
             _append(answers, answer)
         else:
             self.dropped["service_not_registered"] += 1
+
+    def _answer_last_hop(self, data: bytes, answers: list[IpPacket]) -> None:
+        """RFC 1812 section 5.2.4.3: who forwards a packet takes one from its time to live."""
+        addresses = source_and_destination(data)
+        if addresses is None or addresses[0] not in self.own_addresses:
+            self.dropped["source_is_not_ours"] += 1
+            return
+        self.dropped["hops_used_up"] += 1
+        source = self.hop_addresses[data[0] >> 4 == 6] if self.hop_addresses else None
+        _append(answers, icmp.build_time_exceeded(data, source=source))
 
     def _clamp(self, packet: IpPacket, data: bytes) -> IpPacket:
         """The packet with its MSS clamped. Super-packets never carry a SYN."""

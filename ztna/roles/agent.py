@@ -18,6 +18,7 @@ from ztna.config.model import NO_TUN, AgentConfig, AgentService
 from ztna.core.addresses import (
     DEFAULT_TUNNEL_RANGE,
     TWIN_PREFIX,
+    packed_pair,
     twin,
     twin_network,
 )
@@ -141,6 +142,8 @@ async def run_agent(
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
     routes = RouteTable.of(_route(service) for service in config.services)
+    # No service may have the network's own address.
+    routes.hop_addresses = packed_pair(config.service_range.network_address)
     agent = _Agent(tun, routes, fallback, [service.id for service in config.services])
     registry = statistics_registry()
     registry.register("routes", agent.routes.statistics)

@@ -1,9 +1,9 @@
 """ICMP (RFC 792, RFC 1812) and ICMPv6 (RFC 4443): echo replies, errors out, errors in.
 
-A packet that cannot be delivered -> `build_unreachable`, `build_prohibited` or
-`build_packet_too_big` -> a whole packet back to its source, or None where the RFCs forbid an
-answer. An echo request for an address of ours -> `echo_reply`. An ICMP error that came ->
-`parse_icmp_error_untrusted`, or `quoted_by_error` where only the quoted packet counts.
+A packet that cannot be delivered -> `build_unreachable`, `build_prohibited`,
+`build_packet_too_big` or `build_time_exceeded` -> a whole packet back to its source, or None where
+the RFCs forbid an answer. An echo request for an address of ours -> `echo_reply`. An ICMP error
+that came -> `parse_icmp_error_untrusted`, or `quoted_by_error` where only the quoted packet counts.
 """
 
 import enum
@@ -34,6 +34,8 @@ UNREACHABLE4 = 3
 ECHO4 = 8
 UNREACHABLE6 = 1
 TOO_BIG6 = 2
+TIME_EXCEEDED4 = 11
+TIME_EXCEEDED6 = 3
 ECHO6 = 128
 ECHO_REPLY6 = 129
 
@@ -140,6 +142,12 @@ def build_packet_too_big(data: Buffer, mtu: int, *, source: bytes | None = None)
     """Return fragmentation needed (RFC 1191 section 4) or packet too big (RFC 4443 section 3.2)
     for a packet; else as `build_unreachable`. mtu: bytes of the largest packet that passes."""
     return _build_error(data, (UNREACHABLE4, FRAGMENTATION_NEEDED4), (TOO_BIG6, 0), mtu, source)
+
+
+def build_time_exceeded(data: Buffer, *, source: bytes | None = None) -> bytes | None:
+    """Return time exceeded in transit (RFC 792, RFC 4443 section 3.3) for a packet whose hops are
+    used up, which is what traceroute listens for; else as `build_unreachable`."""
+    return _build_error(data, (TIME_EXCEEDED4, 0), (TIME_EXCEEDED6, 0), 0, source)
 
 
 def _build_error(
