@@ -19,7 +19,7 @@ from ztna.core.flow import (
     TcpFlow,
     UdpFlow,
 )
-from ztna.core.flows import MAX_DATAGRAM, UDP_IDLE, FlowTable
+from ztna.core.flows import MAX_DATAGRAM, TURN_BYTES, UDP_IDLE, FlowTable
 from ztna.core.outbound import (
     FIRST_PORT,
     MAX_QUEUED,
@@ -361,6 +361,25 @@ def test_flows_take_turns_within_max_bytes() -> None:
         for _ in range(2)
     ]
     assert sources == [flow.key.source_port for flow in flows]
+
+
+def test_a_flow_with_more_to_say_than_one_turn_goes_on() -> None:
+    pair = Pair()
+    flow = open_tcp(pair.outbound)
+    pair.settle(0.0)
+    (theirs,) = pair.accepted
+    assert isinstance(theirs, TcpFlow)
+    flow.connection.write(bytes(600_000), 0.0)  # the congestion window grows by it
+    pair.outbound.touch(flow, 0.0)
+    pair.settle(0.0)
+    while theirs.connection.readable:
+        theirs.connection.read()
+    pair.inbound.touch(theirs, 0.0)
+    pair.settle(0.0)
+    flow.connection.write(bytes(300_000), 0.0)
+    pair.outbound.touch(flow, 0.0)
+    size = sum(len(packet.data) for packet in pair.outbound.packets_to_send(0.0, ALL))
+    assert size > 2 * TURN_BYTES
 
 
 def test_limits() -> None:

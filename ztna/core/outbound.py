@@ -269,8 +269,7 @@ class OutboundTable:
             return
         # A connection that was given up, or never was (RFC 9293 section 3.10.7.1).
         self.dropped["no_tcp_flow"] += 1
-        reset = reset_for(segment)
-        if reset is not None:
+        if (reset := reset_for(segment)) is not None:
             key = FlowKey("", TCP, ip.destination, destination_port, ip.source, source_port)
             for answer in _to_packets(key, [reset]):
                 self._put(answer)
