@@ -36,6 +36,7 @@ from ztna import authority
 from ztna.core import messages, wire
 from ztna.core.encapsulation import Decapsulator, Encapsulator
 from ztna.core.identity import Identity
+from ztna.core.limits import SourceLimiter, TokenBucket
 from ztna.core.mtuprobe import MtuProber
 from ztna.core.natplan import ProbeSocket
 from ztna.core.natprobe import NatProber
@@ -56,7 +57,7 @@ from ztna.core.socks import (
     parse_request_untrusted,
 )
 from ztna.core.stun.messages import parse_stun_untrusted as parse_stun
-from ztna.core.stun_server import LocalEnd, SourceLimiter, StunServer, TokenBucket
+from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.core.tcp.segment import segment_from_packet_untrusted
 from ztna.core.vnet import parse_vnet_header_untrusted
 from ztna.errors import RemoteProtocolError

@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.net.endpoints import SERVER_ADDRESS, open_pair, receive_count
+from ztna.core.limits import SourceLimiter
 from ztna.core.ports import Address, UdpBatch
 from ztna.core.stun.attributes import ChangeRequest, OtherAddress, ResponseOrigin, XorMappedAddress
 from ztna.core.stun.messages import (
@@ -19,7 +20,7 @@ from ztna.core.stun.messages import (
     parse_stun_untrusted,
 )
 from ztna.core.stun.values import AnyAttribute
-from ztna.core.stun_server import LocalEnd, SourceLimiter, StunServer
+from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.nat.link import MemoryUdpPort
 from ztna.net.stun import StunAddresses, StunResponder, open_stun_responder
 from ztna.net.udp import open_udp_port

@@ -10,11 +10,11 @@ goes to the address that the request came from, or to another port of it.
 """
 
 import collections
-import ipaddress
 from collections.abc import Mapping
 
 import attrs
 
+from ztna.core.limits import SourceLimiter
 from ztna.core.ports import Address, Buffer
 from ztna.core.stun.attributes import (
     ChangedAddress,
@@ -55,10 +55,6 @@ MAX_PADDED = 2048
 # clients may share an address behind a carrier's NAT.
 SOURCE_RATE = 50.0
 SOURCE_BURST = 100.0
-# Our choice: bounds what a flood from forged addresses, each new to us, can make us send.
-TOTAL_RATE = 5000.0
-TOTAL_BURST = 5000.0
-MAX_SOURCES = 4096
 
 
 @attrs.frozen(slots=True)
@@ -86,55 +82,6 @@ class StunReply:
 
 
 @attrs.define
-class TokenBucket:
-    """`rate` events a second in the long run, `burst` at once."""
-
-    rate: float
-    burst: float
-    _level: float = attrs.field(init=False)
-    _at: float = attrs.field(init=False, default=0.0)
-
-    def __attrs_post_init__(self) -> None:
-        self._level = self.burst
-
-    def take(self, now: float) -> bool:
-        """Whether one more event may happen at `now`; if so, it is counted."""
-        self._level = min(self.burst, self._level + (now - self._at) * self.rate)
-        self._at = now
-        if self._level < 1:
-            return False
-        self._level -= 1
-        return True
-
-
-@attrs.define
-class SourceLimiter:
-    """Requests a source address (an IPv6 /64) and altogether. When the table is full, the source
-    that has been silent longest is forgotten: forged addresses can then not lock others out, and
-    the total bounds what they cause."""
-
-    rate: float = SOURCE_RATE
-    burst: float = SOURCE_BURST
-    max_sources: int = MAX_SOURCES
-    total: TokenBucket = attrs.field(factory=lambda: TokenBucket(TOTAL_RATE, TOTAL_BURST))
-    _sources: collections.OrderedDict[bytes, TokenBucket] = attrs.field(
-        factory=collections.OrderedDict, init=False
-    )
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def allow(self, host: str, now: float) -> bool:
-        """Whether a request from this host may be answered at `now`."""
-        key = ipaddress.ip_address(host).packed[:8]
-        bucket = self._sources.pop(key, None) or TokenBucket(self.rate, self.burst)
-        if len(self._sources) >= self.max_sources:
-            self._sources.popitem(last=False)
-        self._sources[key] = bucket
-        return bucket.take(now) and self.total.take(now)
-
-
-@attrs.define
 class StunServer:
     """Answers Binding requests at one IP address or two, one port or two, of one IP version.
 
@@ -148,7 +95,7 @@ class StunServer:
     primary: Address
     alternate_ip: str | None = None
     alternate_port: int | None = None
-    limiter: SourceLimiter = attrs.field(factory=SourceLimiter)
+    limiter: SourceLimiter = attrs.field(factory=lambda: SourceLimiter(SOURCE_RATE, SOURCE_BURST))
     _counts: collections.Counter[str] = attrs.field(factory=collections.Counter, init=False)
 
     def ends(self) -> dict[LocalEnd, Address]:

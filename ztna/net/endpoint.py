@@ -78,6 +78,7 @@ _COUNTERS = (
     "drop_not_listening",
     "drop_half_open_full",
     "drop_sessions_full",
+    "drop_handshake_rate",
     "drop_bad_token",
     "stun_received",
     "version_negotiations",
@@ -329,6 +330,9 @@ class Endpoint:
             return
         if len(self._table) >= self.settings.sessions:
             self._counters["drop_sessions_full"] += 1
+            return
+        if not self._doorkeeper.handshakes.allow(batch.address[0], now):
+            self._counters["drop_handshake_rate"] += 1  # the client's Initial comes again
             return
         assert self._nursery is not None
         connection = server_connection(

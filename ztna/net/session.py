@@ -209,6 +209,8 @@ class Session(SessionQueues):
         self._drain_events()
         self._handle_own_timers(now)
         batches = self._batches_to_send(now)
+        if aioquic_state.amplified(connection):
+            batches = []
         self._watch_answers(now)
         if batches:
             self._heartbeat.sent(now)
@@ -386,6 +388,8 @@ class Session(SessionQueues):
             self._connection.close(error_code=QuicErrorCode.INTERNAL_ERROR, frame_type=0)
             try:
                 batches = batches_of(self._connection.datagrams_to_send(now=now))
+                if aioquic_state.amplified(self._connection):
+                    batches = []
             except aioquic_state.LEAKED_ERRORS:
                 log.debug("quic_close_failed", remote=self.remote_address)
         words = "QUIC failed on a packet of the peer"

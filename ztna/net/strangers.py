@@ -13,6 +13,7 @@ from aioquic.quic.packet import encode_quic_retry, encode_quic_version_negotiati
 from aioquic.quic.retry import QuicRetryTokenHandler
 
 from ztna.core.identity import Role
+from ztna.core.limits import SourceLimiter, TokenBucket
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import RemoteProtocolError
 from ztna.net.demux import CONNECTION_ID_LENGTH, QUIC_VERSION_1, LongHeader, initial_token_untrusted
@@ -21,6 +22,13 @@ from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey
 from ztna.pki import Credentials
 
+# Our choice. A handshake costs a few milliseconds of CPU, most for signatures: one address, perhaps
+# of a carrier's NAT, gets enough for many clients that come back at once; all together leave
+# most of a core to the sessions that are up.
+HANDSHAKE_RATE = 50.0
+HANDSHAKE_BURST = 256.0
+ALL_HANDSHAKES_RATE = 150.0
+ALL_HANDSHAKES_BURST = 1024.0
 # Our choice: lines a second that strangers can cause in the log.
 _LOG_RATE = 5.0
 _LOG_BURST = 20.0
@@ -35,19 +43,16 @@ class RateGate:
 
     rate: float = _LOG_RATE
     burst: float = _LOG_BURST
-    _tokens: float = attrs.field(default=attrs.Factory(lambda self: self.burst, takes_self=True))
-    _last: float = 0.0
     suppressed: int = 0
+    _bucket: TokenBucket = attrs.field(
+        default=attrs.Factory(lambda self: TokenBucket(self.rate, self.burst), takes_self=True)
+    )
 
     def allow(self, now: float) -> bool:
         """Whether to do it at this time (seconds)."""
-        self._tokens = min(self.burst, self._tokens + (now - self._last) * self.rate)
-        self._last = now
-        if self._tokens < 1:
-            self.suppressed += 1
-            return False
-        self._tokens -= 1
-        return True
+        allowed = self._bucket.take(now)
+        self.suppressed += not allowed
+        return allowed
 
 
 @attrs.frozen
@@ -61,10 +66,18 @@ class ProvenIds:
 
 @attrs.define
 class Doorkeeper:
-    """Makes the answers. resets: stateless resets a second at most."""
+    """Makes the answers. resets: stateless resets a second at most. handshakes: how often a new
+    session may begin."""
 
     reset_key: ResetKey | None
     resets: float
+    handshakes: SourceLimiter = attrs.Factory(
+        lambda: SourceLimiter(
+            HANDSHAKE_RATE,
+            HANDSHAKE_BURST,
+            total=TokenBucket(ALL_HANDSHAKES_RATE, ALL_HANDSHAKES_BURST),
+        )
+    )
     _tokens: QuicRetryTokenHandler = attrs.Factory(QuicRetryTokenHandler)
     _reset_gate: RateGate = attrs.field(
         default=attrs.Factory(lambda self: RateGate(self.resets, self.resets), takes_self=True)

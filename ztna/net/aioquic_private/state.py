@@ -65,6 +65,13 @@ def finished(connection: QuicConnection) -> bool:
     return connection._state is QuicConnectionState.TERMINATED
 
 
+def amplified(connection: QuicConnection) -> bool:
+    """Whether what was built to be sent is more than an unproven address may get, three times what
+    came from it (RFC 9000 section 8.1). aioquic heeds that, except in its CONNECTION_CLOSE."""
+    path = connection._network_paths[0]
+    return not path.is_validated and path.bytes_sent > 3 * path.bytes_received
+
+
 def nothing_understood(connection: QuicConnection) -> bool:
     """Whether no packet of the peer could be decrypted yet."""
     return connection._state is QuicConnectionState.FIRSTFLIGHT

@@ -1,0 +1,70 @@
+"""Rates: how often something may happen, in the long run and at once, for one source or for all.
+
+`TokenBucket.take` where one counter is enough (a session's control frames, lines in the log);
+`SourceLimiter.allow` where strangers' addresses tell who asks. What is over a rate is the caller's
+to drop and to count.
+"""
+
+import collections
+import ipaddress
+
+import attrs
+
+# Our choice: addresses that are told apart at once; the one that was silent longest is forgotten.
+MAX_SOURCES = 4096
+# Our choice: bounds what a flood from forged addresses, each new to us, can make us do.
+TOTAL_RATE = 5000.0
+TOTAL_BURST = 5000.0
+
+
+@attrs.define
+class TokenBucket:
+    """`rate` events a second in the long run, `burst` at once."""
+
+    rate: float
+    burst: float
+    _level: float = attrs.field(init=False)
+    _at: float = attrs.field(init=False, default=0.0)
+
+    def __attrs_post_init__(self) -> None:
+        self._level = self.burst
+
+    def take(self, now: float, cost: float = 1.0) -> bool:
+        """Whether one more event, or one of this cost, may happen at `now` (s); if so, it is
+        counted. What costs more than `burst` never may."""
+        self._level = min(self.burst, self._level + (now - self._at) * self.rate)
+        self._at = now
+        if self._level < cost:
+            return False
+        self._level -= cost
+        return True
+
+
+@attrs.define
+class SourceLimiter:
+    """Requests a source address (an IPv6 /64) and altogether. When the table is full, the source
+    that has been silent longest is forgotten: forged addresses can then not lock others out, and
+    the total bounds what they cause.
+
+    rate, burst: of one source. total: of all.
+    """
+
+    rate: float
+    burst: float
+    max_sources: int = MAX_SOURCES
+    total: TokenBucket = attrs.field(factory=lambda: TokenBucket(TOTAL_RATE, TOTAL_BURST))
+    _sources: collections.OrderedDict[bytes, TokenBucket] = attrs.field(
+        factory=collections.OrderedDict, init=False
+    )
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def allow(self, host: str, now: float) -> bool:
+        """Whether a request from this host may be answered at `now`."""
+        key = ipaddress.ip_address(host).packed[:8]
+        bucket = self._sources.pop(key, None) or TokenBucket(self.rate, self.burst)
+        if len(self._sources) >= self.max_sources:
+            self._sources.popitem(last=False)
+        self._sources[key] = bucket
+        return bucket.take(now) and self.total.take(now)
