@@ -37,11 +37,7 @@ class Topology:
 
 
 def build(lab: AnyLab, nat: NatSpec) -> Topology:
-    version6 = nat.ip_version == 6
-    servers = [
-        lab.host(address)
-        for address in (["2001:db8:5::1", "2001:db8:5::2"] if version6 else [None, None])
-    ]
+    servers = [lab.host(ip_version=nat.ip_version) for _ in range(2)]
     gateway = lab.gateway(nat)
     hosts = [lab.host(behind=gateway) for _ in range(2)]
     return Topology(lab, nat, servers[0], servers[1], gateway, hosts[0], hosts[1])
@@ -112,6 +108,7 @@ async def filtering(top: Topology) -> None:
         outer = await outer_address(inner, asked)
         for port, word in ((other_host, b"host"), (other_port, b"port"), (asked, b"end")):
             await send(port, outer, word)
+            await top.lab.settle()
         got = await heard_until(top.lab, inner, b"end")
         allowed = {
             FilteringKind.EIF: [

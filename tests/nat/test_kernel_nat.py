@@ -2,14 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import attrs
 import pytest
 import trio
 
-from tests.nat import scenarios
+from tests.nat import scenarios, topologies
 from ztna.core.natclass import FilteringKind, MappingKind, PortKind
-from ztna.nat.kernel_nat import KernelNatLab, supported
+from ztna.nat.kernel_nat import KernelNatLab, open_kernel_lab, supported
 from ztna.nat.lab import LabHost
 from ztna.nat.spec import NatSpec
 
@@ -72,3 +73,16 @@ async def test_all_are_classified(shared: Shared) -> None:
         for nat in EVERY_NAT:
             nursery.start_soon(classify, nat)
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "scenario", topologies.OF_EVERY_LAB, ids=lambda scenario: scenario.__name__
+)
+async def test_topologies(scenario: topologies.OfLab) -> None:
+    async with open_kernel_lab() as lab:
+        await scenario(lab)
+
+
+async def test_captures(tmp_path: Path) -> None:
+    async with open_kernel_lab() as lab:
+        await topologies.captures(lab, tmp_path)

@@ -185,10 +185,13 @@ class Host:
         self.router.namespace.ip(
             f"link set {self.router_end} up",
             # Over IPv6 the address has gone with the carrier.
-            f"addr replace {_alone(self.router.address)} dev {self.router_end}",
+            f"addr replace {_alone(self.router.address)} dev {self.router_end} nodad",
             f"route replace {_alone(self.address)} dev {self.router_end}",
         )
         self.wait_running()
+        # Whoever was looked for in vain is looked for anew.
+        self.namespace.ip(f"neigh flush dev {self.interface}")
+        self.router.namespace.ip(f"neigh flush dev {self.router_end}")
 
     def change_address(self, address: str) -> None:
         """Get another address on the same link."""

@@ -23,7 +23,13 @@ from ztna.nat.kernel_link import shape
 from ztna.nat.lab import PUBLIC, AddressPool, LanPlan
 from ztna.nat.link import LinkSpec
 from ztna.nat.netns import Namespace, supported
-from ztna.nat.ruleset import TABLE, conntrack_timeout, hairpin_routes, ruleset
+from ztna.nat.ruleset import (
+    TABLE,
+    conntrack_timeout,
+    forget_mappings,
+    hairpin_routes,
+    ruleset,
+)
 from ztna.nat.spec import GatewayKind, NatSpec
 
 __all__ = ["KernelGateway", "KernelNatLab", "open_kernel_lab", "supported"]
@@ -78,19 +84,24 @@ class KernelGateway:
     def rebind(self, address: str | None = None) -> None:
         """Forget all mappings; with an address, get that outer one."""
         nat = self.spec
-        family = "ip6" if nat.ip_version == 6 else "ip"
-        self.namespace.nft(f"delete table {family} {TABLE}")
-        if old := hairpin_routes(nat, str(self.pool.network), self.address, ""):
-            flag = "-6 " * (nat.ip_version == 6)
-            rules = (f"{flag}rule add pref 0 lookup local", f"{flag}rule del pref 100")
-            self.namespace.ip(*rules, f"{flag}rule del pref 50", f"{flag}route flush table 200")
-            assert old
-        if address is not None:
-            self.outside.change_address(address)
-        elif nat.ports is PortKind.PRESERVED:
-            self.spec = attrs.evolve(nat, ports=PortKind.RANDOM)
-        self.load()
+        if address is None and nat.ports is not PortKind.PRESERVED:
+            self.namespace.nft(forget_mappings(nat))
+        else:
+            self._unload()
+            if address is None:
+                self.spec = attrs.evolve(nat, ports=PortKind.RANDOM)
+            else:
+                self.outside.change_address(address)
+            self.load()
         flush_conntrack(self.namespace)
+
+    def _unload(self) -> None:
+        version6 = self.spec.ip_version == 6
+        self.namespace.nft(f"delete table {'ip6' if version6 else 'ip'} {TABLE}")
+        if self.spec.hairpin:
+            changes = ("rule add pref 0 lookup local", "rule del pref 100", "rule del pref 50")
+            flag = "-6 " * version6
+            self.namespace.ip(*(flag + change for change in (*changes, "route flush table 200")))
 
 
 @attrs.define(eq=False)
@@ -116,9 +127,15 @@ class KernelNatLab:
         """Kill every process of the lab and remove its namespaces."""
         self.kernel.close()
 
-    def host(self, address: str | None = None, *, behind: KernelGateway | None = None) -> Host:
+    def host(
+        self,
+        address: str | None = None,
+        *,
+        behind: KernelGateway | None = None,
+        ip_version: int = 4,
+    ) -> Host:
         """A host in the LAN of a gateway, or with a public address."""
-        router, pool = self._place(behind, address)
+        router, pool = self._place(behind, address, ip_version)
         return self._attach("host", pool.take(address), "eth0", router)
 
     def gateway(

@@ -92,9 +92,19 @@ GatewayT = TypeVar("GatewayT", bound=LabGateway)
 class Lab(Protocol[HostT, GatewayT]):
     """A network of hosts and gateways, with addresses of its own and nothing of the machine's."""
 
-    def host(self, address: str | None = None, *, behind: GatewayT | None = None) -> HostT:
+    @property
+    def gateways(self) -> list[GatewayT]:
+        """All of them, in the order in which they were made: what is above comes first."""
+
+    def host(
+        self,
+        address: str | None = None,
+        *,
+        behind: GatewayT | None = None,
+        ip_version: int = 4,
+    ) -> HostT:
         """A host in the LAN of a gateway, or with a public address; by default the next free
-        one."""
+        one, of this version."""
 
     def gateway(
         self,

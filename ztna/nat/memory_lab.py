@@ -233,10 +233,14 @@ class MemoryLab:
         self.public = self._router()
 
     def host(
-        self, address: str | None = None, *, behind: MemoryGateway | None = None
+        self,
+        address: str | None = None,
+        *,
+        behind: MemoryGateway | None = None,
+        ip_version: int = 4,
     ) -> MemoryLabHost:
         """A host in the LAN of a gateway, or with a public address."""
-        pool = self._pool(behind, address)
+        pool = self._pool(behind, address, ip_version)
         return self._inside(behind).host(pool.take(address))
 
     def gateway(
@@ -300,7 +304,7 @@ class MemoryLab:
     ) -> MemoryGateway:
         if nat.above is not None:
             behind = self._gateway(nat.above, None, None, behind, carrier=True)
-        pool = self._pools[nat.ip_version] if behind is None else behind.pool
+        pool = self._pool(behind, address, nat.ip_version)
         depth = sum(above.carrier is carrier for above in _chain(behind))
         network = ipaddress.ip_network(lan) if lan else self._lans.lan(nat, depth, carrier=carrier)
         outside = self._inside(behind).host(pool.take(address))
@@ -325,9 +329,12 @@ class MemoryLab:
     def _inside(self, behind: MemoryGateway | None) -> MemoryRouter:
         return self.public if behind is None else behind.inside
 
-    def _pool(self, behind: MemoryGateway | None, address: str | None) -> AddressPool:
-        version = 6 if address is not None and ":" in address else 4
-        return self._pools[version] if behind is None else behind.pool
+    def _pool(
+        self, behind: MemoryGateway | None, address: str | None, version: int = 4
+    ) -> AddressPool:
+        if behind is not None:
+            return behind.pool
+        return self._pools[version if address is None else ipaddress.ip_address(address).version]
 
 
 def _chain(gateway: MemoryGateway | None) -> Iterator[MemoryGateway]:

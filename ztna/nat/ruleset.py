@@ -20,7 +20,6 @@ from ztna.errors import SystemSetupError
 from ztna.nat.spec import SEQUENTIAL_PORTS, GatewayKind, NatSpec, UdpBlock
 
 TABLE = "natlab"
-MAPS = ("bind", "out", "peers")
 
 
 class NotExpressibleError(SystemSetupError):
@@ -34,7 +33,7 @@ def ruleset(nat: NatSpec, wan_address: str) -> str:
     Raises NotExpressibleError.
     """
     seconds = conntrack_timeout(nat)
-    if not _needs_no_maps(nat):
+    if not _is_expressible(nat):
         raise NotExpressibleError(
             f"{nat.words}: nftables 1.0.6 keeps no IPv6 address with a port in a map that rules "
             f"fill; of NAT66, it can do apdm/apdf with random or sequential ports"
@@ -66,8 +65,27 @@ def ruleset(nat: NatSpec, wan_address: str) -> str:
     return "\n".join([*lines, "}\n"])
 
 
-def _needs_no_maps(nat: NatSpec) -> bool:
-    """Whether conntrack alone is enough, or the maps can be had, as over IPv4."""
+def forget_mappings(nat: NatSpec) -> str:
+    """The text for `nft -f` that empties what the rules of `ruleset` have learnt. The ports of a
+    sequential NAT go on where they were. Conntrack has to be flushed as well."""
+    ip, _ = _family(nat)
+    learnt = []
+    if nat.kind is GatewayKind.NAT:
+        learnt = ["map {} bind"] + ["map {} out"] * (nat.mapping is not MappingKind.APDM)
+    if _has_peers(nat):
+        learnt.append("set {} peers")
+    return "".join(f"flush {what.format(f'{ip} {TABLE}')}\n" for what in learnt)
+
+
+def _has_peers(nat: NatSpec) -> bool:
+    """Whether a set says who may send in."""
+    if nat.kind is GatewayKind.FIREWALL:
+        return nat.filtering is not FilteringKind.APDF
+    return nat.kind is GatewayKind.NAT and nat.filtering is FilteringKind.ADF
+
+
+def _is_expressible(nat: NatSpec) -> bool:
+    """Whether conntrack alone is enough, or maps can be had, as over IPv4."""
     symmetric = (nat.mapping, nat.filtering) == (MappingKind.APDM, FilteringKind.APDF)
     alone = symmetric and nat.ports is not PortKind.PRESERVED
     return nat.ip_version == 4 or nat.kind is not GatewayKind.NAT or alone
