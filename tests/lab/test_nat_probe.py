@@ -1,6 +1,6 @@
 """The NAT probe and the STUN server against each other and against programs of others, behind NATs.
 
-    host 10.1.0.2 -- NAT of four kinds -- internet -- our intermediate, coturn
+    host 10.1.0.2 -- NAT of five kinds -- internet -- our intermediate, coturn
 
 Our probe asks our intermediate and coturn; Debian's stun-client and pystun3 ask our intermediate.
 Every verdict must be exact.
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ import attrs
 import pytest
 
 from scripts.lab.deployment import ZTNA, Deployment, LoggedProcess, start
-from ztna.nat.kernel_lab import Gateway, Host, KernelLab, NatRules, port_restricted_cone, supported
+from ztna.nat.kernel_lab import Gateway, Host, KernelLab, supported
+from ztna.nat.ruleset import ruleset
+from ztna.nat.spec import (
+    ADDRESS_RESTRICTED,
+    FULL_CONE,
+    PORT_RESTRICTED,
+    SYMMETRIC,
+    SYMMETRIC_SEQUENTIAL,
+    NatSpec,
+)
 
 pytestmark = [
     pytest.mark.kernel,
@@ -32,60 +42,11 @@ INNER = "10.1.0.2"
 PORT, OTHER_PORT = 4433, 3479
 
 
-def _table(wan: str, *, mapping: str = "", filtering: str = "") -> str:
-    """A NAT that chooses ports at random, with more rules for what it maps and lets in."""
-    inner = "ct original ip saddr . ct original proto-src"
-    return f"""
-table ip natlab {{
- map bind {{ type inet_service : ipv4_addr . inet_service; flags dynamic,timeout; timeout 120s; }}
- set peers {{ type inet_service . ipv4_addr; flags dynamic,timeout; timeout 120s; }}
- chain post {{ type nat hook postrouting priority srcnat;
-  oifname != "wan" return
-  {mapping}
-  meta l4proto udp snat ip to {wan} random
- }}
- chain learn {{ type filter hook postrouting priority srcnat + 10;
-  oifname != "wan" return
-  meta l4proto udp ct direction original update @bind {{ udp sport : {inner} }}
-  meta l4proto udp ct direction original update @peers {{ udp sport . ip daddr }}
- }}
- chain pre {{ type nat hook prerouting priority dstnat;
-  iifname != "wan" return
-  {filtering}
- }}
- chain input {{ type filter hook input priority filter;
-  iifname "wan" ct state new meta l4proto {{ udp, tcp }} drop
- }}
- chain forward {{ type filter hook forward priority filter;
-  iifname "wan" ct state new ct status ! dnat drop
- }}
-}}
-"""
-
-
-def preserving(wan: str) -> str:
-    return f"meta l4proto udp snat ip to {wan}"
-
-
-def full_cone(wan: str) -> str:
-    let_in = f"ip daddr {wan} dnat ip to udp dport map @bind"
-    return _table(wan, mapping=preserving(wan), filtering=let_in)
-
-
-def address_restricted_cone(wan: str) -> str:
-    let_in = f"ip daddr {wan} udp dport . ip saddr @peers dnat ip to udp dport map @bind"
-    return _table(wan, mapping=preserving(wan), filtering=let_in)
-
-
-def symmetric(wan: str) -> str:
-    return _table(wan)
-
-
 @attrs.frozen
 class Kind:
     """A NAT, and what each program must say of it."""
 
-    rules: NatRules
+    nat: NatSpec
     name: str
     mapping: str = "endpoint-independent"
     filtering: str = "endpoint-independent"
@@ -96,27 +57,37 @@ class Kind:
 
 
 KINDS = {
-    "full-cone": Kind(full_cone, "full cone NAT"),
+    "full-cone": Kind(FULL_CONE, "full cone NAT"),
     "address-restricted": Kind(
-        address_restricted_cone,
+        ADDRESS_RESTRICTED,
         "address-restricted cone NAT",
         filtering="address-dependent",
         stun_client="Independent Mapping, Address Dependent Filter",
         pystun="Restric NAT",
     ),
     "port-restricted": Kind(
-        port_restricted_cone,
+        PORT_RESTRICTED,
         "port-restricted cone NAT",
         filtering="address-and-port-dependent",
         stun_client="Independent Mapping, Port Dependent Filter",
         pystun="Restric Port NAT",
     ),
     "symmetric": Kind(
-        symmetric,
+        SYMMETRIC,
         "symmetric NAT",
         "address-and-port-dependent",
         "address-and-port-dependent",
         "random",
+        exit_code=10,
+        stun_client="Dependent Mapping",
+        pystun="Symmetric NAT",
+    ),
+    "sequential": Kind(
+        SYMMETRIC_SEQUENTIAL,
+        "symmetric NAT",
+        "address-and-port-dependent",
+        "address-and-port-dependent",
+        "sequential",
         exit_code=10,
         stun_client="Dependent Mapping",
         pystun="Symmetric NAT",
@@ -140,7 +111,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 @attrs.define(eq=False)
 class Scene:
-    """The network, with four kinds of NAT and four servers, and all programs at work at once: a
+    """The network, with each kind of NAT and four servers, and all programs at work at once: a
     test waits for the ones that it is about."""
 
     lab: KernelLab
@@ -154,7 +125,8 @@ class Scene:
     def add_hosts(self) -> None:
         """Behind each kind of NAT one, all with the same address."""
         for number, (name, kind) in enumerate(KINDS.items()):
-            gateway = self.lab.gateway(name, outer(number), "10.1.0.0/24", kind.rules)
+            rules = partial(ruleset, kind.nat)
+            gateway = self.lab.gateway(name, outer(number), "10.1.0.0/24", rules)
             self.gateways[name] = gateway
             self.hosts[name] = self.lab.host(f"host-{name}", INNER, behind=gateway)
 
@@ -163,7 +135,7 @@ class Scene:
         server = self.lab.public_host(name, addresses[0])
         for address in addresses[1:]:
             server.namespace.ip(f"addr add {address}/32 dev {server.interface}")
-            server._router.namespace.ip(f"route add {address}/32 dev {server._router_end}")
+            server.router.namespace.ip(f"route add {address}/32 dev {server.router_end}")
         return server
 
     def start_intermediate(self, name: str, stun: Mapping[str, object], *addresses: str) -> None:
