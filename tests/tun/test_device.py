@@ -22,9 +22,9 @@ from tests.tun.namespace import in_namespace
 from ztna.core.ports import IpPacket
 from ztna.errors import SystemSetupError
 from ztna.tun import device, linux
-from ztna.tun.device import BATCH_PACKETS, LinuxTun, TunGoneError, open_tun
-from ztna.tun.link import Network
+from ztna.tun.device import BATCH_PACKETS, SystemTun, TunGoneError, open_tun
 from ztna.tun.netlink import tun_network
+from ztna.tun.networks import Network
 
 OWN, SERVICE = "10.100.64.5", "10.100.0.1"
 OWN6, SERVICE6 = "fd7a:746e:6100::a64:4005", "fd7a:746e:6100::a64:1"
@@ -34,7 +34,7 @@ UDP_SEGMENT = 103  # linux/udp.h
 
 
 @asynccontextmanager
-async def _tunnel(*, offload: bool = True) -> AsyncIterator[LinuxTun]:
+async def _tunnel(*, offload: bool = True) -> AsyncIterator[SystemTun]:
     own = [ip_interface(f"{OWN}/32"), ip_interface(f"{OWN6}/128")]
     with tempfile.TemporaryDirectory() as folder:
         await trio.run_process(["ip", "link", "set", "lo", "up"])
@@ -53,7 +53,7 @@ def _swapped(packet: IpPacket) -> IpPacket:
     return attrs.evolve(packet, data=data[:at] + data[middle:end] + data[at:middle] + data[end:])
 
 
-async def _reflect(tun: LinuxTun, seen: list[IpPacket]) -> None:
+async def _reflect(tun: SystemTun, seen: list[IpPacket]) -> None:
     while True:
         batch = await tun.receive()
         assert 1 <= len(batch) <= BATCH_PACKETS
@@ -63,7 +63,7 @@ async def _reflect(tun: LinuxTun, seen: list[IpPacket]) -> None:
 
 
 @asynccontextmanager
-async def _reflected(tun: LinuxTun) -> AsyncIterator[list[IpPacket]]:
+async def _reflected(tun: SystemTun) -> AsyncIterator[list[IpPacket]]:
     seen: list[IpPacket] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_reflect, tun, seen)
@@ -181,7 +181,7 @@ async def test_batch_is_capped_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with writer:
         reader.setblocking(False)
-        tun = LinuxTun(linux.TunFd(reader.detach(), "utun9", "none"), MTU)
+        tun = SystemTun(linux.TunFd(reader.detach(), "utun9", "none"), MTU)
         for _ in range(5):
             writer.send(bytes(10) + b"\x45" + bytes(999))
         assert [len(await tun.receive()) for _ in range(2)] == [3, 2]
@@ -257,7 +257,7 @@ async def test_frames_that_make_no_sense_are_dropped() -> None:
     reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with writer:
         reader.setblocking(False)
-        tun = LinuxTun(linux.TunFd(reader.detach(), "utun9", "none"), MTU)
+        tun = SystemTun(linux.TunFd(reader.detach(), "utun9", "none"), MTU)
         for frame in (cut_off, unknown_gso, plain, cut_off):
             writer.send(frame)
         assert await tun.receive() == [IpPacket(ip)]
@@ -276,7 +276,7 @@ async def test_frames_that_make_no_sense_are_dropped() -> None:
 
 
 async def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "darwin")
-    with pytest.raises(SystemSetupError, match="no tunnel interface for darwin"):
+    monkeypatch.setattr("sys.platform", "freebsd14")
+    with pytest.raises(SystemSetupError, match="no tunnel interface for freebsd14"):
         async with open_tun("utun", MTU):
             pass

@@ -17,8 +17,8 @@ from tests.tun.namespace import drop_privileges, end_by_itself, in_namespace, ru
 from ztna.errors import ConfigError, SystemSetupError
 from ztna.tun import journal
 from ztna.tun.device import open_tun
-from ztna.tun.link import Interface, Network, Occupied
 from ztna.tun.netlink import check_outside, find_conflict, repair, tun_network
+from ztna.tun.networks import Interface, Network, Occupied
 
 ADDRESSES: list[Interface] = [ip_interface("10.100.64.5/18"), ip_interface("fd7a::5/128")]
 ROUTES: list[Network] = [ip_network("10.100.0.0/24"), ip_network("fd7a::/96")]

@@ -1,10 +1,12 @@
 """The real tunnel interface, as a `core.ports.TunDevice`.
 
-A packet that an application sends into the tunnel: kernel -> `read` of virtio header and data
--> `core.vnet.to_packet` (the one copy) -> a batch of `IpPacket` from `receive`.
-A packet for an application: `send_nowait` -> `core.vnet.vnet_header` -> `writev` -> kernel.
+A packet that an application sends into the tunnel: kernel -> `read` of header and data
+-> the driver's `to_packet` (the one copy) -> a batch of `IpPacket` from `receive`.
+A packet for an application: `send_nowait` -> the driver's `to_frames` -> `writev` -> kernel.
 
-A super-packet (TSO, USO) crosses in one read or write. Its unfinished checksum stays unfinished.
+The driver knows what stands before a packet: `linux`, a virtio header, `macos`, four bytes of
+address family. On Linux a super-packet (TSO, USO) crosses in one read or write, and its unfinished
+checksum stays unfinished; on macOS it is cut and completed.
 Nothing here waits except `receive`; what the kernel does not take at once is dropped and counted.
 """
 
@@ -13,16 +15,16 @@ import os
 import struct
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import structlog
 import trio
 
-from ztna.core import vnet
-from ztna.core.ports import IpPacket
+from ztna.core.ports import Buffer, IpPacket
 from ztna.errors import LocalProtocolError, RemoteProtocolError, SystemSetupError
-from ztna.tun import linux
+from ztna.tun import linux, macos
 
 log = structlog.get_logger()
 
@@ -31,7 +33,7 @@ log = structlog.get_logger()
 BATCH_PACKETS = 32
 BATCH_BYTES = 256 * 1024
 
-# Largest IP packet, and the header before it.
+# Largest IP packet, and the largest header before it.
 _FRAME_SIZE = linux.VNET_HEADER_SIZE + 65_535
 
 # What one write can fail with while the interface lives, and the name of its counter. EIO: the
@@ -49,13 +51,43 @@ class TunGoneError(SystemSetupError):
     """The interface vanished while it was in use."""
 
 
-class LinuxTun:
-    """A TUN interface of Linux. One task may receive; any may send. Made by `open_tun`."""
+class TunDriver(Protocol):
+    """An open tunnel interface of one system, and its frames; see `linux.TunFd`."""
 
-    def __init__(self, tun: linux.TunFd, mtu: int) -> None:
-        self._fd = tun.fd
-        self._name = tun.name
-        self._offload = tun.offload
+    @property
+    def fd(self) -> int:
+        """Non-blocking file descriptor: one read or write is one frame."""
+
+    @property
+    def name(self) -> str:
+        """The interface's name."""
+
+    @property
+    def offload(self) -> str:
+        """What the host leaves to us."""
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """errno values that mean: the interface is gone."""
+
+    def to_packet(self, frame: Buffer) -> IpPacket:
+        """What was read, as a packet. Raises RemoteProtocolError."""
+
+    def to_frames(self, packet: IpPacket) -> Iterable[tuple[bytes, Buffer]]:
+        """What to write for a packet: header and data of each frame. Raises LocalProtocolError,
+        IndexError or struct.error for what is no packet."""
+
+
+class SystemTun:
+    """The kernel's tunnel interface. One task may receive; any may send. Made by `open_tun`."""
+
+    def __init__(self, driver: TunDriver, mtu: int) -> None:
+        self._fd = driver.fd
+        self._name = driver.name
+        self._offload = driver.offload
+        self._gone = driver.gone
+        self._to_packet = driver.to_packet
+        self._to_frames = driver.to_frames
         self._mtu = mtu
         self._counts: Counter[str] = Counter()
 
@@ -96,6 +128,8 @@ class LinuxTun:
                 # Measured: a fresh bytes object of the largest size, shrunk by `read`, and cut by
                 # `to_packet` costs 2.0 us a packet; a buffer of ours, filled and copied, 3.2.
                 frame = os.read(self._fd, _FRAME_SIZE)
+                if not frame:
+                    raise OSError(errno.ENODEV, "end of file")  # so macOS tells that it is gone
             except BlockingIOError:
                 break
             except OSError as error:
@@ -106,7 +140,7 @@ class LinuxTun:
                 continue
             reads += 1
             try:
-                packet = vnet.to_packet(frame)
+                packet = self._to_packet(frame)
             except RemoteProtocolError:
                 counts["receive_dropped_invalid"] += 1
             else:
@@ -126,11 +160,11 @@ class LinuxTun:
         sent = size = 0
         for packet in packets:
             try:
-                header = vnet.vnet_header(packet)
-                size += os.writev(self._fd, (header, packet.data)) - len(header)
+                for header, data in self._to_frames(packet):
+                    size += os.writev(self._fd, (header, data)) - len(header)
                 sent += 1
             except (LocalProtocolError, IndexError, struct.error):
-                # A header that does not describe its packet, or has no place in ten bytes.
+                # A header that does not describe its packet, or has no place in its bytes.
                 counts["send_dropped_invalid"] += 1
             except OSError as error:
                 counts[_DROPS.get(error.errno or 0, self._drop_kind(error))] += 1
@@ -138,13 +172,12 @@ class LinuxTun:
         counts["sent_bytes"] += size
         return sent
 
-    @staticmethod
-    def _drop_kind(error: OSError) -> str:
-        gone = error.errno in linux.GONE or error.errno == errno.EBADF
+    def _drop_kind(self, error: OSError) -> str:
+        gone = error.errno in self._gone or error.errno == errno.EBADF
         return "send_dropped_gone" if gone else "send_dropped_invalid"
 
     def _raise_if_gone(self, error: OSError) -> None:
-        if error.errno in linux.GONE:
+        if error.errno in self._gone:
             raise TunGoneError(
                 f"the tunnel interface {self._name} was removed while ztna used it: start again, "
                 f"and keep other programs from deleting it"
@@ -163,7 +196,7 @@ class LinuxTun:
 
 
 @asynccontextmanager
-async def open_tun(name: str, mtu: int, *, offload: bool = True) -> AsyncIterator[LinuxTun]:
+async def open_tun(name: str, mtu: int, *, offload: bool = True) -> AsyncIterator[SystemTun]:
     """Create a tunnel interface, or take a free one; give it back on exit.
 
     name: `utun` for the next free utunN, other names as given. mtu: what `netlink.tun_network`
@@ -171,9 +204,7 @@ async def open_tun(name: str, mtu: int, *, offload: bool = True) -> AsyncIterato
     The interface is down and without addresses until `netlink.tun_network` changes that.
     Raises SystemSetupError with what to do.
     """
-    if sys.platform != "linux":
-        raise SystemSetupError(f"ztna has no tunnel interface for {sys.platform} yet: use Linux")
-    device = LinuxTun(linux.open_tun_fd(name, offload=offload), mtu)
+    device = SystemTun(_open_driver(name, offload=offload), mtu)
     log.info("tunnel interface open", interface=device.name, mtu=mtu, offload=device.offload)
     try:
         await trio.lowlevel.checkpoint()
@@ -181,3 +212,15 @@ async def open_tun(name: str, mtu: int, *, offload: bool = True) -> AsyncIterato
     finally:
         device.close()
         log.debug("tunnel interface closed", interface=device.name, **device.statistics())
+
+
+def _open_driver(name: str, *, offload: bool) -> TunDriver:
+    platform = str(sys.platform)  # any, for the type checker too
+    if platform == "linux":
+        return linux.open_tun_fd(name, offload=offload)
+    if platform == "darwin":
+        return macos.open_utun(name)
+    raise SystemSetupError(
+        f"ztna has no tunnel interface for {platform}: use Linux or macOS, or local ports "
+        f"(--tun none)"
+    )

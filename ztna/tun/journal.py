@@ -11,6 +11,7 @@ The journal matters for one that the operator made beforehand, which stays.
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import cattrs
 import structlog
 
 from ztna.errors import SystemSetupError
+from ztna.tun import macos
 
 log = structlog.get_logger()
 
@@ -80,12 +82,14 @@ class Journal:
 
 def boot_id() -> str:
     """Names the kernel's run: nothing that was changed before it started is left."""
+    if sys.platform == "darwin":
+        return macos.boot_id()
     return _BOOT_ID.read_text().strip()
 
 
 def namespace() -> int:
-    """Names the network namespace of the calling thread."""
-    return _NAMESPACE.stat().st_ino
+    """Names the network namespace of the calling thread; 0 where there are none."""
+    return 0 if sys.platform == "darwin" else _NAMESPACE.stat().st_ino
 
 
 def write(state_dir: Path, record: Record) -> Journal:

@@ -1,8 +1,9 @@
 """One interface over netlink: what it has, what others have, and the changes to it.
 
-`netlink` decides, this module talks to the kernel: `find`, `occupied_by_others`, `present` and
-`settings` read; `bring_up` and `undo` change, each in the order that keeps the interface silent:
-IPv6 link-local addresses off before it is up, addresses before routes, and back the other way.
+`linux_network` decides, this module talks to the kernel: `find`, `occupied_by_others`, `present`
+and `settings` read; `bring_up` and `undo` change, each in the order that keeps the interface
+silent: IPv6 link-local addresses off before it is up, addresses before routes, and back the other
+way.
 
 Everything blocks for well under a millisecond a call, and runs in a thread with its own socket.
 Source: Linux, rtnetlink(7), Documentation/networking/ip-sysctl.rst.
@@ -12,14 +13,7 @@ import errno
 import socket as sockets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from ipaddress import (
-    IPv4Interface,
-    IPv4Network,
-    IPv6Interface,
-    IPv6Network,
-    ip_interface,
-    ip_network,
-)
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,11 +24,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from ztna.errors import SystemSetupError
 from ztna.tun.journal import LinkSettings, Record
+from ztna.tun.networks import Interface, Network, Occupied, parse_interface, parse_network
 
 log = structlog.get_logger()
 
-Interface: TypeAlias = IPv4Interface | IPv6Interface
-Network: TypeAlias = IPv4Network | IPv6Network
 Socket: TypeAlias = Any  # pyroute2 has no types
 
 # Room for headers, so that a TSO super-packet fits one UDP GSO send of the tunnel once it is cut
@@ -65,29 +58,9 @@ class Found:
     message: Any
 
 
-@attrs.frozen
-class Occupied:
-    """An address or route that another interface, or none, has. what: "the address", "the
-    route"; where: "on eth0"."""
-
-    network: Network
-    what: str
-    where: str
-
-
 def open_socket() -> Socket:
     """A netlink socket, to be used as a context manager in one thread."""
     return IPRoute()
-
-
-def parse_interface(text: str) -> Interface:
-    """An address with prefix."""
-    return ip_interface(text)
-
-
-def parse_network(text: str) -> Network:
-    """A network."""
-    return ip_network(text)
 
 
 def find(socket: Socket, name: str) -> Found:

@@ -16,6 +16,8 @@ import sys
 
 import attrs
 
+from ztna.core import vnet
+from ztna.core.ports import Buffer, IpPacket
 from ztna.errors import SystemSetupError
 
 CLONE_DEVICE = "/dev/net/tun"
@@ -67,6 +69,21 @@ class TunFd:
     fd: int
     name: str
     offload: str
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """errno values that mean: the interface is gone."""
+        return GONE
+
+    @staticmethod
+    def to_packet(frame: Buffer) -> IpPacket:
+        """Virtio header and data, as a packet or super-packet. Raises RemoteProtocolError."""
+        return vnet.to_packet(frame)
+
+    @staticmethod
+    def to_frames(packet: IpPacket) -> tuple[tuple[bytes, Buffer]]:
+        """Virtio header and data, one frame; raises what `core.vnet.vnet_header` raises."""
+        return ((vnet.vnet_header(packet), packet.data),)
 
 
 def interface_request(name: str) -> str:

@@ -124,7 +124,7 @@ class MemoryTun:
         return await self._to_host.take()
 
     def statistics(self) -> Mapping[str, int]:
-        """Counters since creation, named as `device.LinuxTun` names them, and those of the host."""
+        """Counters since creation, named as those of `device.SystemTun`, and those of the host."""
         return dict(self._counts)
 
     def close(self) -> None:
