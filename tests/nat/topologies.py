@@ -238,6 +238,7 @@ async def uplinks(lab: AnyLab) -> None:
         lab.change_uplink(phone, behind=mobile)
         assert (await outer_address(port, server))[0] == mobile.address
         await send(server, (wifi.address, 5000), b"to the old")
+        await lab.settle()
         lab.change_uplink(phone, address="203.0.113.77")
         assert await outer_address(port, server) == ("203.0.113.77", 5000) == port.local_address
         lab.change_uplink(phone, behind=wifi)
