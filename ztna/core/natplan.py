@@ -248,8 +248,9 @@ class ProbePlan:
         """Whether a server may make us send there: no multicast, and this machine or link only
         where the server is on it too."""
         host, server = ipaddress.ip_address(address[0]), ipaddress.ip_address(self.server[0])
-        special = host.is_multicast or host.is_unspecified or host.is_reserved
         local = host.is_loopback or host.is_link_local
+        # ::1 lies in a reserved range.
+        special = host.is_multicast or host.is_unspecified or (host.is_reserved and not local)
         return (
             host.version == server.version
             and address[1] != 0
