@@ -388,3 +388,45 @@ def test_addresses_given_twice_are_our_own_mistake() -> None:
     assert registry.owner_of(B.packed) is two
     registry.assign_addresses(one, frozenset())
     assert registry.owner_of(A.packed) is None
+
+
+def test_services_of_a_replaced_connector_are_awaited_until_it_has_registered() -> None:
+    old, new, third = connector(1, "home"), connector(2, "home"), connector(3, "home")
+    registry = registry_with(old)
+    for service_id in ("web", "ssh"):
+        registry.register(old, service_id)
+    assert not registry.awaits("web")
+    assert registry.add(new) is old
+    assert registry.awaits("web")
+    assert not registry.awaits("db")
+    # Replaced once more before it said anything: the same is awaited of the newest.
+    assert registry.add(third) is new
+    assert registry.awaits("ssh")
+    registry.settle(new)
+    assert registry.awaits("ssh"), "it is not the newest"
+    registry.register(third, "web")
+    registry.settle(third)
+    assert not registry.awaits("ssh")
+
+
+def test_nothing_is_awaited_of_who_left() -> None:
+    old, new = connector(1, "home"), connector(2, "home")
+    registry = registry_with(old)
+    registry.register(old, "web")
+    registry.add(new)
+    registry.remove(new)
+    assert not registry.awaits("web")
+
+
+def test_two_connectors_that_are_both_replaced() -> None:
+    first, second = connector(1, "home"), connector(2, "office")
+    registry = registry_with(first, second)
+    for client in (first, second):
+        registry.register(client, "web")
+    newer, newest = connector(3, "home"), connector(4, "office")
+    registry.add(newer)
+    registry.add(newest)
+    registry.settle(newer)
+    assert registry.awaits("web"), "of the other"
+    registry.settle(newest)
+    assert not registry.awaits("web")

@@ -219,6 +219,15 @@ def test_no_connector_answers_unreachable(form: str) -> None:
     assert found.dropped == {"no_connector": 1}
 
 
+def test_silence_while_a_newer_session_of_the_connector_registers() -> None:
+    found = lab()
+    newer = found.join("home", [])
+    assert found.send("laptop", short(WEB, OUT)) == {}
+    assert found.dropped == {"connector_begins_anew": 1}
+    found.relay.registry.settle(newer)
+    assert found.send("laptop", short(WEB, OUT)).keys() == {"laptop"}, "it did not come back"
+
+
 def test_one_unreachable_a_batch_and_none_about_errors() -> None:
     found = lab()
     packet = udp(LAPTOP, SSH_IP)

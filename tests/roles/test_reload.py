@@ -16,7 +16,7 @@ from tests.roles.peers import open_raw_client
 from tests.roles.user_host import UserHost
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.packet.icmp import Unreachable
-from ztna.core.packet.ip import UDP, parse_ip_untrusted
+from ztna.core.packet.ip import ICMP, UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
 from ztna.core.policy import PolicyRule
 from ztna.core.tcp.state import Reset
@@ -358,6 +358,7 @@ async def test_new_certificate_takes_a_new_session(name: str, autojump_clock: Mo
     async with open_world(POLICY) as world:
         _, host = await start_all(world)
         async with pinging(host) as phone:
+            start = phone.sent
             before = sessions_of(world, name)
             fresh = make(world.deployment.ca, world.deployment.now, name)
             reload(world, name, credentials=fresh)
@@ -368,8 +369,10 @@ async def test_new_certificate_takes_a_new_session(name: str, autojump_clock: Mo
             session = world.intermediate.served[key].session
             assert session.peer.serial == fresh.certificate.serial_number
             assert phone.silence < 0.1
-            missing = set(range(phone.sent - 10)) - phone.answered
+            missing = set(range(start, phone.sent - 10)) - phone.answered
             assert len(missing) * INTERVAL < 0.1, "what two round trips cost"
+            refusals = [p for p in phone.user.packets if p[9] == ICMP and p[20] == 3]
+            assert not refusals, "lost is sent again, refused is told to the user"
 
 
 async def test_clients_without_a_control_stream_hear_of_it(autojump_clock: MockClock) -> None:

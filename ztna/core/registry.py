@@ -46,6 +46,7 @@ class Client:
     features: agreed by Hello; empty for clients that never said it.
     speaks_control: whether it said Hello.
     addresses: source addresses that its packets may carry, packed.
+    awaited: services that the session before it provided, until this one has registered its own.
     """
 
     key: int
@@ -58,6 +59,7 @@ class Client:
     routes_by_number: dict[int, AgentRoute] = attrs.Factory(dict)
     provides: dict[str, int] = attrs.Factory(dict)
     serves: int = 0
+    awaited: frozenset[str] = frozenset()
 
     @property
     def is_agent(self) -> bool:
@@ -97,6 +99,7 @@ class Registry:
     _clients: dict[Identity, Client] = attrs.Factory(dict)
     _by_address: dict[bytes, Client] = attrs.Factory(dict)
     _providers: dict[str, list[Client]] = attrs.Factory(dict)
+    _awaited: dict[str, Client] = attrs.Factory(dict)
     _numbers: dict[str, "_Number"] = attrs.Factory(dict)
     _free_numbers: deque[int] = attrs.Factory(deque)
 
@@ -111,7 +114,9 @@ class Registry:
         if replaced is client:
             raise LocalProtocolError(f"{client.identity} is here already")
         if replaced is not None:
+            client.awaited = replaced.awaited.union(replaced.provides)
             self.remove(replaced)
+            self._awaited.update(dict.fromkeys(client.awaited, client))
         self._clients[client.identity] = client
         self.assign_addresses(client, client.addresses)
         return replaced
@@ -122,6 +127,7 @@ class Registry:
             return
         del self._clients[client.identity]
         self._disclaim(client)
+        self.settle(client)
         for service_id in [*client.routes, *client.provides]:
             self.withdraw(client, service_id)
 
@@ -214,6 +220,18 @@ class Registry:
                 if held is not None and held.provider is client:
                     held.provider = None
                     client.serves -= 1
+
+    def awaits(self, service_id: str) -> bool:
+        """Whether a connector provided this a moment ago and is about to do so again, by a newer
+        session: its users should wait, not be refused."""
+        return service_id in self._awaited
+
+    def settle(self, client: Client) -> None:
+        """A client has registered what it has: nothing else is awaited of it."""
+        for service_id in client.awaited:
+            if self._awaited.get(service_id) is client:
+                del self._awaited[service_id]
+        client.awaited = frozenset()
 
     def provider_for(self, route: AgentRoute) -> Client | None:
         """The connector that serves a route: the same one while it is there, so that flows stay;

@@ -313,6 +313,8 @@ class Relay:
             route.destinations.add(destination)
         provider = self.registry.provider_for(route)
         label = ServiceLabel(route.service_id, route.number)
+        if provider is None and self.registry.awaits(route.service_id):
+            return "connector_begins_anew"
         if provider is None:
             answer = build_unreachable(packet, source=destination)
             if answer is not None:

@@ -246,7 +246,14 @@ async def _report_address(session: Session) -> None:
 async def _read_control(intermediate: Intermediate, served: Served) -> None:
     reader = FrameReader()
     while data := await served.session.receive_control():
+        now = trio.current_time()
+        if not served.control.take(now, len(data)):
+            served.session.close(CloseCode.LIMIT, "too many bytes on the control stream")
+            return
         for message in reader.receive_bytes_untrusted(data):
+            if not served.frames.take(now):
+                served.session.close(CloseCode.LIMIT, "too many messages on the control stream")
+                return
             match message:
                 case Hello():
                     await _receive_hello_untrusted(intermediate, served, message)
@@ -330,7 +337,11 @@ def _receive_dialogue(
     client, session = served.client, served.session
     answers: list[bytes] = []
     map_changed = False
+    now = trio.current_time()
     for data in messages:
+        if not served.dialogue.take(now):
+            served.dialogue_dropped += 1
+            continue
         try:
             message = wire.parse_service_message_untrusted(data)
             if message.kind not in {wire.AGENT_WANTS, wire.CONNECTOR_PROVIDES}:
@@ -356,6 +367,8 @@ def _receive_dialogue(
         elif refusal is not None and len(served.refused) < MAX_SERVICES:
             served.refused[answer.service_id] = answer.reason
     session.send_datagrams(answers)
+    if map_changed:
+        intermediate.registry.settle(client)
     if map_changed and client.speaks_control:
         send_service_map(served)  # once for all: it holds the whole map
 
