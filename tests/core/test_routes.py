@@ -166,6 +166,14 @@ def test_the_agent_is_the_first_hop(version: int) -> None:
     assert routes.statistics()["drop_hops_used_up"] == 1
 
 
+def test_extension_headers_do_not_hide_the_service() -> None:
+    header = ip(OWN, ECHO, 6) / inet6.IPv6ExtHdrDestOpt()
+    good, wrong = (bytes(header / inet.UDP(sport=5000, dport=port)) for port in (9999, 9998))
+    forward, answers = table().route_outbound([IpPacket(good), IpPacket(wrong)])
+    assert [(label.id, bytes(packet.data)) for label, packet in forward] == [("echo", good)]
+    assert len(answers) == 1
+
+
 @VERSIONS
 def test_hops_that_end_without_an_answer(version: int) -> None:
     """Nobody answers a stranger, nor an error; without an address of its own, the destination's."""

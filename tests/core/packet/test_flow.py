@@ -62,7 +62,22 @@ def test_whole_packets(
         (inet.IP(frag=0x1F, proto=6) / b"12345678", (6, 20, False), None),
         (IP6 / inet6.IPv6ExtHdrFragment(m=1) / UDP / b"1", (17, 48, True), 0x2222),
         (IP6 / inet6.IPv6ExtHdrFragment(offset=1, nh=17) / b"12345678", (17, 48, False), None),
-        (IP6 / inet6.IPv6ExtHdrDestOpt() / UDP, (60, 40, True), None),
+        (IP6 / inet6.IPv6ExtHdrDestOpt() / UDP, (17, 48, True), 0x2222),
+        (
+            IP6 / inet6.IPv6ExtHdrHopByHop() / inet6.IPv6ExtHdrDestOpt() / TCP,
+            (6, 56, True),
+            0x2222,
+        ),
+        (
+            IP6
+            / inet6.IPv6ExtHdrHopByHop()
+            / inet6.IPv6ExtHdrFragment(offset=1, nh=17)
+            / b"12345678",
+            (17, 56, False),
+            None,
+        ),
+        # A malformed chain counts as the protocol.
+        (IP6 / inet6.IPv6ExtHdrRouting(segleft=1) / UDP, (43, 40, True), None),
     ],
 )
 def test_fragments_and_extension_headers_have_no_flow(

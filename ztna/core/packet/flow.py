@@ -4,7 +4,17 @@ Packets with IPv6 extension headers, fragments and protocols other than TCP, UDP
 flow key; they are judged one by one.
 """
 
-from ztna.core.packet.ip import FRAGMENT, ICMP, ICMPV6, IPV4_HEADER_SIZE, IPV6_HEADER_SIZE, TCP, UDP
+from ztna.core.packet.ip import (
+    FRAGMENT,
+    ICMP,
+    ICMPV6,
+    IPV4_HEADER_SIZE,
+    IPV6_HEADER_SIZE,
+    TCP,
+    UDP,
+    parse_ip_untrusted,
+)
+from ztna.errors import RemoteProtocolError
 
 _FRAGMENT_SIZE = 8
 _TRANSPORTS = frozenset((TCP, UDP))
@@ -13,8 +23,8 @@ _ECHOES = frozenset((ICMP, ICMPV6))
 
 def transport_of(data: bytes) -> tuple[int, int, bool] | None:
     """Protocol, offset of the transport header, and whether it is there (not so in a later
-    fragment). None when data is too short or no IP packet. An IPv6 extension header other than the
-    fragment header counts as the protocol."""
+    fragment). None when data is too short or no IP packet. A malformed chain of IPv6 extension
+    headers counts as the protocol."""
     version = data[0] >> 4 if data else 0
     if version == 4 and len(data) >= IPV4_HEADER_SIZE:
         offset = (data[6] & 0x1F) << 8 | data[7]
@@ -23,8 +33,19 @@ def transport_of(data: bytes) -> tuple[int, int, bool] | None:
         if data[6] == FRAGMENT and len(data) >= IPV6_HEADER_SIZE + _FRAGMENT_SIZE:
             offset = int.from_bytes(data[42:44], "big") & 0xFFF8  # RFC 8200 section 4.5
             return data[40], IPV6_HEADER_SIZE + _FRAGMENT_SIZE, offset == 0
+        if data[6] not in _TRANSPORTS and data[6] != ICMPV6:
+            return _behind_extension_headers_untrusted(data)
         return data[6], IPV6_HEADER_SIZE, True
     return None
+
+
+def _behind_extension_headers_untrusted(data: bytes) -> tuple[int, int, bool]:
+    try:
+        header = parse_ip_untrusted(data, quoted=True)
+    except RemoteProtocolError:
+        return data[6], IPV6_HEADER_SIZE, True
+    there = header.fragment is None or header.fragment.offset == 0
+    return header.protocol, header.header_size, there
 
 
 def flow_key(data: bytes) -> bytes | None:
