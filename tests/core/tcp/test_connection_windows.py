@@ -22,7 +22,7 @@ def test_zero_window_is_probed_with_backoff_for_ever() -> None:
     script.now = 0.1
     assert script.receive(peer(0, 1, 1001, window=0)) == []
     times = []
-    for _ in range(12):
+    while script.now <= 2 * script.core._block.config.user_timeout:
         timer = script.core.get_timer()
         assert timer is not None
         times.append(timer - script.now)
@@ -30,8 +30,8 @@ def test_zero_window_is_probed_with_backoff_for_ever() -> None:
         assert script.receive(peer(0, 1, 1001, window=0)) == []
     assert times == pytest.approx(sorted(times))
     assert times[1] == pytest.approx(2 * times[0])
-    assert times[-1] == pytest.approx(60)
-    assert script.now > 2 * script.core._block.config.user_timeout
+    # No longer: the word that it is open again may be lost with the path.
+    assert times[-1] == pytest.approx(1)
     # It opens: what the probe carried, thrown away there, goes again with the rest.
     assert script.receive(peer(0, 1, 1001, window=5000)) == ["A 1001+1 ack 1", "PA 1002+1999 ack 1"]
 

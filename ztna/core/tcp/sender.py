@@ -14,7 +14,7 @@ import attrs
 from ztna.core.packet.tcp import TcpFlags
 from ztna.core.tcp.buffers import SendBuffer
 from ztna.core.tcp.congestion import Congestion
-from ztna.core.tcp.rtt import MAX_RTO, RttEstimator
+from ztna.core.tcp.rtt import BACKOFF_LIMIT, RttEstimator
 from ztna.core.tcp.scoreboard import Scoreboard
 from ztna.core.tcp.segment import Payload
 from ztna.core.tcp.state import TcpConfig
@@ -272,7 +272,10 @@ class Sender:
             # Nothing in flight that the window would let through, and something to send.
             self.timeout_at = self.reordering_at = self.probe_at = None
             if self.persist_at is None:
-                delay = min(self.rtt.rto * 2.0 ** min(self.persists, 16), MAX_RTO)
+                # Doubling (RFC 9293 section 3.8.6.1) ends as early as that of retransmissions: the
+                # peer tells once that its window is open, perhaps while the path is dead.
+                limit = max(self.rtt.rto, BACKOFF_LIMIT)
+                delay = min(self.rtt.rto * 2.0 ** min(self.persists, 16), limit)
                 self.persist_at = now + delay
             return
         self.persist_at = None
