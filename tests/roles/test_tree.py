@@ -159,6 +159,20 @@ def test_second_signal_ends_at_once() -> None:
         assert process.wait(timeout=GRACE * 0.75) == 128 + signal.SIGINT
 
 
+def test_two_signals_at_the_same_time_end_at_once() -> None:
+    """Neither waits for the first one to be acted upon."""
+    body = """
+    say("ready")
+    with trio.CancelScope(shield=True):
+        await trio.sleep(60)
+    """
+    with tiny_role(body) as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        codes = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        assert process.wait(timeout=GRACE * 0.75) in codes
+
+
 def test_second_signal_ends_a_hung_event_loop() -> None:
     body = """
     say("ready")

@@ -140,6 +140,9 @@ async def _watch_signals(
             log.info("stopping", signal=stop.number.name)
             nursery.start_soon(_exit_after_grace, stop.number)
             stop.scope.cancel()
+        else:
+            # It came before the plain handler was in place.
+            _exit_at_once(number, None)
 
 
 async def _exit_after_grace(number: signal.Signals) -> None:
