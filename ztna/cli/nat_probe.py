@@ -63,8 +63,9 @@ def nat_probe(
     Asks an intermediate, or any STUN server. One with two addresses (RFC 5780) tells all; one with
     two ports tells more when both are given: --server HOST --server HOST:3479.
 
-    With --cert, --key and --ca it also opens sessions to the intermediate and compares the addresses that these are seen
-    under; use a certificate of its own, for a node that runs with the same one is disconnected.
+    With --cert, --key and --ca it also opens sessions to the intermediate and compares the
+    addresses that these are seen under; use a certificate of its own, for a node that runs with the
+    same one is disconnected.
 
     \b
     Exit codes:
