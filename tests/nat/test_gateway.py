@@ -148,6 +148,7 @@ def test_the_oldest_mapping_expires_first() -> None:
     gateway = make_gateway(NatSpec(MappingKind.ADM, mapping_timeout=10))
     one, two = out(gateway, INNER, SERVER, 0.0), out(gateway, INNER, OTHER_HOST, 1.0)
     out(gateway, INNER, SERVER, 5.0)
+    assert gateway.outer_addresses() == [two, one]
     gateway.handle_timer(11.0)
     assert let_in(gateway, OTHER_HOST, two, 11.0) is None
     assert let_in(gateway, SERVER, one, 11.0) == INNER

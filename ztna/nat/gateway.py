@@ -132,6 +132,10 @@ class Gateway:
             self._ports = PortKind.RANDOM
         self._open_port_mappings()
 
+    def outer_addresses(self) -> list[Address]:
+        """Those of all mappings, the one that will expire next first."""
+        return list(self._by_outer)
+
     def statistics(self) -> Mapping[str, int]:
         """Counters: batches passed, and dropped by reason; mappings now."""
         return {**self._counters, "mappings": len(self._by_outer)}
