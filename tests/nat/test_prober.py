@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.nat.scenarios import build, check_classified, stun_service
-from ztna.core.mtuprobe import MtuProber, PathMtu
+from ztna.core.mtuprobe import INTERVAL, MTUS, MtuProber, PathMtu
 from ztna.core.natclass import Lifetime, LifetimeSearch, NatBehaviour, Presence
 from ztna.core.natplan import ProbeSocket
 from ztna.core.natprobe import NatProber
@@ -47,6 +47,15 @@ async def test_each_kind(nat: NatSpec, autojump_clock: MockClock) -> None:
             assert trio.current_time() - began < 15
     assert said[0] == "first answer: answered"
     assert not [words for words in said if words.startswith("waiting")]
+
+
+async def test_what_is_answered_does_not_wait_for_a_timer(autojump_clock: MockClock) -> None:
+    async with open_lab(seed=3, link=LinkSpec(delay=0.01)) as lab:
+        top = build(lab, OPEN)
+        async with stun_service(top.server, top.other_server) as server:
+            began = trio.current_time()
+            await probe(top.inner, server, [])
+            assert trio.current_time() - began < 1  # eight questions, one after the other
 
 
 async def test_through_loss(autojump_clock: MockClock) -> None:
@@ -108,5 +117,8 @@ async def test_mtu(mtu: int, autojump_clock: MockClock) -> None:
         ):
             nursery.start_soon(answer_everything, theirs)
             prober = MtuProber(theirs.local_address, random.Random(1))
+            began = trio.current_time()
             assert await measure_mtu(prober, ours) == PathMtu(mtu, mtu)
+            at_once = trio.current_time() - began < INTERVAL
+            assert at_once == (mtu == max(MTUS))
             nursery.cancel_scope.cancel()

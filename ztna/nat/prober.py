@@ -53,7 +53,6 @@ class _Run:
     async def to_the_end(self) -> NatBehaviour:
         prober = self.prober
         prober.start(trio.current_time())
-        told = 0.0
         while True:
             self.wake = trio.Event()
             while (event := prober.next_event()) is not None:
@@ -65,8 +64,7 @@ class _Run:
                 batch = UdpBatch(request.data, len(request.data), request.destination)
                 await self.ports[request.socket].send([batch])
             timer = prober.get_timer() or math.inf
-            if timer - now >= LONG_WAIT and timer != told:
-                told = timer
+            if timer - now >= LONG_WAIT:
                 self.progress(f"waiting {timer - now:.0f} s with an idle mapping")
             with trio.move_on_at(timer):
                 await self.wake.wait()
