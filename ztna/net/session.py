@@ -46,6 +46,9 @@ log = structlog.get_logger()
 CONTROL_STREAM = 0
 # A few, so that a client with other habits is answered with a reset and not left waiting.
 _PEER_STREAMS = 4
+# Pieces of data on such streams that are borne in a session: what four windows hold. aioquic keeps
+# a word for every stream that ever was.
+_OTHER_STREAM_DATA = 1024
 # Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
 # Our choice, below the 25 ms that a peer expects by default (RFC 9000 section 18.2): an ACK costs
 # each side as much as 50 packets of a batch, and ten batches may come in that time.
@@ -276,6 +279,8 @@ class Session(SessionQueues):
     def _refuse_stream(self, stream_id: int, *, ended: bool) -> None:
         """No stream but the control stream has a meaning: stop it, and drop what it brings."""
         self._counters["other_streams"] += 1
+        if self._counters["other_streams"] > _OTHER_STREAM_DATA:
+            self.close(CloseCode.LIMIT, "streams without end beside the control stream")
         if not ended:
             self._connection.stop_stream(stream_id, CloseCode.REFUSED)
         if not stream_id & 0x02:  # bidirectional (RFC 9000 section 2.1)

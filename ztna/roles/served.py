@@ -2,16 +2,28 @@
 
 import attrs
 
+from ztna.core.limits import TokenBucket
 from ztna.core.messages import ServiceMap, ServiceNumber, encode_message
 from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
 from ztna.net.session import Session
 from ztna.roles.address_book import AddressBook
 
+# Our choices, for one session. A client says Hello, asks for its services (256 at most, and again
+# four times while 0x12 gets lost) and withdraws some at a reload: rarely a frame a minute.
+DIALOGUE_RATE, DIALOGUE_BURST = 64.0, 1024.0
+FRAME_RATE, FRAME_BURST = 8.0, 64.0
+# Bytes a second; the burst holds four of the largest frames.
+CONTROL_RATE, CONTROL_BURST = float(16 << 10), float(256 << 10)
+
 
 @attrs.define(eq=False)
 class Served:
     """A client and its session.
+
+    dialogue: 0x10 and 0x11 that it may send; what is over is dropped and counted. frames, control:
+    messages and bytes on its control stream, where nothing can be dropped: what is over ends the
+    session.
 
     refused: reasons, by service, that wait for the client's Hello: a 0x10 often overtakes it.
     unauthorised: services that the policy refused, to be judged again when it changes.
@@ -23,6 +35,10 @@ class Served:
     unauthorised: set[str] = attrs.Factory(set)
     malformed: int = 0
     answered: int = 0
+    dialogue_dropped: int = 0
+    dialogue: TokenBucket = attrs.Factory(lambda: TokenBucket(DIALOGUE_RATE, DIALOGUE_BURST))
+    frames: TokenBucket = attrs.Factory(lambda: TokenBucket(FRAME_RATE, FRAME_BURST))
+    control: TokenBucket = attrs.Factory(lambda: TokenBucket(CONTROL_RATE, CONTROL_BURST))
 
 
 @attrs.define
@@ -39,7 +55,10 @@ class Intermediate:
     def statistics(self) -> dict[str, object]:
         """Counters of registry and relay, and of each session."""
         sessions = {
-            f"{served.client.identity}": dict(served.session.statistics())
+            f"{served.client.identity}": {
+                **served.session.statistics(),
+                "drop_dialogue_rate": served.dialogue_dropped,
+            }
             for served in self.served.values()
         }
         return {**self.registry.statistics(), **self.relay.statistics(), "sessions": sessions}
