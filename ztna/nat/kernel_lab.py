@@ -182,6 +182,8 @@ class Host:
 
     def plug_cable(self) -> None:
         """Undo `pull_cable`, and wait for the carrier."""
+        # What was sent meanwhile waits for an answer of ARP: it shall not arrive now.
+        self.namespace.ip(f"neigh flush dev {self.interface}")
         self.router.namespace.ip(
             f"link set {self.router_end} up",
             # Over IPv6 the address has gone with the carrier.
@@ -189,9 +191,6 @@ class Host:
             f"route replace {_alone(self.address)} dev {self.router_end}",
         )
         self.wait_running()
-        # Whoever was looked for in vain is looked for anew.
-        self.namespace.ip(f"neigh flush dev {self.interface}")
-        self.router.namespace.ip(f"neigh flush dev {self.router_end}")
 
     def change_address(self, address: str) -> None:
         """Get another address on the same link."""
