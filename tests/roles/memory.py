@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -40,7 +41,8 @@ from ztna.tun.loopback import MemoryTun
 RELAY = "198.51.100.10"
 ECHO_IP = ipaddress.IPv4Address("10.100.0.1")
 WEB_IP = ipaddress.IPv4Address("10.100.0.2")
-NO_FILES = IdentityFiles("", "", "")  # type: ignore[arg-type] # credentials are given directly
+# Credentials are given directly; nothing reads these.
+NO_FILES = IdentityFiles(Path("none.crt"), Path("none.key"), Path("none.ca"))
 
 StreamServer = Callable[[trio.abc.HalfCloseableStream], Awaitable[None]]
 DatagramServer = Callable[[Datagram], Sequence[Datagram]]

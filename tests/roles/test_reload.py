@@ -375,6 +375,24 @@ async def test_new_certificate_takes_a_new_session(name: str, autojump_clock: Mo
             assert not refusals, "lost is sent again, refused is told to the user"
 
 
+async def test_second_certificate_while_the_first_is_being_taken_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world(POLICY) as world:
+        _, host = await start_all(world)
+        async with pinging(host) as phone:
+            for _ in range(2):
+                fresh = make_agent(world.deployment.ca, world.deployment.now, "phone")
+                reload(world, "phone", credentials=fresh)
+                await trio.sleep(0.015)
+            await trio.sleep(2)
+            assert world.intermediate is not None
+            (key,) = sessions_of(world, "phone")
+            peer = world.intermediate.served[key].session.peer
+            assert peer.serial == fresh.certificate.serial_number
+            assert phone.silence < 0.1
+
+
 async def test_clients_without_a_control_stream_hear_of_it(autojump_clock: MockClock) -> None:
     async with open_world(POLICY) as world:
         await world.start_intermediate()

@@ -66,7 +66,6 @@ class ControlKeeper:
         session = await self._connect()
         while True:
             self._set_successor(None)
-            self._renew = trio.Event()
             wait = 0.0
             try:
                 async with trio.open_nursery() as nursery:
@@ -99,6 +98,8 @@ class ControlKeeper:
     async def _connect(self) -> Session:
         family = family_of(self.endpoint.port.local_address)
         address = await resolve(self.intermediate.host, self.intermediate.port, family)
+        # Here, and not when the session is up: what is set meanwhile counts for the next one.
+        self._renew = trio.Event()
         return self.endpoint.connect(
             address,
             self.credentials,
@@ -124,6 +125,8 @@ class ControlKeeper:
                 if not await self._wins(rival, session, renewing=renewing):
                     self._set_successor(None)
                     rival.close(CloseCode.GOODBYE, "not needed")
+                    if renewing:
+                        self._renew.set()  # still due
         except* SessionClosedError:
             ended = True  # the running session, by itself, and it says why
         if not ended:

@@ -30,7 +30,6 @@ from ztna.core.messages import (
     Withdraw,
     encode_message,
 )
-from ztna.core.policy import Policy
 from ztna.core.ports import UdpPort
 from ztna.core.registry import MAX_SERVICES, Client, Registration, Registry
 from ztna.core.relay import Relay
@@ -48,14 +47,13 @@ from ztna.pki import Credentials
 from ztna.roles.address_book import AddressBook, open_address_book
 from ztna.roles.control_client import REPLACED_WAIT, VERSION
 from ztna.roles.expiry import close_when_expired
-from ztna.roles.judgement import judge_clients_again
+from ztna.roles.judgement import apply_files, policy_of
 from ztna.roles.reload import (
     NodeFiles,
     ReadFiles,
     keep_reloading,
     read_files,
     reader,
-    warn_of_restart,
 )
 from ztna.roles.served import Intermediate, Served, send_service_map
 from ztna.roles.tree import statistics_registry
@@ -66,8 +64,8 @@ CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})
 # Our choice: lines that one session can cause in the log by malformed messages, and by asking.
 MALFORMED_LOG_LIMIT = 5
 ANSWER_LOG_LIMIT = 1000
-# Keys of the configuration that a reload brings into force.
-RELOADED = frozenset({"identity", "policy", "deny_list"})
+# Seconds, our choice: what a client needs to register after its handshake, one loss included.
+REGISTRATION_PATIENCE = 3.0
 
 
 async def run_intermediate_from_config(
@@ -125,7 +123,7 @@ async def run_intermediate(
 ) -> None:
     """Serve clients on one port until cancelled. read: gives the files anew for a reload."""
     files = NodeFiles(config, credentials, denied_serials)
-    registry = Registry(_policy(files), config.service_range)
+    registry = Registry(policy_of(files), config.service_range)
     registry.reserved = {
         packed: identity
         for identity, address in addresses.by_identity.items()
@@ -148,7 +146,7 @@ async def run_intermediate(
             denied_serials=lambda: intermediate.denied_serials,
         )
         if read is not None:
-            apply = functools.partial(_apply, intermediate, endpoint)
+            apply = functools.partial(apply_files, intermediate, endpoint)
             nursery.start_soon(keep_reloading, files, read, apply)
         log.info(
             "ready", address=format_address(port.local_address), identity=credentials.identity.uri
@@ -156,23 +154,6 @@ async def run_intermediate(
         task_status.started(intermediate)
         async for session in sessions:
             nursery.start_soon(_serve_client, intermediate, session)
-
-
-def _policy(files: NodeFiles[IntermediateConfig]) -> Policy:
-    return Policy.of(files.credentials.identity.trust_domain, files.config.policy)
-
-
-def _apply(
-    intermediate: Intermediate,
-    endpoint: Endpoint,
-    old: NodeFiles[IntermediateConfig],
-    new: NodeFiles[IntermediateConfig],
-) -> None:
-    """Bring what a reload has read into force."""
-    warn_of_restart(old.config, new.config, RELOADED)
-    endpoint.credentials = new.credentials
-    now = datetime.datetime.now(datetime.UTC)
-    judge_clients_again(intermediate, _policy(new), new.credentials, new.denied_serials, now)
 
 
 async def _serve_client(intermediate: Intermediate, session: Session) -> None:
@@ -195,6 +176,7 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
                 )
                 nursery.start_soon(_report_address, session)
                 nursery.start_soon(close_when_expired, session)
+                nursery.start_soon(_settle_later, intermediate, client)
                 nursery.start_soon(_read_control, intermediate, served)
                 await session.wait_closed()
                 nursery.cancel_scope.cancel()
@@ -233,6 +215,12 @@ def _replace(intermediate: Intermediate, replaced: Client) -> None:
     if replaced.speaks_control:
         served.session.send_control(encode_message(Goodbye("replaced", REPLACED_WAIT)))
     served.session.close(CloseCode.REPLACED, "replaced by a newer session of this identity")
+
+
+async def _settle_later(intermediate: Intermediate, client: Client) -> None:
+    """Whoever registers nothing anew must not keep others waiting."""
+    await trio.sleep(REGISTRATION_PATIENCE)
+    intermediate.registry.settle(client)
 
 
 async def _report_address(session: Session) -> None:

@@ -10,37 +10,49 @@ import datetime
 
 import structlog
 
+from ztna.config.model import IntermediateConfig
 from ztna.core import wire
 from ztna.core.messages import Denied, encode_message
 from ztna.core.policy import Policy
 from ztna.core.registry import Registration
 from ztna.core.wire import Refusal, ServiceMessage
 from ztna.net.closing import CloseCode
+from ztna.net.endpoint import Endpoint
 from ztna.net.tls import PeerRefusedError, PeerSide, judge_again
-from ztna.pki import Credentials
+from ztna.roles.reload import NodeFiles, warn_of_restart
 from ztna.roles.served import Intermediate, Served, send_service_map
 
 log = structlog.get_logger(__name__)
 
+# Keys of the configuration that a reload brings into force.
+RELOADED = frozenset({"identity", "policy", "deny_list"})
 
-def judge_clients_again(
+
+def policy_of(files: NodeFiles[IntermediateConfig]) -> Policy:
+    """The policy that an intermediate's files hold."""
+    return Policy.of(files.credentials.identity.trust_domain, files.config.policy)
+
+
+def apply_files(
     intermediate: Intermediate,
-    policy: Policy,
-    credentials: Credentials,
-    denied_serials: frozenset[int],
-    now: datetime.datetime,
+    endpoint: Endpoint,
+    old: NodeFiles[IntermediateConfig],
+    new: NodeFiles[IntermediateConfig],
 ) -> None:
-    """Bring a new policy, CA and deny-list into force for all who are connected."""
-    intermediate.registry.policy = policy
-    intermediate.denied_serials = denied_serials
+    """Bring what a reload has read into force, for all who are connected and all who come."""
+    warn_of_restart(old.config, new.config, RELOADED)
+    endpoint.credentials = new.credentials
+    intermediate.denied_serials = new.denied_serials
+    intermediate.registry.policy = policy_of(new)
+    now = datetime.datetime.now(datetime.UTC)
     for served in list(intermediate.served.values()):
         try:
             judge_again(
                 served.session.peer,
-                credentials,
+                new.credentials,
                 side=PeerSide.CLIENT,
                 now=now,
-                denied_serials=denied_serials,
+                denied_serials=new.denied_serials,
             )
         except PeerRefusedError as error:
             _expel(intermediate, served, str(error))
