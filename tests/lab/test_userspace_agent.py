@@ -210,10 +210,10 @@ def test_iperf3(guest: Guest, tmp_path: Path, flags: list[str]) -> None:
         answer = guest.run("iperf3", "-c", "127.0.0.1", "-t", "2", "-J", *flags)
     finally:
         server.kill()
-    rate = json.loads(answer)["end"]["sum_received"]["bits_per_second"]
-    print(f"iperf3 {' '.join(flags)}: {rate / 1e6:.0f} Mbit/s through a forward")  # noqa: T201
-    # Ten times as much on two idle cores. Below this, something collapsed.
-    assert rate > 25e6
+    received = json.loads(answer)["end"]["sum_received"]
+    # That data flows until the end, not how fast: speed is the benchmark's affair.
+    assert received["bytes"] > 1 << 20
+    assert received["seconds"] < 10
 
 
 @pytest.mark.slow

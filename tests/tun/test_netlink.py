@@ -233,6 +233,10 @@ async def test_operators_interface_keeps_what_it_had() -> None:
         "ip route add 10.100.0.0/24 dev kept")  # fmt: skip
     with folder() as state_dir:
         async with open_tun("kept", MTU) as tun:
+            # Attaching gives it a carrier, which its addresses and routes show a moment later.
+            with trio.fail_after(5):
+                while "LOWER_UP" not in run("ip link show kept"):
+                    await trio.lowlevel.checkpoint()
             before = snapshot()
             async with tun_network(tun.name, MTU, ADDRESSES, ROUTES, state_dir=state_dir) as done:
                 assert done.routes == (ip_network("10.100.64.0/18"), *ROUTES)

@@ -18,6 +18,9 @@ from ztna.core.reassembly import MessageReassembler, fragment
 from ztna.core.wire import Feature
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 
+ROUTED_OVERHEAD = 2
+"""Bytes of 0x2F before the service id: the largest form that a session without fragments uses."""
+
 ServiceKey = int | str | None
 """How a message named its service: number, id, or not at all (a bare IP packet)."""
 
@@ -81,6 +84,13 @@ class Encapsulator:
                 self._append_single(label, plain, messages)
         self._flush(waiting, messages)
         return messages
+
+    def largest_packet(self, service_ids: Iterable[str]) -> int:
+        """Bytes of the largest plain packet for these services; 0 if larger ones are cut here."""
+        if Feature.FRAGMENT in self.features:
+            return 0
+        longest = max((len(service_id.encode()) for service_id in service_ids), default=0)
+        return self.max_size - ROUTED_OVERHEAD - longest
 
     def fit(self, messages: Sequence[bytes]) -> list[bytes]:
         """Messages that another session carried, cut where they do not fit this one."""

@@ -10,6 +10,7 @@ TCP's MSS is clamped both ways, so that a full segment fits one message.
 """
 
 import ipaddress
+import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from ztna.core.encapsulation import ServiceKey, ServiceLabel
 from ztna.core.mss import clamp_mss, mss_limits
 from ztna.core.packet import icmp
 from ztna.core.packet.flow import destination_port, flow_key, transport_of
+from ztna.core.packet.fragments import MustNotFragmentError, fragment
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.refusal import refuse
@@ -61,6 +63,9 @@ class ServiceRoute:
 class RouteTable:
     """Routes of one agent, and the flows that it began.
 
+    largest_packet: bytes of the largest plain packet that the session carries; 0 if it cuts
+    messages by itself.
+
     hop_addresses: where the answer to a packet comes from whose hops end here, IPv4 and IPv6. Not
     our own address: a kernel takes no packet from itself. Without one it is the destination.
     """
@@ -71,7 +76,10 @@ class RouteTable:
     refused: dict[str, str] = attrs.Factory(dict)
     mss_limits: tuple[int, int] = mss_limits(1170)
     hop_addresses: tuple[bytes, bytes] | None = None
+    largest_packet: int = 0
     dropped: Counter[str] = attrs.Factory(Counter)
+    # RFC 7739 section 3: not to be guessed by others.
+    _identification: int = attrs.Factory(lambda: secrets.randbits(32))
     _by_number: dict[int, str] = attrs.Factory(dict)
     _flows: OrderedDict[bytes, ServiceRoute] = attrs.Factory(OrderedDict)
 
@@ -122,7 +130,10 @@ class RouteTable:
             if label is None:
                 self._answer_unregistered(route, data, answers)
                 continue
-            forward.append((label, self._clamp(packet, data)))
+            if self.largest_packet and len(data) > self.largest_packet and not packet.segment_size:
+                forward += [(label, piece) for piece in self._cut(data, answers)]
+            else:
+                forward.append((label, self._clamp(packet, data)))
         return forward, answers
 
     def route_inbound(self, packets: Sequence[tuple[ServiceKey, IpPacket]]) -> list[IpPacket]:
@@ -147,17 +158,32 @@ class RouteTable:
                 accepted.append(self._clamp(packet, data))
         return accepted
 
+    def _cut(self, data: bytes, answers: list[IpPacket]) -> list[IpPacket]:
+        """A packet that no message of this session carries whole: as IP fragments, or, where its
+        sender forbids that, answered with the size that fits (RFC 1191 section 4)."""
+        self._identification = (self._identification + 1) & 0xFFFF_FFFF
+        try:
+            pieces = fragment(data, self.largest_packet, identification=self._identification)
+        except MustNotFragmentError:
+            self.dropped["too_big"] += 1
+            _append(answers, icmp.build_packet_too_big(data, self.largest_packet))
+            return []
+        return [IpPacket(piece) for piece in pieces]
+
     def echoes(self, service_ids: Collection[str]) -> list[tuple[ServiceLabel, IpPacket]]:
-        """An echo request to each address of these services that a flow is remembered for.
+        """An echo request from our addresses to each address of these services.
 
         A new session of ours starts from nothing: the intermediate lets only those answer who were
-        asked in it. A flow that only listens would wait for ever. The host ignores the replies.
+        asked in it. A connection that only listens would wait for ever, be it of an earlier session
+        or from before this agent was started. The host ignores the replies.
         """
-        ends = {
-            (key[1:5], key[5:9]) if len(key) == _KEY_SIZE4 else (key[1:17], key[17:33])
-            for key, route in self._flows.items()
+        ends = [
+            (source, destination)
+            for destination, route in self._by_address.items()
             if route.id in service_ids
-        }
+            for source in self.own_addresses
+            if len(source) == len(destination)
+        ]
         echoes = []
         for source, destination in sorted(ends):
             label = self.labels.get(self._by_address[destination].id)

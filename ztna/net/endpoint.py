@@ -16,6 +16,7 @@ import attrs
 import structlog
 import trio
 
+from ztna.core.addresses import format_address
 from ztna.core.identity import Role
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
@@ -366,7 +367,8 @@ class Endpoint:
         if session in self._table.half_open:
             self._counters["sessions_refused"] += 1
             if self._log_gate.allow(trio.current_time()):
-                log.warning("client_refused", remote=session.remote_address, reason=info.reason)
+                address = format_address(session.remote_address)
+                log.warning("client refused", address=address, reason=info.reason)
         self._table.forget(session)
 
     def connection_id_issued(self, session: Session, connection_id: bytes) -> None:

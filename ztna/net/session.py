@@ -188,7 +188,7 @@ class Session(SessionQueues):
             self._deliver()
         except CONTAINED as error:
             # A bug of ours that this peer has reached; the others must not feel it.
-            log.exception("receiver_failed", remote=self.remote_address, error=str(error))
+            log.exception("receiver failed", address=self.where, error=str(error))
             self.close(CloseCode.GOODBYE, "internal error")
         finally:
             self._pumping = False
@@ -366,10 +366,9 @@ class Session(SessionQueues):
         end = aioquic_state.termination(self._connection)
         if end is None:
             return
-        host, port = self.remote_address
         view = SessionView(
             is_client=self.is_client,
-            remote=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            remote=self.where,
             verified=self._peer is not None,
             idle_timeout=self.settings.idle_timeout,
             refusal=self._connection.refusal,
@@ -386,7 +385,7 @@ class Session(SessionQueues):
     def _give_up(self, error: Exception, now: float) -> list[UdpBatch]:
         """End a session whose connection has failed inside; once without a word if need be."""
         words = f"{type(error).__name__}: {error}"
-        log.warning("quic_internal_error", remote=self.remote_address, error=words)
+        log.warning("QUIC failed", address=self.where, error=words)
         batches: list[UdpBatch] = []
         if not self._broken and self._connection.get_peer_address() is not None:
             self._broken = True
@@ -396,7 +395,7 @@ class Session(SessionQueues):
                 if aioquic_state.amplified(self._connection):
                     batches = []
             except aioquic_state.LEAKED_ERRORS:
-                log.debug("quic_close_failed", remote=self.remote_address)
+                log.debug("QUIC failed again")
         words = "QUIC failed on a packet of the peer"
         self._set_closed(CloseInfo(False, QuicErrorCode.INTERNAL_ERROR, words))
         self._finished = True

@@ -12,6 +12,7 @@ import trio
 from aioquic.quic.configuration import QuicConfiguration
 from trio.lowlevel import ParkingLot
 
+from ztna.core.addresses import format_address
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, SessionClosedError
 from ztna.net.aioquic_private.congestion import TUNNEL
@@ -116,6 +117,11 @@ class SessionQueues:
     _counters: dict[str, int] = attrs.field(
         factory=lambda: dict.fromkeys(_COUNTERS, 0), init=False, repr=False
     )
+
+    @property
+    def where(self) -> str:
+        """The peer's address, for logs."""
+        return format_address(self.remote_address)
 
     @property
     def peer(self) -> VerifiedPeer:

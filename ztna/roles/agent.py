@@ -189,7 +189,11 @@ class _Agent:
         link.set_services(self.service_ids)
         self.address = link.tunnel_address or self.fallback_address
         self.routes.set_addresses([self.address])
-        self.routes.mss_limits = mss_limits(link.session.max_datagram_data)
+        largest = link.encapsulator.largest_packet(self.service_ids)
+        self.routes.largest_packet = largest
+        # A (seed) session's messages are larger than those that the limits are made for.
+        room = min(link.session.max_datagram_data, largest or link.session.max_datagram_data)
+        self.routes.mss_limits = mss_limits(room)
         self._notify()
         statistics_registry().register("session", link.statistics)
 
