@@ -173,7 +173,7 @@ def test_two_lan_hosts_with_one_port_get_two_mappings_that_stay(network: Network
 
 
 def test_nobody_is_routed_past_the_nat(network: Network) -> None:
-    router = network.lab._public.namespace
+    router = network.lab.public.namespace
     router.ip(f"route add {network.laptop.address}/32 via {network.gateway.outside.address}")
     try:
         with bound(network.laptop, 5003) as inside, bound(network.server, 7000) as server:

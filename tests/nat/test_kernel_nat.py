@@ -1,6 +1,9 @@
 """The scenarios in the kernel, for everything that its rules can express."""
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +13,13 @@ import trio
 
 from tests.nat import scenarios, topologies
 from ztna.core.natclass import FilteringKind, MappingKind, PortKind
+from ztna.nat.kernel_link import has_netem
 from ztna.nat.kernel_nat import KernelNatLab, open_kernel_lab, supported
 from ztna.nat.lab import LabHost
-from ztna.nat.spec import NatSpec
+from ztna.nat.link import LinkSpec
+from ztna.nat.netns import NAMESPACES, Namespace
+from ztna.nat.ruleset import NotExpressibleError
+from ztna.nat.spec import PORT_RESTRICTED, SYMMETRIC, NatSpec
 
 pytestmark = [
     pytest.mark.kernel,
@@ -78,11 +85,120 @@ async def test_all_are_classified(shared: Shared) -> None:
 @pytest.mark.parametrize(
     "scenario", topologies.OF_EVERY_LAB, ids=lambda scenario: scenario.__name__
 )
-async def test_topologies(scenario: topologies.OfLab) -> None:
-    async with open_kernel_lab() as lab:
-        await scenario(lab)
+async def test_topologies(scenario: topologies.OfLab, kernel_lab: KernelNatLab) -> None:
+    await scenario(kernel_lab)
 
 
-async def test_captures(tmp_path: Path) -> None:
-    async with open_kernel_lab() as lab:
-        await topologies.captures(lab, tmp_path)
+async def test_captures(tmp_path: Path, kernel_lab: KernelNatLab) -> None:
+    await topologies.captures(kernel_lab, tmp_path)
+
+
+async def test_links(kernel_lab: KernelNatLab) -> None:
+    top = scenarios.build(kernel_lab, PORT_RESTRICTED)
+    async with top.inner.open_udp_port(5000) as inner, top.server.open_udp_port(7000) as server:
+        outer = await scenarios.outer_address(inner, server)
+
+        async def arriving(count: int, size: int) -> int:
+            for _ in range(count):
+                await scenarios.send(inner, server.local_address, bytes(size))
+            return len(await topologies.arrived(kernel_lab, server))
+
+        kernel_lab.set_link(kernel_lab.gateways[0], LinkSpec(mtu=1000))
+        assert await arriving(1, 972) == 1  # with 28 bytes of headers
+        assert await arriving(1, 973) == 0
+        kernel_lab.set_link(kernel_lab.gateways[0], LinkSpec(loss=0.5))
+        assert 60 < await arriving(200, 10) < 140
+        kernel_lab.set_link(kernel_lab.gateways[0], LinkSpec(loss=1.0))
+        assert await arriving(10, 10) == 0
+        kernel_lab.set_link(kernel_lab.gateways[0], LinkSpec(bandwidth=2e6, queue_delay=0.01))
+        assert 1 <= await arriving(100, 1200) < 20
+        kernel_lab.set_link(kernel_lab.gateways[0], LinkSpec())
+        assert await arriving(50, 1200) == 50
+        await scenarios.send(server, outer, b"end")
+        assert await scenarios.heard_until(kernel_lab, inner, b"end") == []
+
+
+async def test_delay_needs_netem(kernel_lab: KernelNatLab) -> None:
+    host, server = kernel_lab.host(), kernel_lab.host()
+    if not has_netem(host.namespace.name):
+        with pytest.raises(NotExpressibleError, match="need the kernel's netem"):
+            kernel_lab.set_link(host, LinkSpec(delay=0.02))
+        return
+    kernel_lab.set_link(host, LinkSpec(delay=0.02))
+    async with host.open_udp_port() as port, server.open_udp_port(7000) as outside:
+        start = trio.current_time()
+        await scenarios.outer_address(port, outside)
+        assert trio.current_time() - start > 0.015
+
+
+async def test_what_cannot_be_is_refused_before_anything_is_built(
+    kernel_lab: KernelNatLab,
+) -> None:
+    kernel_lab.host()
+    before = sorted(NAMESPACES.glob(f"ztlab{os.getpid():x}-*"))
+    for nat in (NatSpec(mapping_timeout=0.5), NatSpec(ip_version=6)):
+        for wanted in (nat, attrs.evolve(PORT_RESTRICTED, above=nat)):
+            with pytest.raises(NotExpressibleError):
+                kernel_lab.gateway(wanted)
+    assert sorted(NAMESPACES.glob(f"ztlab{os.getpid():x}-*")) == before
+
+
+async def test_labs_stand_beside_each_other() -> None:
+    """With the same addresses, and without seeing each other; each quick to build."""
+    seconds = []
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            start = trio.current_time()
+            async with open_kernel_lab() as lab:
+                homes = [lab.gateway(nat) for nat in (PORT_RESTRICTED, SYMMETRIC)]
+                one, two = (lab.host(behind=home) for home in homes)
+                server = lab.host()
+                seconds.append(trio.current_time() - start)
+                await barrier.wait_both()
+                async with one.open_udp_port(5000) as inner, server.open_udp_port(7000) as outside:
+                    outer = await scenarios.outer_address(inner, outside)
+                    assert outer == (homes[0].address, 5000)
+                    assert two.address == one.address
+
+        barrier = _Both()
+        nursery.start_soon(run)
+        nursery.start_soon(run)
+    # Some 0.2 s on a quiet machine; the other lab is built meanwhile.
+    assert min(seconds) < 1
+    assert list(NAMESPACES.glob(f"ztlab{os.getpid():x}-[0-9]*")) == []
+
+
+@attrs.define
+class _Both:
+    """Waits until both have come."""
+
+    there: int = 0
+    complete: trio.Event = attrs.Factory(trio.Event)
+
+    async def wait_both(self) -> None:
+        self.there += 1
+        if self.there == 2:
+            self.complete.set()
+        await self.complete.wait()
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next() -> None:
+    program = (
+        "import os, signal\n"
+        "from ztna.nat.kernel_nat import KernelNatLab\n"
+        "from ztna.nat.spec import SYMMETRIC\n"
+        "with KernelNatLab() as lab:\n"
+        "    host = lab.host(behind=lab.gateway(SYMMETRIC))\n"
+        "    host.popen('sleep', '1000')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        process.wait(30)
+    left = f"ztlab{process.pid:x}-*"
+    assert len(list(NAMESPACES.glob(left))) == 3
+    sleepers = [pid for path in NAMESPACES.glob(left) for pid in Namespace(path.name).process_ids()]
+    assert len(sleepers) == 1
+    with KernelNatLab():
+        assert list(NAMESPACES.glob(left)) == []
+    assert not Path(f"/proc/{sleepers[0]}/ns/net").exists()

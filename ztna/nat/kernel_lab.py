@@ -247,14 +247,14 @@ class KernelLab:
 
     _number: int = attrs.field(factory=lambda: next(_lab_numbers))
     _namespaces: dict[str, Namespace] = attrs.field(factory=dict)
-    _public: Router = attrs.field(init=False)
+    public: Router = attrs.field(init=False)
 
     def __enter__(self) -> Self:
         if reason := supported():
             raise SystemSetupError(reason)
         netns.cleanup_stale()
         try:
-            self._public = Router(self.add_namespace("router"), _PUBLIC_ROUTER)
+            self.public = Router(self.add_namespace("router"), _PUBLIC_ROUTER)
         except BaseException:
             self.close()
             raise
@@ -270,7 +270,7 @@ class KernelLab:
 
     def public_host(self, name: str, address: str) -> Host:
         """A host with a public address."""
-        return self.attach_host(name, address, "eth0", self._public)
+        return self.attach_host(name, address, "eth0", self.public)
 
     def gateway(
         self,
@@ -283,7 +283,7 @@ class KernelLab:
         """A NAT gateway. The first address of `lan_network` is its own; `behind` makes it the
         inner one of two, as with a carrier's NAT."""
         network = ipaddress.IPv4Network(lan_network)
-        router = self._public if behind is None else behind.inside
+        router = self.public if behind is None else behind.inside
         outside = self.attach_host(name, wan_address, "wan", router)
         gateway = Gateway(outside, Router(outside.namespace, str(network[1])), network)
         gateway.load(rules)

@@ -20,7 +20,9 @@ def shape(host: Host, spec: LinkSpec) -> None:
     """Let the link between a host and its router do this, and nothing from before."""
     table, end = f"link_{host.router_end}", host.router_end
     rules = []
-    if spec.loss:
+    if spec.loss >= 1:
+        rules.append("drop")
+    elif spec.loss:
         rules.append(f"numgen random mod {_PARTS} < {round(spec.loss * _PARTS)} drop")
     if spec.mtu < LinkSpec().mtu:
         rules.append(f"meta length > {spec.mtu} drop")

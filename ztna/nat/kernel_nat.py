@@ -117,6 +117,7 @@ class KernelNatLab:
 
     def __enter__(self) -> Self:
         self.kernel.__enter__()
+        self._routers[4] = self.kernel.public
         self._pools = {version: AddressPool(net, anywhere=True) for version, net in PUBLIC.items()}
         return self
 
