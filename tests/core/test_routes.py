@@ -12,7 +12,7 @@ from ztna.core import routes
 from ztna.core.addresses import packed_pair, twin
 from ztna.core.encapsulation import ServiceLabel
 from ztna.core.mss import mss_limits
-from ztna.core.packet.icmp import Unreachable, build_unreachable
+from ztna.core.packet.icmp import Unreachable, build_unreachable, echo_reply
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
@@ -330,6 +330,16 @@ def test_a_new_session_asks_every_service() -> None:
     ], "any is not registered"
     assert [label.id for label, _ in found.echoes({"web"})] == ["web", "web"]
     assert found.echoes(()) == []
+
+
+@VERSIONS
+def test_the_host_does_not_see_the_replies(version: int) -> None:
+    found = table()
+    request = next(p for _, p in found.echoes({"echo"}) if bytes(p.data)[0] >> 4 == version)
+    reply = echo_reply(request.data)
+    assert reply is not None
+    assert not inbound(found, "echo", bytes(reply))
+    assert drops(found) == {"reply_to_our_echo": 1}
 
 
 # In.
