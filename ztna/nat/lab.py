@@ -177,6 +177,10 @@ class AddressPool:
 PUBLIC = {4: ipaddress.ip_network("198.51.100.0/24"), 6: ipaddress.ip_network("2001:db8::/64")}
 
 
+# RFC 5737's 192.0.2.0/24, in networks of 16 addresses.
+_PUBLIC_LANS = 16
+
+
 @attrs.define
 class LanPlan:
     """Networks for the inside of gateways."""
@@ -191,7 +195,9 @@ class LanPlan:
             number = next(self._public)
             if nat.ip_version == 6:
                 return ipaddress.ip_network(f"2001:db8:{0x100 + number:x}::/64")
-            return ipaddress.ip_network(f"192.0.2.{16 * (number % 16)}/28")
+            if number >= _PUBLIC_LANS:
+                raise LocalProtocolError("no more networks for firewalls: say which, by `lan`")
+            return ipaddress.ip_network(f"192.0.2.{16 * number}/28")
         if nat.ip_version == 6:
             return ipaddress.ip_network(f"fd00:{int(carrier)}:{depth:x}::/64")
         # RFC 6598: what is between a carrier's NAT and its customers'.
