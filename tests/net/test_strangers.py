@@ -8,7 +8,13 @@ from tests.net.test_endpoint_strangers import first_initial, long_header, throw
 from ztna.nat.link import WireBatch
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import EndpointSettings
-from ztna.net.strangers import ALL_HANDSHAKES_BURST, HANDSHAKE_BURST, HANDSHAKE_RATE
+from ztna.net.strangers import (
+    ALL_GREETINGS_BURST,
+    ALL_HANDSHAKES_BURST,
+    GREETING_BURST,
+    HANDSHAKE_BURST,
+    HANDSHAKE_RATE,
+)
 
 # Retry would come first: here it is the rates that are tried.
 OPEN = EndpointSettings(retry_from=10_000, half_open=10_000)
@@ -46,6 +52,23 @@ async def test_handshakes_a_second_from_everywhere(autojump_clock: MockClock) ->
         opened = [await begun(pair, f"10.6.6.{n}", n << 20, 250) for n in range(5)]
         assert opened[:4] == [250] * 4
         assert 24 <= opened[4] <= 24 + 150
+
+
+async def test_first_packets_that_are_looked_at(autojump_clock: MockClock) -> None:
+    """Retry and Version Negotiation cost something: from one address, then from everywhere."""
+    assert (GREETING_BURST, ALL_GREETINGS_BURST) == (512, 4000)
+    async with open_pair(endpoint_settings=EndpointSettings(retry_from=0)) as pair:
+        assert await begun(pair, "10.6.6.6", 0, 600) == 0
+        counters = pair.server.statistics()
+        assert (counters["retries_sent"], counters["drop_greeting_rate"]) == (512, 88)
+        client, _ = await pair.connected()
+        for number in range(12):
+            await begun(pair, f"10.6.7.{number}", 0, 512)
+        counters = pair.server.statistics()
+        assert counters["drop_greeting_rate"] > 88
+        # 4,000 at once, and 2,000 a second in the 1.5 s or so since.
+        assert counters["retries_sent"] <= 4000 + 2 * 2000
+        client.close(CloseCode.GOODBYE, "")
 
 
 async def test_no_more_out_than_three_times_in_before_an_address_is_proven(

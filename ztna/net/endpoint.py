@@ -79,6 +79,7 @@ _COUNTERS = (
     "drop_not_listening",
     "drop_half_open_full",
     "drop_sessions_full",
+    "drop_greeting_rate",
     "drop_handshake_rate",
     "drop_bad_token",
     "stun_received",
@@ -288,6 +289,8 @@ class Endpoint:
             self._counters["drop_unknown_connection"] += 1
         elif len(batch.data) < MIN_INITIAL:
             self._counters["drop_short_initial"] += 1
+        elif not self._doorkeeper.greetings.allow(batch.address[0], trio.current_time()):
+            self._counters["drop_greeting_rate"] += 1  # a client's comes again
         elif header.version != QUIC_VERSION_1:
             self._counters["version_negotiations"] += 1
             answers.append(self._doorkeeper.version_negotiation(header, batch.address))
