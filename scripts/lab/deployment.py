@@ -1,193 +1,38 @@
-"""A whole deployment of ztna as an operator makes it: CA, certificates, files, running processes.
+"""`ztna.nat.deployment` for scripts and tests of a source tree, run by its virtual environment."""
 
-Only the command line is used, never ztna's own modules, so the tests in `tests/lab`, the demo and
-the benchmark judge what a user gets. Everything lies below one folder; processes run wherever the
-given host or namespace is, and write one log file each.
-"""
-
-import json
-import subprocess
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
-import attrs
+from ztna.nat.deployment import (
+    CONFIGURED,
+    READY,
+    REFUSED,
+    REGISTERED,
+    START_DEADLINE,
+    TRUST_DOMAIN,
+    Deployment,
+    LoggedProcess,
+    Machine,
+    NotReadyError,
+    start,
+)
+
+__all__ = [
+    "CONFIGURED",
+    "PYTHON",
+    "READY",
+    "REFUSED",
+    "REGISTERED",
+    "ROOT",
+    "START_DEADLINE",
+    "TRUST_DOMAIN",
+    "ZTNA",
+    "Deployment",
+    "LoggedProcess",
+    "Machine",
+    "NotReadyError",
+    "start",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 ZTNA = ROOT / ".venv/bin/ztna"
 PYTHON = ROOT / ".venv/bin/python"
-
-TRUST_DOMAIN = "example.net"
-# What the roles log when they are usable. With the bracket of the level, since "not registered"
-# is a message too.
-READY, REGISTERED, REFUSED = "] ready", "] registered", "] not registered"
-CONFIGURED = "] tunnel configured"  # an agent's addresses and routes are set
-START_DEADLINE = 15.0  # s; a role is ready after one or two on two busy cores
-_POLL = 0.02  # s
-
-
-class Machine(Protocol):
-    """Where a program can run: a Host of the kernel laboratory, or a Namespace."""
-
-    def popen(self, *args: str | Path, **options: object) -> subprocess.Popen[str]:
-        """Start a program there."""
-
-
-class NotReadyError(Exception):
-    """A process ended, or did not say in time what it should; the message holds its last words."""
-
-
-@attrs.define(eq=False)
-class LoggedProcess:
-    """A running program whose output goes to a file."""
-
-    name: str
-    process: subprocess.Popen[str]
-    log: Path
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
-
-    def tail(self) -> str:
-        """Its last words."""
-        return "\n".join(self.output().splitlines()[-30:])
-
-    def output(self) -> str:
-        """What it has written until now."""
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, text: str, deadline: float = START_DEADLINE, times: int = 1) -> None:
-        """Wait until `text` stands `times` times in the log. Raises NotReadyError."""
-        end = time.monotonic() + deadline
-        while self.output().count(text) < times:
-            if self.process.poll() is not None:
-                raise NotReadyError(
-                    f"{self.name} ended with exit code {self.process.returncode}:\n{self.tail()}"
-                )
-            if time.monotonic() > end:
-                raise NotReadyError(f"{self.name} does not say {text!r}:\n{self.tail()}")
-            time.sleep(_POLL)
-
-    def wait(self, deadline: float = START_DEADLINE) -> int:
-        """Wait for its end; return the exit code."""
-        return self.process.wait(deadline)
-
-    def stop(self, deadline: float = START_DEADLINE) -> int:
-        """Ask it to end (SIGTERM) and wait; return the exit code."""
-        self.process.terminate()
-        return self.wait(deadline)
-
-    def kill(self) -> None:
-        """End it at once, as a crash does."""
-        self.process.kill()
-        self.process.wait()
-
-
-def start(machine: Machine, name: str, log: Path, *args: str | Path) -> LoggedProcess:
-    """Start a program on a machine with its output in `log`, which is appended to."""
-    with log.open("a") as file:
-        process = machine.popen(*args, stdout=file, stderr=subprocess.STDOUT)
-    return LoggedProcess(name, process, log)
-
-
-@attrs.define(eq=False)
-class Deployment:
-    """A CA and the nodes that hold its certificates. `folder` must exist.
-
-    processes: every role that was started, for their last words.
-    """
-
-    folder: Path
-    intermediate_address: str
-    port: int = 4433
-    processes: list[LoggedProcess] = attrs.field(factory=list)
-
-    @property
-    def authority(self) -> Path:
-        """The folder of the CA."""
-        return self.folder / "ca"
-
-    def create_authority(self) -> None:
-        """Make the CA."""
-        self.ztna("pki", "init", self.authority, "--trust-domain", TRUST_DOMAIN)
-
-    def issue(self, role: str, name: str, *options: str) -> Mapping[str, str]:
-        """Make key and certificate of a node; return the `identity` part of its file."""
-        root = self.authority / "ca.crt"
-        place = self.node(role, name)
-        self.ztna("pki", "request", role, name, "--ca", root, "--out", place, *options)
-        self.ztna("pki", "issue", "--ca", self.authority, "--csr", place / f"{role}.csr")
-        return {
-            "cert": str(place / f"{role}.crt"),
-            "key": str(place / f"{role}.key"),
-            "ca": str(root),
-        }
-
-    def node(self, role: str, name: str) -> Path:
-        """The folder of a node, for its files, logs and state."""
-        place = self.folder / f"{role}-{name}"
-        place.mkdir(exist_ok=True)
-        return place
-
-    def intermediate(self, policy: list[Mapping[str, object]]) -> dict[str, object]:
-        """The intermediate's file."""
-        return {
-            "bind": "0.0.0.0",
-            "port": self.port,
-            "external_ip": self.intermediate_address,
-            "identity": self.issue("intermediate", "relay", "--ip", self.intermediate_address),
-            "policy": policy,
-        }
-
-    def client(
-        self, role: str, name: str, services: list[Mapping[str, object]]
-    ) -> dict[str, object]:
-        """The file of an agent or connector."""
-        return {
-            "intermediate": {"host": self.intermediate_address, "port": self.port},
-            "identity": self.issue(role, name),
-            "services": services,
-        }
-
-    def write(self, role: str, name: str, config: Mapping[str, object]) -> Path:
-        """Write a node's configuration file; state goes beside it."""
-        place = self.node(role, name)
-        file = place / f"{role}.json"
-        state = place / "state"
-        state.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"state_dir": str(state), **config}, indent=1))
-        return file
-
-    def run(self, machine: Machine, role: str, file: Path, *flags: str) -> LoggedProcess:
-        """Start a role on a machine. Every start gets a log of its own."""
-        log = file.with_name(f"{role}.{len(self.processes)}.log")
-        name = file.parent.name
-        process = start(machine, name, log, ZTNA, "run", role, "--config", file, *flags)
-        self.processes.append(process)
-        return process
-
-    def run_until_ready(
-        self, machine: Machine, role: str, file: Path, services: int = 1
-    ) -> LoggedProcess:
-        """Start a role and wait until users may rely on it; `services` is how many it has."""
-        process = self.run(machine, role, file)
-        if role == "intermediate":
-            process.wait_for(READY)
-        else:
-            process.wait_for(REGISTERED, times=services)
-        if role == "agent":
-            process.wait_for(CONFIGURED)
-        return process
-
-    def ztna(self, *args: str | Path) -> str:
-        """Run a command of ztna here; return its output. Raises NotReadyError with its words."""
-        result = subprocess.run(
-            [ZTNA, *args], capture_output=True, text=True, check=False, timeout=START_DEADLINE
-        )
-        if result.returncode != 0:
-            words = " ".join(map(str, args))
-            raise NotReadyError(f"ztna {words}: exit code {result.returncode}\n{result.stderr}")
-        return result.stdout

@@ -100,6 +100,7 @@ def verbose_option(command: F) -> F:
     lazy={
         "run": "ztna.cli.run:run",
         "config": "ztna.cli.config:config",
+        "lab": "ztna.cli.lab:lab",
         "nat-probe": "ztna.cli.nat_probe:nat_probe",
         "pki": "ztna.cli.pki:pki",
     },

@@ -1,0 +1,214 @@
+"""`ztna lab`: a whole deployment behind NATs of any kind, on this machine, to try things in.
+
+`run` and `shell` build it in the kernel, by network namespaces, with real processes; `matrix`
+measures pairs of NATs, in memory or in the kernel. Nothing is left behind.
+"""
+
+import contextlib
+import re
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import rich_click as click
+from click import get_current_context
+
+from ztna.cli.lab_host import (
+    announce,
+    ended_by_signals,
+    ensure_namespaces,
+    find_running,
+    going_down,
+    lab_folder,
+    run_in_foreground,
+    shell_program,
+)
+from ztna.cli.main import verbose_option
+from ztna.errors import UsageError
+from ztna.nat.deployment import NotReadyError
+from ztna.nat.link import LinkSpec
+from ztna.nat.site import HOSTS, Site, open_site, prepare
+from ztna.nat.spec import NAMES, NatSpec, parse_nat
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
+
+
+class Nat(click.ParamType[NatSpec]):
+    """A kind of NAT, by `parse_nat`."""
+
+    name = "nat"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> NatSpec:
+        """Text -> NatSpec."""
+        if isinstance(value, NatSpec):
+            return value
+        try:
+            return parse_nat(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Share(click.ParamType[float]):
+    """ "2%" or "0.02", from 0 to 1."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Text -> 0 to 1."""
+        number, percent = str(value).removesuffix("%"), str(value).endswith("%")
+        try:
+            share = float(number) / (100 if percent else 1)
+        except ValueError:
+            share = -1
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r}: give a share such as 2% or 0.02", param, ctx)
+        return share
+
+
+class Duration(click.ParamType[float]):
+    """ "20ms" or "1.5s", in seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Text -> seconds."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", str(value))
+        if match is None:
+            self.fail(f"{value!r}: give a time such as 20ms or 1.5s", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+def _site_options(command: F) -> F:
+    nat, share, duration = Nat(), Share(), Duration()
+    for option in (
+        click.option(
+            "--delay", type=duration, metavar="TIME", default=0.0,
+            help="Each NAT's uplink takes so long, in each direction, such as 20ms.",
+        ),
+        click.option(
+            "--loss", type=share, metavar="SHARE", default=0.0,
+            help="Each NAT's uplink loses so much, in each direction, such as 2%.",
+        ),
+        click.option(
+            "--connector-nat", type=nat, metavar="NAT", default="port-restricted",
+            show_default=True, help="What the connector is behind.",
+        ),
+        click.option(
+            "--agent-nat", type=nat, metavar="NAT", default="port-restricted",
+            show_default=True, help=f"What the agent is behind: {', '.join(NAMES)}; or as in "
+            "eim/apdf+random+timeout=30; NAT@NAT for one behind another.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.group()
+def lab() -> None:
+    """Try ztna behind NATs of every kind, on this machine alone.
+
+    Needs root or unprivileged user namespaces; only `matrix` in memory needs nothing. Touches
+    neither the machine's networks nor its files, and leaves nothing behind.
+
+    Example: ztna lab run --agent-nat symmetric -- sh -c 'curl $ZTNA_LAB_WEB'
+    """
+
+
+@lab.command(context_settings={"allow_interspersed_args": False})
+@_site_options
+@click.option("--keep", is_flag=True, help="Stay after COMMAND until Ctrl-C, for `ztna lab shell`.")
+@verbose_option
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(
+    agent_nat: NatSpec,
+    connector_nat: NatSpec,
+    loss: float,
+    delay: float,
+    keep: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND on the agent's machine of a lab, and end with its exit code.
+
+    \b
+    COMMAND finds in its environment:
+      ZTNA_LAB_WEB                 URL of the web server, through the tunnel
+      ZTNA_LAB_ECHO                HOST:PORT of the UDP echo, through the tunnel
+      ZTNA_LAB_INTERMEDIATE        HOST:PORT of the intermediate
+      ZTNA_LAB_AGENT_ADDRESS, ...  the machines' own addresses: AGENT, CONNECTOR,
+                                   INTERMEDIATE, APPS
+      ZTNA_LAB_FOLDER              the nodes' files and logs
+
+    Example: ztna lab run --agent-nat symmetric --loss 2% -- sh -c 'curl $ZTNA_LAB_WEB'
+    """
+    if not command and not keep:
+        raise UsageError("no COMMAND; give one after --, or --keep, or use `ztna lab shell HOST`")
+    ensure_namespaces()
+    link = LinkSpec(loss=loss, delay=delay)
+    with _started(agent_nat, connector_nat, link) as site:
+        code = 0
+        if command:
+            code = run_in_foreground(site.agent, command, site.environment)
+        if keep:
+            announce(site, site.files.deployment.folder)
+            _say("the lab runs until Ctrl-C; `ztna lab shell HOST` enters it from elsewhere")
+            # The end of Ctrl-C is not an error here.
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+    get_current_context().exit(code)
+
+
+@lab.command()
+@click.argument("host", type=click.Choice(HOSTS))
+@_site_options
+@click.option("--new", is_flag=True, help="Build a lab also if one is kept running.")
+@verbose_option
+def shell(
+    host: str, agent_nat: NatSpec, connector_nat: NatSpec, loss: float, delay: float, new: bool
+) -> None:
+    """Open a shell on a machine of a lab.
+
+    Of the lab that `ztna lab run --keep` holds, if one runs; else of a new one, by these options,
+    which goes when the shell ends. The environment is that of `ztna lab run`.
+
+    Example: ztna lab shell connector --connector-nat cgnat
+    """
+    running = None if new else find_running()
+    if running is not None:
+        _say(f"{host} of the lab that process {running.pid} keeps")
+        get_current_context().exit(running.enter(host, [shell_program()]))
+    ensure_namespaces()
+    link = LinkSpec(loss=loss, delay=delay)
+    with _started(agent_nat, connector_nat, link) as site:
+        machine = site.hosts[host]
+        _say(f"{host}, {machine.address}; the lab goes when this shell ends")
+        code = run_in_foreground(machine, [shell_program()], site.environment)
+    get_current_context().exit(code)
+
+
+@contextlib.contextmanager
+def _started(agent_nat: NatSpec, connector_nat: NatSpec, link: LinkSpec) -> Iterator[Site]:
+    uplink = None if link == LinkSpec() else link
+    with ended_by_signals(), lab_folder() as folder, contextlib.ExitStack() as stack:
+        stack.callback(going_down)
+        _say(f"agent behind {agent_nat.words}, connector behind {connector_nat.words}")
+        site = stack.enter_context(open_site(prepare(folder), agent_nat, connector_nat, uplink))
+        stack.callback(going_down)
+        try:
+            site.start()
+        except NotReadyError as error:
+            raise NotReadyError(
+                f"the deployment does not come up behind these NATs: {error}"
+            ) from error
+        yield site
+
+
+def _say(words: str) -> None:
+    click.echo(f"ztna lab: {words}", err=True)
