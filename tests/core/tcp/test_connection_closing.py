@@ -206,6 +206,18 @@ def test_keepalive_probes_and_answers() -> None:
     assert script.events() == [TimedOut("the peer did not answer 3 keepalive probes")]
 
 
+def test_keepalive_after_a_long_sleep_waits_for_the_answers() -> None:
+    """The machine was suspended: the probes that were due meanwhile are not all sent at once."""
+    script = Script.established(plain(keepalive_idle=120.0))
+    assert script.at(4000.0) == ["A 0+0 ack 1"]
+    assert script.core.get_timer() == pytest.approx(4010.0)
+    assert script.at(4010.0) == ["A 0+0 ack 1"]
+    script.now = 4010.2
+    assert script.receive(peer(0, 1, 1)) == []
+    assert script.core.get_timer() == pytest.approx(4130.2)
+    assert script.events() == []
+
+
 def test_keepalive_of_the_peer_is_answered_and_counts_as_life() -> None:
     script = Script.established(plain(keepalive_idle=120.0))
     script.now = 100.0

@@ -78,6 +78,7 @@ class ControlBlock:
     last_received: float = 0.0
     last_used: float = 0.0
     probes: int = 0
+    probed_at: float = 0.0
     probe_due: bool = False
     time_wait_at: float | None = None
     wants_to_write: bool = False
@@ -173,4 +174,8 @@ class ControlBlock:
             return None
         if sender.board.flights or sender.next < sender.end:
             return None
-        return self.last_received + idle + self.probes * self.config.keepalive_interval
+        if self.probes:
+            # From when it was sent, not from when it was due: after a suspended hour, say, each
+            # probe still gets its time to be answered.
+            return self.probed_at + self.config.keepalive_interval
+        return self.last_received + idle

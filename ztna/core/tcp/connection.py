@@ -154,6 +154,7 @@ class TcpConnection:
                 self._time_out(f"the peer did not answer {block.probes} keepalive probes", now)
                 return
             block.probes += 1
+            block.probed_at = now
             block.probe_due = True
 
     def _time_out(self, reason: str, now: float) -> None:
