@@ -13,13 +13,12 @@ import trio
 
 from tests.nat import scenarios, topologies
 from ztna.core.natclass import FilteringKind, MappingKind, PortKind
-from ztna.nat.kernel_link import has_netem
 from ztna.nat.kernel_nat import KernelNatLab, open_kernel_lab, supported
 from ztna.nat.lab import LabHost
 from ztna.nat.link import LinkSpec
 from ztna.nat.netns import NAMESPACES, Namespace
 from ztna.nat.ruleset import NotExpressibleError
-from ztna.nat.spec import PORT_RESTRICTED, SYMMETRIC, NatSpec
+from ztna.nat.spec import FIREWALL, PORT_RESTRICTED, SYMMETRIC, NatSpec
 
 pytestmark = [
     pytest.mark.kernel,
@@ -118,17 +117,48 @@ async def test_links(kernel_lab: KernelNatLab) -> None:
         assert await scenarios.heard_until(kernel_lab, inner, b"end") == []
 
 
-async def test_delay_needs_netem(kernel_lab: KernelNatLab) -> None:
-    host, server = kernel_lab.host(), kernel_lab.host()
-    if not has_netem(host.namespace.name):
-        with pytest.raises(NotExpressibleError, match="need the kernel's netem"):
-            kernel_lab.set_link(host, LinkSpec(delay=0.02))
-        return
-    kernel_lab.set_link(host, LinkSpec(delay=0.02))
-    async with host.open_udp_port() as port, server.open_udp_port(7000) as outside:
+@pytest.mark.parametrize("nat", [PORT_RESTRICTED, attrs.evolve(FIREWALL, ip_version=6)])
+async def test_delays(nat: NatSpec, kernel_lab: KernelNatLab) -> None:
+    """In both directions, of each link by itself, in order; and gone when they are taken away."""
+    top = scenarios.build(kernel_lab, nat)
+    gateway, host = kernel_lab.gateways[0], kernel_lab.host(ip_version=nat.ip_version)
+    kernel_lab.set_link(gateway, LinkSpec(delay=0.05, jitter=0.01))
+    kernel_lab.set_link(host, LinkSpec(delay=0.03))
+    async with top.inner.open_udp_port(5000) as inner, host.open_udp_port(7000) as server:
         start = trio.current_time()
-        await scenarios.outer_address(port, outside)
-        assert trio.current_time() - start > 0.015
+        outer = await scenarios.outer_address(inner, server)
+        assert 0.08 <= trio.current_time() - start < 0.5
+        sent = [b"%d" % number for number in range(200)]
+        start = trio.current_time()
+        for data in sent:
+            await scenarios.send(server, outer, data)
+        await scenarios.send(server, outer, b"end")
+        got = await scenarios.heard_until(kernel_lab, inner, b"end")
+        assert [data for data, _ in got] == sent
+        assert trio.current_time() - start >= 0.08
+        kernel_lab.set_link(gateway, LinkSpec())
+        kernel_lab.set_link(host, LinkSpec())
+        start = trio.current_time()
+        await scenarios.outer_address(inner, server)
+        assert trio.current_time() - start < 0.05
+
+
+async def test_reordering(kernel_lab: KernelNatLab) -> None:
+    host, server = kernel_lab.host(), kernel_lab.host()
+    kernel_lab.set_link(host, LinkSpec(reorder=0.2, reorder_delay=0.02))
+    async with host.open_udp_port() as port, server.open_udp_port(7000) as outside:
+        sent = [b"%d" % number for number in range(100)]
+        for data in sent:
+            await scenarios.send(port, outside.local_address, data)
+        await trio.sleep(0.05)
+        got = [data for data, _ in await topologies.arrived(kernel_lab, outside)]
+        assert sorted(got) == sorted(sent)
+        assert got != sent
+
+
+async def test_duplicates_are_not_expressible(kernel_lab: KernelNatLab) -> None:
+    with pytest.raises(NotExpressibleError, match="the kernel duplicates no packets"):
+        kernel_lab.set_link(kernel_lab.host(), LinkSpec(duplicate=0.1))
 
 
 async def test_what_cannot_be_is_refused_before_anything_is_built(

@@ -1,71 +1,91 @@
 """What a link of the laboratory in the kernel does to packets, by `LinkSpec`.
 
-Loss and size limit are rules in the router's forward hook, which every packet crosses; bandwidth is
-a token bucket on both ends. Delay, jitter, reordering and duplication need netem, which takes the
-bucket's place and does all of it but the size; not every kernel has it.
+Loss and size are rules in the router's forward hook, which every packet crosses; delay, jitter and
+reordering are queues around it (`nat.kernel_delay`, as not every kernel has netem); bandwidth is a
+token bucket on both ends. Duplication is what none of these can do.
 """
 
-import functools
+import os
+import shutil
+import subprocess
 
+import attrs
+
+from ztna.nat.kernel_delay import DelayQueues
 from ztna.nat.kernel_lab import Host
 from ztna.nat.link import LinkSpec
-from ztna.nat.netns import Namespace
 from ztna.nat.ruleset import NotExpressibleError
 
 _PARTS = 1_000_000  # of which `loss` takes a share
 _BURST = 4_096  # bytes; our choice: two full packets and some small ones
 
 
-def shape(host: Host, spec: LinkSpec) -> None:
-    """Let the link between a host and its router do this, and nothing from before."""
-    table, end = f"link_{host.router_end}", host.router_end
-    rules = []
-    if spec.loss >= 1:
-        rules.append("drop")
-    elif spec.loss:
-        rules.append(f"numgen random mod {_PARTS} < {round(spec.loss * _PARTS)} drop")
-    if spec.mtu < LinkSpec().mtu:
-        rules.append(f"meta length > {spec.mtu} drop")
-    lines = "\n".join(f'  {way} "{end}" {rule}' for way in ("iifname", "oifname") for rule in rules)
-    bucket = _bucket(spec, host.namespace)
-    host.router.namespace.nft(
-        f"add table inet {table}\ndelete table inet {table}\n"
-        f"table inet {table} {{\n chain forward {{ type filter hook forward priority filter - 20;\n"
-        f"{lines}\n }}\n}}\n"
-    )
-    for namespace, interface in ((host.router.namespace, end), (host.namespace, host.interface)):
-        namespace.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
-        if bucket:
-            namespace.run("tc", "qdisc", "add", "dev", interface, "root", *bucket)
+@attrs.define(eq=False)
+class LinkShaper:
+    """The links of one laboratory. To be closed before its namespaces are."""
 
+    _queues: dict[str, DelayQueues] = attrs.field(factory=dict)
 
-def _bucket(spec: LinkSpec, namespace: Namespace) -> list[str]:
-    if spec.delay or spec.jitter or spec.reorder or spec.duplicate:
-        if not has_netem(namespace.name):
-            raise NotExpressibleError(
-                "delay, jitter, reordering and duplication need the kernel's netem "
-                "(modprobe sch_netem), which is not there; the laboratory in memory has them"
-            )
-        words = ["netem", "delay", f"{spec.delay + spec.jitter / 2}s", f"{spec.jitter / 2}s"]
-        if spec.reorder:
-            words += ["reorder", f"{100 * (1 - spec.reorder)}%"]
+    def shape(self, host: Host, spec: LinkSpec) -> None:
+        """Let the link between a host and its router do this, and nothing from before.
+
+        Raises NotExpressibleError.
+        """
         if spec.duplicate:
-            words += ["duplicate", f"{100 * spec.duplicate}%"]
-        if spec.bandwidth is not None:
-            words += ["rate", f"{int(spec.bandwidth)}bit"]
-        return words
-    if spec.bandwidth is not None:
-        latency = f"{max(1, round(spec.queue_delay * 1000))}ms"
-        rate = f"{int(spec.bandwidth)}bit"
-        return ["tbf", "rate", rate, "burst", str(_BURST), "latency", latency]
-    return []
+            raise NotExpressibleError("the kernel duplicates no packets; the lab in memory does")
+        router, end = host.router.namespace, host.router_end
+        rules = []
+        if spec.loss >= 1:
+            rules.append("drop")
+        elif spec.loss:
+            rules.append(f"numgen random mod {_PARTS} < {round(spec.loss * _PARTS)} drop")
+        if spec.mtu < LinkSpec().mtu:
+            rules.append(f"meta length > {spec.mtu} drop")
+        lines = "".join(
+            f'  {way} "{end}" {rule}\n' for way in ("iifname", "oifname") for rule in rules
+        )
+        router.nft(
+            f"add table inet {end}\ndelete table inet {end}\ntable inet {end} {{\n"
+            f" chain forward {{ type filter hook forward priority filter - 20;\n{lines} }}\n}}\n"
+        )
+        self._delay(host, spec)
+        for namespace, interface in ((router, end), (host.namespace, host.interface)):
+            namespace.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
+            if spec.bandwidth is not None:
+                latency = f"{max(1, round(spec.queue_delay * 1000))}ms"
+                rate = f"{int(spec.bandwidth)}bit"
+                bucket = ("tbf", "rate", rate, "burst", str(_BURST), "latency", latency)
+                namespace.run("tc", "qdisc", "add", "dev", interface, "root", *bucket)
 
+    def close(self) -> None:
+        """End all delays; what still waits is lost."""
+        for queues in self._queues.values():
+            queues.close()
+        self._queues.clear()
 
-@functools.cache
-def has_netem(name: str) -> bool:
-    """Whether the kernel can delay packets; tried on the loopback of that namespace."""
-    namespace = Namespace(name)
-    if namespace.run("tc", "qdisc", "add", "dev", "lo", "root", "netem", check=False).returncode:
-        return False
-    namespace.run("tc", "qdisc", "del", "dev", "lo", "root")
-    return True
+    def _delay(self, host: Host, spec: LinkSpec) -> None:
+        router, end = host.router.namespace, host.router_end
+        wanted = bool(spec.delay or spec.jitter or spec.reorder)
+        if not wanted and router.name not in self._queues:
+            return
+        if router.name not in self._queues:
+            self._queues[router.name] = DelayQueues(router)
+        program = "ip6tables" if ":" in host.address else "iptables"
+        if shutil.which(program, path=f"{os.defpath}:/usr/sbin:/sbin") is None:
+            raise NotExpressibleError(
+                f"delay, jitter and reordering need {program} (scripts/setup iptables installs it)"
+            )
+        # Not every kernel that has NFQUEUE has it for nftables. Two hooks, as a packet that comes
+        # back from a queue goes on with the next hook: so it may wait on both of its links.
+        for number, (chain, way) in enumerate((("PREROUTING", "-i"), ("POSTROUTING", "-o"))):
+            queue = 2 * int(end.removeprefix("link")) + number
+            rule = (chain, way, end, "-j", "NFQUEUE", "--queue-num", str(queue))
+            router.run(program, "-w", "-t", "mangle", "-D", *rule, check=False)
+            if wanted:
+                self._queues[router.name].set(queue, spec)
+                try:
+                    router.run(program, "-w", "-t", "mangle", "-A", *rule)
+                except subprocess.CalledProcessError as error:
+                    raise NotExpressibleError(
+                        f"delay, jitter and reordering need the kernel's NFQUEUE: {error.stderr}"
+                    ) from error

@@ -19,7 +19,7 @@ import trio
 from ztna.core.natclass import PortKind
 from ztna.errors import SystemSetupError
 from ztna.nat.kernel_lab import Host, KernelLab, Router
-from ztna.nat.kernel_link import shape
+from ztna.nat.kernel_link import LinkShaper
 from ztna.nat.lab import PUBLIC, AddressPool, LanPlan
 from ztna.nat.link import LinkSpec
 from ztna.nat.netns import Namespace, supported
@@ -110,6 +110,7 @@ class KernelNatLab:
 
     kernel: KernelLab = attrs.field(factory=KernelLab)
     gateways: list[KernelGateway] = attrs.field(factory=list, init=False)
+    _links: LinkShaper = attrs.field(factory=LinkShaper, init=False)
     _routers: dict[int, Router] = attrs.field(factory=dict, init=False)
     _pools: dict[int, AddressPool] = attrs.field(init=False)
     _lans: LanPlan = attrs.field(factory=LanPlan, init=False)
@@ -126,6 +127,7 @@ class KernelNatLab:
 
     def close(self) -> None:
         """Kill every process of the lab and remove its namespaces."""
+        self._links.close()
         self.kernel.close()
 
     def host(
@@ -162,7 +164,7 @@ class KernelNatLab:
 
     def set_link(self, member: Host | KernelGateway, spec: LinkSpec) -> None:
         """What the link between a member and its router does. Raises NotExpressibleError."""
-        shape(member.outside if isinstance(member, KernelGateway) else member, spec)
+        self._links.shape(member.outside if isinstance(member, KernelGateway) else member, spec)
 
     async def settle(self) -> None:
         """Wait until everything that was sent has arrived or is lost."""
