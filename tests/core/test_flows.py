@@ -29,7 +29,6 @@ from ztna.core.flows import (
     MAX_ANSWERS,
     MAX_PENDING_CONNECTS,
     MAX_PENDING_PER_USER,
-    TURN_BYTES,
     UDP_IDLE,
     FlowTable,
 )
@@ -40,6 +39,7 @@ from ztna.core.ports import IpPacket
 from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.segment import segment_from_packet_untrusted, segments_to_packets
 from ztna.core.tcp.state import TcpConfig, TcpState
+from ztna.core.turns import TURN_BYTES
 
 RANGE = ipaddress.IPv4Network("10.100.0.0/24")
 USER, OTHER = ipaddress.IPv4Address("10.100.64.7"), ipaddress.IPv4Address("10.100.64.8")

@@ -19,7 +19,7 @@ from ztna.core.flow import (
     TcpFlow,
     UdpFlow,
 )
-from ztna.core.flows import MAX_DATAGRAM, TURN_BYTES, UDP_IDLE, FlowTable
+from ztna.core.flows import MAX_DATAGRAM, UDP_IDLE, FlowTable
 from ztna.core.outbound import (
     FIRST_PORT,
     MAX_QUEUED,
@@ -35,6 +35,7 @@ from ztna.core.packet.ip import build_ip_header
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
 from ztna.core.tcp.state import Established, PeerFinished, Readable, Reset, TcpConfig, TcpState
+from ztna.core.turns import TURN_BYTES
 from ztna.errors import LocalProtocolError
 
 OWN, OTHER = ipaddress.IPv4Address("10.100.64.7"), ipaddress.IPv4Address("10.100.64.8")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from ztna.core.flow import Flow
+from ztna.core.flow import Flow, TcpFlow
 
 # Our choice: sweeping fewer void entries than these is not worth the work.
 _LEAST_SWEEP = 64
@@ -38,6 +38,12 @@ class FlowTimers:
         if len(self._heap) > 2 * len(self._at) + _LEAST_SWEEP:
             self._heap = [entry for entry in self._heap if self._is_valid(entry)]
             heapq.heapify(self._heap)
+
+    def arm_tcp(self, flow: TcpFlow, now: float) -> None:
+        """Look at a connection when its own timer is due; not at all if it has none."""
+        due = flow.connection.get_timer()
+        if due is not None:
+            self.arm(flow, max(due, now))
 
     def forget(self, flow: Flow) -> None:
         """The flow is gone."""

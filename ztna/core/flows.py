@@ -9,7 +9,7 @@ acts on `TcpFlow.connection` or `UdpFlow.inbox`, and calls `touch` afterwards.
 
 import ipaddress
 import secrets
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
@@ -43,6 +43,7 @@ from ztna.core.tcp.segment import (
     segments_to_packets,
 )
 from ztna.core.tcp.state import TcpConfig
+from ztna.core.turns import Turns
 from ztna.errors import RemoteProtocolError
 
 # Our choices. A connector for a hundred busy users stays well below; one user cannot take all.
@@ -57,10 +58,6 @@ MAX_ANSWERS = 1024
 UDP_IDLE = 120.0
 # What UDP over IPv4 holds (RFC 768, RFC 791); a backend over IPv6 can send 20 bytes more.
 MAX_DATAGRAM = 65_507
-# What a flow may send in its turn: one super-packet. More than any MSS, below which a connection
-# would say nothing and lose its turn for good.
-TURN_BYTES = 65_536
-
 _OPENING_FLAGS = TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST
 
 TcpConfigFor = Callable[[bool], TcpConfig]
@@ -85,8 +82,7 @@ class FlowTable:
     _flows: dict[FlowIndex, Flow] = attrs.Factory(dict)
     _per_user: Counter[bytes] = attrs.Factory(Counter)
     _pending: Counter[bytes] = attrs.Factory(Counter)
-    _answers: deque[tuple[str, IpPacket]] = attrs.Factory(deque)
-    _ready: OrderedDict[TcpFlow, None] = attrs.Factory(OrderedDict)
+    _turns: Turns = attrs.Factory(lambda: Turns(_to_packets, MAX_ANSWERS))
     _events: deque[FlowEvent] = attrs.Factory(deque)
     _timers: FlowTimers = attrs.Factory(FlowTimers)
     _reassembler: Reassembler = attrs.Factory(Reassembler)
@@ -120,38 +116,18 @@ class FlowTable:
         """The flow's connection was acted upon: it may have something to send, or be over."""
         if self._flows.get(flow.key.index) is not flow:
             return  # gone, and perhaps a newer one in its place
-        if flow.connection.closed:
-            self._end(flow, now)
-        else:
-            self._ready[flow] = None
-            self._arm(flow, now)
+        if not flow.connection.closed:
+            self._turns.ready(flow)
+        self._settle(flow, now)
 
     @property
     def wants_to_send(self) -> bool:
         """Whether `packets_to_send` may give something."""
-        return bool(self._answers or self._ready)
+        return self._turns.waiting
 
     def packets_to_send(self, now: float, max_bytes: int) -> list[tuple[str, IpPacket]]:
         """Packets for the users, flows taking turns: none begins once max_bytes are there."""
-        packets: list[tuple[str, IpPacket]] = []
-        size = 0
-        while self._answers and size < max_bytes:
-            service_id, packet = self._answers.popleft()
-            packets.append((service_id, packet))
-            size += len(packet.data)
-        while self._ready and size < max_bytes:
-            flow, _ = self._ready.popitem(last=False)
-            segments = flow.connection.segments_to_send(now, TURN_BYTES)
-            if segments:
-                built = _to_packets(flow.key, segments)
-                packets += [(flow.key.service_id, packet) for packet in built]
-                size += sum(len(packet.data) for packet in built)
-                self._ready[flow] = None  # at the end of the line, until it has no more to say
-            if flow.connection.closed:
-                self._end(flow, now)
-            else:
-                self._arm(flow, now)
-        return packets
+        return self._turns.packets_to_send(now, max_bytes, lambda flow: self._settle(flow, now))
 
     def send_datagrams(
         self, flow: UdpFlow, payloads: Sequence[tuple[Buffer, int]], now: float
@@ -201,7 +177,7 @@ class FlowTable:
                 self._events.append(FlowActive(flow))
                 self.touch(flow, now)
             else:
-                self._arm(flow, now)
+                self._timers.arm_tcp(flow, now)
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables, and what was dropped by reason."""
@@ -210,7 +186,7 @@ class FlowTable:
             "tcp_flows": tcp,
             "udp_flows": len(self._flows) - tcp,
             "pending_connects": self._pending.total(),
-            "answers_queued": len(self._answers),
+            "answers_queued": len(self._turns),
             **{f"drop_{reason}": count for reason, count in self.dropped.items()},
             **{f"fragments_{k}": v for k, v in self._reassembler.statistics().items()},
         }
@@ -298,7 +274,7 @@ class FlowTable:
         flow = TcpFlow(key, connection)
         if self._open(flow):
             self._pending[ip.source] += 1
-            self._arm(flow, now)
+            self._timers.arm_tcp(flow, now)
 
     def _receive_udp_untrusted(
         self,
@@ -354,10 +330,8 @@ class FlowTable:
     def _answer(self, service_id: str, data: Buffer | None) -> None:
         if data is None:
             return
-        if len(self._answers) >= MAX_ANSWERS:
+        if not self._turns.put(service_id, IpPacket(data)):
             self.dropped["answers_full"] += 1
-            return
-        self._answers.append((service_id, IpPacket(data)))
 
     def _open(self, flow: Flow) -> bool:
         user = flow.key.source
@@ -368,6 +342,13 @@ class FlowTable:
         self._per_user[user] += 1
         self._events.append(FlowOpened(flow))
         return True
+
+    def _settle(self, flow: TcpFlow, now: float) -> None:
+        """A flow was acted upon: forget it if it is over, else look again when its timer is due."""
+        if flow.connection.closed:
+            self._end(flow, now)
+        else:
+            self._timers.arm_tcp(flow, now)
 
     def _end(self, flow: TcpFlow, now: float) -> None:
         """A connection is over: send its last word, if any, and forget the flow."""
@@ -383,15 +364,10 @@ class FlowTable:
         if not self._per_user[user]:
             del self._per_user[user]
         if isinstance(flow, TcpFlow):
-            self._ready.pop(flow, None)
+            self._turns.drop(flow)
         else:
             flow.closed = True
         self._events.append(FlowClosed(flow))
-
-    def _arm(self, flow: TcpFlow, now: float) -> None:
-        due = flow.connection.get_timer()
-        if due is not None:
-            self._timers.arm(flow, max(due, now))
 
 
 def _to_packets(key: FlowKey, segments: Sequence[TcpSegment]) -> list[IpPacket]:

@@ -10,7 +10,7 @@ afterwards.
 
 import ipaddress
 import secrets
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -19,7 +19,7 @@ from ztna.core.addresses import packed_pair
 from ztna.core.failure import Failure, failure_of
 from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowKey, TcpFlow, UdpFlow
 from ztna.core.flow_timers import FlowTimers
-from ztna.core.flows import MAX_DATAGRAM, TURN_BYTES, UDP_IDLE
+from ztna.core.flows import MAX_DATAGRAM, UDP_IDLE
 from ztna.core.packet.fragments import Reassembler, fragment
 from ztna.core.packet.icmp import parse_icmp_error_untrusted
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
@@ -34,6 +34,7 @@ from ztna.core.tcp.segment import (
 )
 from ztna.core.tcp.sequence import initial_numbers
 from ztna.core.tcp.state import TcpConfig, TcpState
+from ztna.core.turns import Turns
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 
 # Our choices: what the programs of one user open at once, several times over. Each stays below the
@@ -78,8 +79,7 @@ class OutboundTable:
     _own: tuple[bytes, ...] = ()
     _flows: dict[_Index, Flow] = attrs.Factory(dict)
     _sizes: Counter[int] = attrs.Factory(Counter)
-    _queue: deque[IpPacket] = attrs.Factory(deque)
-    _ready: OrderedDict[TcpFlow, None] = attrs.Factory(OrderedDict)
+    _turns: Turns = attrs.Factory(lambda: Turns(_to_packets, MAX_QUEUED))
     _events: deque[OutboundEvent] = attrs.Factory(deque)
     _timers: FlowTimers = attrs.Factory(FlowTimers)
     _reassembler: Reassembler = attrs.Factory(Reassembler)
@@ -178,32 +178,20 @@ class OutboundTable:
         if flow.connection.closed:
             self._end(flow, now)
         else:
-            self._ready[flow] = None
-            self._arm(flow, now)
+            self._turns.ready(flow)
+            self._timers.arm_tcp(flow, now)
 
     @property
     def wants_to_send(self) -> bool:
         """Whether `packets_to_send` may give something."""
-        return bool(self._queue or self._ready)
+        return self._turns.waiting
 
     def packets_to_send(self, now: float, max_bytes: int) -> list[IpPacket]:
         """Packets for the services, flows taking turns: none begins once max_bytes are there."""
-        packets: list[IpPacket] = []
-        size = 0
-        while self._queue and size < max_bytes:
-            packet = self._queue.popleft()
-            packets.append(packet)
-            size += len(packet.data)
-        while self._ready and size < max_bytes:
-            flow, _ = self._ready.popitem(last=False)
-            segments = flow.connection.segments_to_send(now, TURN_BYTES)
-            if segments:
-                built = _to_packets(flow.key, segments)
-                packets += built
-                size += sum(len(packet.data) for packet in built)
-                self._ready[flow] = None  # at the end of the line, until it has no more to say
-            self._arm(flow, now)
-        return packets
+        packets = self._turns.packets_to_send(
+            now, max_bytes, lambda flow: self._timers.arm_tcp(flow, now)
+        )
+        return [packet for _, packet in packets]
 
     def get_timer(self) -> float | None:
         """When `handle_timer` is due."""
@@ -224,14 +212,14 @@ class OutboundTable:
                 self._events.append(FlowActive(flow))
                 self.touch(flow, now)
             else:
-                self._arm(flow, now)
+                self._timers.arm_tcp(flow, now)
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables, and what was dropped by reason."""
         return {
             "tcp_flows": self._sizes[TCP],
             "udp_flows": self._sizes[UDP],
-            "queued": len(self._queue),
+            "queued": len(self._turns),
             **{f"drop_{reason}": count for reason, count in self.dropped.items()},
             **{f"fragments_{k}": v for k, v in self._reassembler.statistics().items()},
         }
@@ -338,10 +326,8 @@ class OutboundTable:
             self._put(IpPacket(piece))
 
     def _put(self, packet: IpPacket) -> None:
-        if len(self._queue) >= MAX_QUEUED:
+        if not self._turns.put("", packet):
             self.dropped["queue_full"] += 1
-        else:
-            self._queue.append(packet)
 
     def _new_key(
         self, service_id: str, protocol: int, destination: bytes, port: int, most: int
@@ -375,15 +361,10 @@ class OutboundTable:
         self._sizes[flow.key.protocol] -= 1
         self._timers.forget(flow)
         if isinstance(flow, TcpFlow):
-            self._ready.pop(flow, None)
+            self._turns.drop(flow)
         else:
             flow.closed = True
         self._events.append(FlowClosed(flow))
-
-    def _arm(self, flow: TcpFlow, now: float) -> None:
-        due = flow.connection.get_timer()
-        if due is not None:
-            self._timers.arm(flow, max(due, now))
 
 
 def _index(key: FlowKey) -> _Index:
