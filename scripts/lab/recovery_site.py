@@ -59,8 +59,11 @@ class RecoverySite:
         )
 
 
-def build(lab: KernelLab, folder: Path) -> RecoverySite:
-    """Make the network, the certificates and the files, and start everything."""
+def build(lab: KernelLab, folder: Path, file_bytes: int = FILE_BYTES) -> RecoverySite:
+    """Make the network, the certificates and the files, and start everything.
+
+    file_bytes: how much a download brings.
+    """
     home = lab.gateway("home", "198.51.100.20", "10.1.0.0/24")
     cafe = lab.gateway("cafe", "198.51.100.40", "10.3.0.0/24")
     office = lab.gateway("office", "198.51.100.30", "10.2.0.0/24")
@@ -72,7 +75,7 @@ def build(lab: KernelLab, folder: Path) -> RecoverySite:
         apps=lab.host("apps", APPS, behind=office),
         agent=lab.host("agent", "10.1.0.2", behind=home),
         second=lab.host("second", "10.1.0.3", behind=home),
-        content=os.urandom(FILE_BYTES),
+        content=os.urandom(file_bytes),
     )
     machine = site.agent.namespace
     machine.ip("route del default")
