@@ -1,5 +1,6 @@
 """UDP flows and their backends, in memory and on loopback."""
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -81,6 +82,19 @@ async def test_refusal_of_a_later_datagram(autojump_clock: MockClock) -> None:
         bench.user.send_udp(SERVICE_IP, b"x")
         (answer,) = await bench.user.take()
         assert answer[9] == ICMP
+        assert bench.flows == 0
+
+
+async def test_backend_host_that_is_not_there(autojump_clock: MockClock) -> None:
+    """What the connector's kernel was told, the user is told."""
+
+    def server(datagram: Datagram) -> Sequence[Datagram]:
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    async with open_memory_bench(datagrams={BACKEND: server}) as bench:
+        bench.user.send_udp(SERVICE_IP, b"x")
+        (answer,) = await bench.user.take()
+        assert (answer[9], answer[20], answer[21]) == (ICMP, 3, Unreachable.HOST.value[0])
         assert bench.flows == 0
 
 

@@ -33,6 +33,7 @@ from ztna.core.flows import (
     FlowTable,
 )
 from ztna.core.packet.fragments import Reassembler, fragment
+from ztna.core.packet.icmp import Unreachable, build_unreachable
 from ztna.core.packet.ip import TCP, UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
@@ -447,6 +448,33 @@ def test_answers_are_bounded() -> None:
     assert found.statistics()["answers_queued"] == 1024
     assert drops(found) == {"answers_full": 6}
     assert len(answers(found)) == 1024
+
+
+@VERSIONS
+def test_port_unreachable_from_the_user_ends_the_flow_that_it_quotes(version: int) -> None:
+    here, there = packed(USER, version), packed(ECHO_IP, version)
+    found = table()
+
+    def report(
+        quoted: bytes, reason: Unreachable = Unreachable.PORT, source: bytes = here
+    ) -> list[str]:
+        error = build_unreachable(quoted, reason, source=source)
+        assert error is not None
+        found.receive_packets([("echo", IpPacket(error))], 0.0)
+        return names(found)
+
+    found.receive_packets([("echo", IpPacket(udp(version=version)))], 0.0)
+    assert names(found) == ["Opened", "Active"]
+    answer = build_udp_packet(there, here, 9999, 5000, b"answer")
+    assert report(answer, Unreachable.HOST) == []
+    assert report(build_udp_packet(there, here, 9999, 5001, b"answer")) == []
+    place = 9 if version == 4 else 6  # of the protocol
+    assert report(answer[:place] + bytes((TCP,)) + answer[place + 1 :]) == []
+    assert report(answer, source=packed(OTHER, version)) == []
+    assert report(answer[:20] if version == 4 else answer[:40]) == []
+    assert found.statistics()["udp_flows"] == 1
+    assert report(answer) == ["Closed"]
+    assert answers(found) == [], "an error is not answered"
 
 
 def test_timers_of_closed_flows_do_not_stay() -> None:

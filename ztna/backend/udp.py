@@ -1,5 +1,6 @@
 """One user's UDP flow and its socket to the backend."""
 
+import errno
 from typing import Protocol
 
 import attrs
@@ -9,9 +10,12 @@ import trio
 from ztna.backend.sockets import DatagramSocket, Dialer
 from ztna.core.flow import UdpFlow
 from ztna.core.flows import FlowTable
+from ztna.core.packet.icmp import Unreachable
 from ztna.core.ports import Address
 
 log = structlog.get_logger(__name__)
+
+_UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN))
 
 
 class ForwardOwner(Protocol):
@@ -74,5 +78,6 @@ class UdpForward:
         """Tell the user, and forget the flow: the next datagram tries again."""
         log.info("backend refuses datagrams", backend=self.backend, error=str(error))
         if not self.flow.closed:
-            self.owner.table.refuse_flow(self.flow, trio.current_time())
+            reason = Unreachable.HOST if error.errno in _UNREACHABLE else Unreachable.PORT
+            self.owner.table.refuse_flow(self.flow, trio.current_time(), reason)
             self.owner.settle()

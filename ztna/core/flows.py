@@ -146,15 +146,18 @@ class FlowTable:
             for start in range(0, len(view), segment_size):
                 self._answer_datagram(key, view[start : start + segment_size])
 
-    def refuse_flow(self, flow: UdpFlow, now: float) -> None:
-        """The backend refuses the datagrams of a flow: port unreachable, and the flow is over."""
+    def refuse_flow(
+        self, flow: UdpFlow, now: float, reason: icmp.Unreachable = icmp.Unreachable.PORT
+    ) -> None:
+        """The backend's host or network refuses the datagrams of a flow: the user gets the same
+        ICMP error about their own packet, and the flow is over."""
         if flow.closed:
             return
         key = flow.key
         sent = build_udp_packet(
             key.source, key.destination, key.source_port, key.destination_port, b""
         )
-        self._answer(key.service_id, icmp.build_unreachable(sent, icmp.Unreachable.PORT))
+        self._answer(key.service_id, icmp.build_unreachable(sent, reason))
         flow.last_used = now
         self._close(flow)
 
@@ -225,6 +228,8 @@ class FlowTable:
             self._receive_tcp_untrusted(service, packet, ip, segments, now)
         elif ip.protocol == UDP:
             self._receive_udp_untrusted(service, packet, ip, datagrams, now)
+        elif ip.protocol in {ICMP, ICMPV6} and icmp.quoted_by_error(packet.data) is not None:
+            self._receive_error_untrusted(service, packet, ip)
         elif ip.protocol in {ICMP, ICMPV6}:
             self._answer(service.id, icmp.echo_reply(packet.data))
         else:
@@ -301,6 +306,21 @@ class FlowTable:
             return
         flow.last_used = now
         datagrams[flow] = None
+
+    def _receive_error_untrusted(
+        self, service: OfferedService, packet: IpPacket, ip: IpHeader
+    ) -> None:
+        """Port unreachable ends the UDP flow that it quotes: nobody listens there any more. Other
+        errors are no reason to give up (RFC 1122 section 4.2.3.9, RFC 5927 section 5)."""
+        error = icmp.parse_icmp_error_untrusted(packet.data, ip)
+        quoted = error.quoted_header
+        if error.ports is None or quoted.protocol != UDP or quoted.destination != ip.source:
+            return
+        source_port, destination_port = error.ports
+        key = (service.id, UDP, quoted.destination, destination_port, quoted.source, source_port)
+        flow = self._flows.get(key)
+        if isinstance(flow, UdpFlow) and icmp.is_port_unreachable(error, ip.version):
+            self._close(flow)
 
     def _refuse(self, service: OfferedService, packet: IpPacket) -> None:
         self.dropped["port_is_not_the_service"] += 1

@@ -283,6 +283,13 @@ def parse_icmp_error_untrusted(data: Buffer, header: IpHeader) -> IcmpError:
     return IcmpError(body[0], body[1], mtu, quoted_header, quoted, ports)
 
 
+def is_port_unreachable(error: IcmpError, version: int) -> bool:
+    """Whether nobody listens at the port that the quoted packet was for. version: of IP."""
+    code4, code6 = Unreachable.PORT.value
+    wanted = (UNREACHABLE4, code4) if version == 4 else (UNREACHABLE6, code6)
+    return (error.kind, error.code) == wanted
+
+
 def quoted_by_error(data: Buffer) -> bytes | None:
     """Return the packet that an ICMP error quotes; None where data is no ICMP error, which
     a later fragment never shows; b"" where data, or the error in it, is malformed."""
