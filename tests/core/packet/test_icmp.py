@@ -8,10 +8,13 @@ from scapy.layers import inet, inet6
 from ztna.core.packet import icmp
 from ztna.core.packet.icmp import (
     Unreachable,
+    build_echo,
     build_packet_too_big,
     build_prohibited,
+    build_time_exceeded,
     build_unreachable,
     echo_reply,
+    is_port_unreachable,
     parse_icmp_error_untrusted,
     quoted_by_error,
 )
@@ -137,6 +140,27 @@ def test_prohibited_from_another_address() -> None:
     header = parse_ip_untrusted(error)
     assert header.source == bytes([10, 0, 0, 1])
     assert (error[20], error[21], header.traffic_class) == (3, 13, 0xC0)
+
+
+@FAMILIES
+def test_time_exceeded(source: bytes, destination: bytes) -> None:
+    packet = udp(source, destination)
+    error = build_time_exceeded(packet)
+    assert error is not None
+    parsed = parse_icmp_error_untrusted(error, parse_ip_untrusted(error))
+    assert (parsed.kind, parsed.code) == ((11, 0) if len(source) == 4 else (3, 0))
+    assert parsed.quoted == packet
+    assert not is_port_unreachable(parsed, 4 if len(source) == 4 else 6)
+
+
+@FAMILIES
+def test_echo_that_is_answered(source: bytes, destination: bytes) -> None:
+    request = build_echo(source, destination, 0x0708, b"data")
+    read = (inet.IP if len(source) == 4 else inet6.IPv6)(request).payload
+    assert (read.type, read.id, read.seq) == (8 if len(source) == 4 else 128, 0x0708, 0)
+    reply = echo_reply(request)
+    assert reply is not None
+    assert reply.endswith(b"data")
 
 
 @FAMILIES
