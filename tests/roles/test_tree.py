@@ -24,6 +24,7 @@ from ztna.errors import (
 from ztna.roles.tree import (
     GRACE,
     StatisticsRegistry,
+    process_statistics,
     restart_with_backoff,
     run_role,
     statistics_registry,
@@ -374,3 +375,13 @@ async def test_cancellation_ends_it_at_once(autojump_clock: MockClock) -> None:
     start = trio.current_time()
     begun, _ = await attempts_at([], seconds=5)
     assert (begun, trio.current_time() - start) == ([0], 5)
+
+
+async def test_process_statistics_count_tasks() -> None:
+    before = process_statistics()["tasks"]
+    assert isinstance(before, int)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep_forever)
+        assert process_statistics()["tasks"] == before + 1
+        nursery.cancel_scope.cancel()
+    assert process_statistics()["tasks"] == before
