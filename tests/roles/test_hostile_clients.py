@@ -1,6 +1,7 @@
 """Clients with a good certificate that mean harm: each meets a limit, and nobody else notices."""
 
 import gc
+import ipaddress
 import random
 import tracemalloc
 
@@ -8,19 +9,32 @@ import structlog.testing
 import trio
 from trio.testing import MockClock
 
+from tests.net.certificates import SERVER_IP, make_agent
 from tests.roles.hostile import open_evil, open_mallory, open_scene
 from tests.roles.memory import ECHO_IP, RELAY, WEB_IP
-from tests.roles.peers import Served, frame
+from tests.roles.peers import Served, frame, open_endpoint
 from ztna.core import wire
+from ztna.core.identity import Identity, Role
 from ztna.core.packet.fragments import fragment
 from ztna.core.packet.udp import build_udp_packet
+from ztna.core.policy import Policy
 from ztna.core.ports import UdpBatch
 from ztna.core.reassembly import MAX_BYTES, MAX_MESSAGES
 from ztna.core.reassembly import fragment as fragment_message
+from ztna.core.registry import Registry
+from ztna.core.relay import Relay
 from ztna.nat.link import WireBatch
 from ztna.net.closing import CloseCode, CloseInfo
+from ztna.roles.address_book import AddressBook
 from ztna.roles.intermediate import ANSWER_LOG_LIMIT, MALFORMED_LOG_LIMIT
-from ztna.roles.served import CONTROL_BURST, DIALOGUE_BURST, FRAME_BURST
+from ztna.roles.served import (
+    ARRIVAL_BURST,
+    CONTROL_BURST,
+    DIALOGUE_BURST,
+    FRAME_BURST,
+    MAX_ARRIVALS,
+    Intermediate,
+)
 
 HELLO = {
     "type": "Hello",
@@ -171,6 +185,51 @@ async def test_another_ones_addresses(autojump_clock: MockClock) -> None:
         assert not mallory.user_messages
 
 
+async def test_another_agent_is_no_destination(autojump_clock: MockClock) -> None:
+    """Nor is anything else that is not the service: the connector looks again."""
+    async with open_scene() as scene, open_mallory(scene) as mallory:
+        await say_hello(mallory)
+        mallory.session.send_datagrams([b"\x10\x04echo"])
+        assert await mallory.wait_for(b"\x12") == b"\x12\x00\x04echo"
+        own = ipaddress.IPv4Address(mallory.frames()[0]["tunnel_address"]).packed
+        number = mallory.frames()[-1]["services"][0]["number"]
+        victim = scene.user.agent.address.packed
+        for destination in (victim, WEB_IP.packed, bytes([8, 8, 8, 8]), bytes([127, 0, 0, 1])):
+            packet = build_udp_packet(own, destination, 5000, 9999, b"let me in")
+            mallory.session.send_datagrams(
+                [packet, wire.encode_short(number, packet), wire.encode_routed("echo", packet)]
+            )
+        # A packet for the service itself comes back: it was not for want of a way.
+        packet = build_udp_packet(own, ECHO_IP.packed, 5000, 9999, b"hello")
+        mallory.session.send_datagrams([wire.encode_short(number, packet)])
+        await trio.sleep(1)
+        (answer,) = mallory.user_messages
+        assert answer.endswith(b"hello")
+
+
+async def test_sessions_without_end(autojump_clock: MockClock) -> None:
+    """Each handshake is good, and each would be two lines in the log."""
+    assert ARRIVAL_BURST == 30
+    async with open_scene() as scene:
+        deployment = scene.world.deployment
+        credentials = make_agent(deployment.ca, deployment.now, "mallory")
+        codes: list[int | None] = []
+        with structlog.testing.capture_logs() as logs:
+            async with open_endpoint(scene.world.network.host("203.0.113.66")) as endpoint:
+                for _ in range(40):
+                    session = endpoint.connect(
+                        (RELAY, 4433), credentials, SERVER_IP, [Role.INTERMEDIATE]
+                    )
+                    await session.wait_verified()
+                    with trio.move_on_after(0.06):
+                        await session.wait_closed()
+                    codes.append(session._close_info.code if session._close_info else None)
+        refused = codes.count(CloseCode.LIMIT)
+        assert 40 - 30 - 8 <= refused <= 10
+        assert scene.intermediate.statistics()["refused_arrivals"] == refused
+        assert sum(line["event"] == "client connected" for line in logs) == 40 - refused
+
+
 async def test_messages_that_never_become_whole(autojump_clock: MockClock) -> None:
     async with open_scene() as scene, open_mallory(scene) as mallory:
         for number in range(2000):
@@ -280,3 +339,12 @@ async def test_memory_stays_flat_under_garbage(autojump_clock: MockClock) -> Non
             tracemalloc.stop()
         assert last - first < 1 << 20
         assert not mallory.session.closed
+
+
+def test_arrivals_that_are_remembered_are_bounded() -> None:
+    policy = Policy.of("example.net", [])
+    book = AddressBook(ipaddress.IPv4Network("10.100.64.0/18"))
+    intermediate = Intermediate(Registry(policy), Relay(Registry(policy)), book)
+    for number in range(MAX_ARRIVALS + 5):
+        assert intermediate.admits(Identity("example.net", Role.AGENT, f"a{number}"), 0.0)
+    assert len(intermediate._arrivals) == MAX_ARRIVALS == 16_384

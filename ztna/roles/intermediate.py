@@ -159,6 +159,9 @@ async def run_intermediate(
 async def _serve_client(intermediate: Intermediate, session: Session) -> None:
     """One verified client, from its first message to the end of its session."""
     peer = session.peer
+    if not intermediate.admits(peer.identity, trio.current_time()):
+        session.close(CloseCode.LIMIT, "too many sessions of this identity in a short time")
+        return
     intermediate.next_key += 1
     client = Client(intermediate.next_key, peer.identity, session.max_datagram_data)
     served = Served(client, session)

@@ -1,7 +1,10 @@
 """What the intermediate keeps for all clients, and for each of them."""
 
+from collections import OrderedDict
+
 import attrs
 
+from ztna.core.identity import Identity
 from ztna.core.limits import TokenBucket
 from ztna.core.messages import ServiceMap, ServiceNumber, encode_message
 from ztna.core.registry import Client, Registry
@@ -15,6 +18,11 @@ DIALOGUE_RATE, DIALOGUE_BURST = 64.0, 1024.0
 FRAME_RATE, FRAME_BURST = 8.0, 64.0
 # Bytes a second; the burst holds four of the largest frames.
 CONTROL_RATE, CONTROL_BURST = float(16 << 10), float(256 << 10)
+# Sessions that one identity may begin, each worth two lines in the log: a client that doubts its
+# path begins one a second at most.
+ARRIVAL_RATE, ARRIVAL_BURST = 1.0, 30.0
+# Identities whose arrivals are remembered; as many as there may be sessions.
+MAX_ARRIVALS = 16_384
 
 
 @attrs.define(eq=False)
@@ -51,6 +59,18 @@ class Intermediate:
     served: dict[int, Served] = attrs.Factory(dict)
     next_key: int = 0
     denied_serials: frozenset[int] = frozenset()
+    refused_arrivals: int = 0
+    _arrivals: OrderedDict[Identity, TokenBucket] = attrs.Factory(OrderedDict)
+
+    def admits(self, identity: Identity, now: float) -> bool:
+        """Whether an identity may begin one more session at `now` (s)."""
+        bucket = self._arrivals.pop(identity, None) or TokenBucket(ARRIVAL_RATE, ARRIVAL_BURST)
+        self._arrivals[identity] = bucket
+        if len(self._arrivals) > MAX_ARRIVALS:
+            self._arrivals.popitem(last=False)
+        admitted = bucket.take(now)
+        self.refused_arrivals += not admitted
+        return admitted
 
     def statistics(self) -> dict[str, object]:
         """Counters of registry and relay, and of each session."""
@@ -61,7 +81,12 @@ class Intermediate:
             }
             for served in self.served.values()
         }
-        return {**self.registry.statistics(), **self.relay.statistics(), "sessions": sessions}
+        return {
+            **self.registry.statistics(),
+            **self.relay.statistics(),
+            "refused_arrivals": self.refused_arrivals,
+            "sessions": sessions,
+        }
 
 
 def send_service_map(served: Served) -> None:
