@@ -5,13 +5,18 @@ measures pairs of NATs, in memory or in the kernel. Nothing is left behind.
 """
 
 import contextlib
+import itertools
+import json
+import logging
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import rich_click as click
 from click import get_current_context
+from rich.console import Console
 
 from ztna.cli.lab_host import (
     announce,
@@ -23,15 +28,27 @@ from ztna.cli.lab_host import (
     run_in_foreground,
     shell_program,
 )
-from ztna.cli.main import verbose_option
-from ztna.errors import UsageError
+from ztna.cli.lab_report import Matrix, as_json, as_svg, render
+from ztna.cli.logs import configure_logging
+from ztna.cli.main import verbose_option, verbosity
+from ztna.errors import SystemSetupError, UsageError
 from ztna.nat.deployment import NotReadyError
 from ztna.nat.link import LinkSpec
 from ztna.nat.site import HOSTS, Site, open_site, prepare
 from ztna.nat.spec import NAMES, NatSpec, parse_nat
+from ztna.roles.lab_matrix import (
+    ALL_NATS,
+    REPRESENTATIVE_PAIRS,
+    UPLINK_DELAY,
+    Pair,
+    PairOutcome,
+    measure_in_kernel,
+    measure_in_memory,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_FILE = click.Path(dir_okay=False, allow_dash=True, path_type=Path)
 _UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 
@@ -191,6 +208,91 @@ def shell(
         _say(f"{host}, {machine.address}; the lab goes when this shell ends")
         code = run_in_foreground(machine, [shell_program()], site.environment)
     get_current_context().exit(code)
+
+
+@lab.command()
+@click.option("--kernel", is_flag=True, help="With real processes, for chosen pairs: minutes.")
+@click.option(
+    "--nat",
+    "nats",
+    type=Nat(),
+    multiple=True,
+    metavar="NAT",
+    help="Only pairs of these; may be given several times.",
+)
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help='Write JSON; "-" is stdout.')
+@click.option("--svg", "svg_file", type=_FILE, metavar="FILE", help='A picture; "-" is stdout.')
+@verbose_option
+def matrix(
+    kernel: bool, nats: tuple[NatSpec, ...], json_file: Path | None, svg_file: Path | None
+) -> None:
+    """Try pairs of NATs: which path is found, and how soon.
+
+    Measured are the path and the time from the agent's start to the first answer. In parentheses
+    stands what the NATs will allow once nodes make direct paths: that is expected, not measured.
+
+    \b
+    In memory, without privileges, on a virtual clock, with every pair; or with --kernel, in network
+    namespaces, real processes and real time, six pairs or those of --nat.
+
+    Example: ztna lab matrix --nat symmetric --nat port-restricted --json -
+    """
+    ctx = get_current_context()
+    configure_logging("human", logging.DEBUG if verbosity(ctx) else logging.ERROR)
+    grid = _grid(nats)
+    for one in nats:
+        _check_version(one)
+    if kernel:
+        ensure_namespaces()
+        with ended_by_signals(), lab_folder() as folder, contextlib.ExitStack() as stack:
+            stack.callback(going_down)
+            pairs = grid or list(REPRESENTATIVE_PAIRS)
+            outcomes = _told(measure_in_kernel(pairs, folder), len(pairs))
+        conditions = "real time, with the start of the agent's program"
+    else:
+        pairs = grid or _grid(ALL_NATS)
+        outcomes = _told(measure_in_memory(pairs), len(pairs))
+        conditions = f"virtual time, uplinks of {UPLINK_DELAY * 1000:.0f} ms"
+    words = [*["--kernel"] * kernel, *(f"--nat {nat.words}" for nat in nats)]
+    words += [f"--svg {svg_file}"] * (svg_file is not None)
+    command = " ".join(["ztna lab matrix", *words])
+    result = Matrix("kernel" if kernel else "memory", conditions, command, outcomes)
+    files = {json_file: json.dumps(as_json(result), indent=1) + "\n", svg_file: as_svg(result)}
+    for file, text in files.items():
+        if file is not None:
+            _write(file, text)
+    if Path("-") not in files:
+        Console(highlight=False).print(render(result))
+
+
+def _grid(nats: Sequence[NatSpec]) -> list[Pair]:
+    return list(itertools.product(nats, nats))
+
+
+def _told(outcomes: Iterator[PairOutcome], number: int) -> list[PairOutcome]:
+    """Take all, with a word on stderr while it lasts."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    done = []
+    with console.status(f"measuring {number} pairs") as status:
+        for outcome in outcomes:
+            done.append(outcome)
+            status.update(f"measured {len(done)} of {number} pairs")
+    return done
+
+
+def _check_version(nat: NatSpec) -> None:
+    if nat.ip_version != 4:
+        raise UsageError(f"{nat.words}: the deployment in the laboratory runs over IPv4")
+
+
+def _write(file: Path, text: str) -> None:
+    if file == Path("-"):
+        click.echo(text, nl=False)
+        return
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise SystemSetupError(f"cannot write {file}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ class Site:
     def start(self) -> None:
         """Start all and wait until a user could go to work. Raises NotReadyError."""
         self.start_servers()
-        self.start_connector().wait_for(REGISTERED, times=len(_SERVICES))
+        self.wait_for_connector(self.start_connector())
         agent = self.start_agent()
         agent.wait_for(REGISTERED, times=len(_SERVICES))
         agent.wait_for(CONFIGURED)
@@ -134,6 +134,10 @@ class Site:
         config = {**self.files.connector, "services": provided}
         file = deployment.write("connector", CONNECTOR_NAME, config)
         return deployment.run(self.connector, "connector", file)
+
+    def wait_for_connector(self, connector: LoggedProcess) -> None:
+        """Wait until it has registered all services. Raises NotReadyError."""
+        connector.wait_for(REGISTERED, times=len(_SERVICES))
 
     def start_agent(self) -> LoggedProcess:
         """Start the agent, without waiting."""

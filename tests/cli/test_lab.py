@@ -1,0 +1,153 @@
+"""`ztna lab`: the matrix in memory, in three forms; options; and what is refused, in words."""
+
+import json
+import os
+import subprocess
+import xml.dom.minidom
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ztna.cli import lab as module
+from ztna.cli import lab_host
+from ztna.cli.lab import Duration, Share
+from ztna.cli.main import cli
+from ztna.core.reachability import How
+from ztna.errors import SystemSetupError
+from ztna.nat.link import LinkSpec
+from ztna.nat.spec import CGNAT, PORT_RESTRICTED, SYMMETRIC, UDP_BLOCKED, NatSpec
+from ztna.roles.lab_matrix import PairOutcome, measure_in_memory
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["lab", *arguments], env={"COLUMNS": "80"})
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "configure_logging", lambda *_: None)
+
+
+def test_pairs_in_memory() -> None:
+    pairs = [(SYMMETRIC, PORT_RESTRICTED), (CGNAT, SYMMETRIC), (UDP_BLOCKED, PORT_RESTRICTED)]
+    found = list(measure_in_memory(pairs))
+    assert [(one.agent, one.connector) for one in found] == pairs
+    assert [one.path for one in found] == ["relay", "relay", None]
+    # Two round trips of 20 ms to the intermediate, and one of 40 ms to the connector.
+    assert [one.seconds for one in found[:2]] == [pytest.approx(0.08)] * 2
+    assert [one.expected for one in found] == [How.BIRTHDAY, How.BIRTHDAY, How.RELAY_OVER_TCP]
+
+
+def test_table_json_and_picture(tmp_path: Path) -> None:
+    files = tmp_path / "matrix.json", tmp_path / "matrix.svg"
+    result = invoke(
+        *("matrix", "--nat", "symmetric", "--nat", "udp-blocked"),
+        *("--json", str(files[0]), "--svg", str(files[1])),
+    )
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["1", "symmetric", "relay", "none"] in lines
+    assert ["80", "ms", "~tcp"] in lines
+    assert ["~relay"] in lines
+    assert "expected, not measured" in result.stdout
+    document = json.loads(files[0].read_text())
+    assert document["laboratory"] == "memory"
+    first, second, *_ = document["pairs"]
+    assert (first["agent_nat"], first["connector_nat"]) == ("symmetric", "symmetric")
+    assert first["measured"] == {"path": "relay", "seconds_to_first_answer": 0.08}
+    assert first["expected_not_measured"]["technique"] == "relay"
+    assert second["measured"] == {"path": None, "seconds_to_first_answer": None}
+    svg = xml.dom.minidom.parseString(files[1].read_text())
+    words = [node.firstChild.data for node in svg.getElementsByTagName("text") if node.firstChild]
+    assert words.count("relay 80 ms") == 1
+    assert words.count("none") == 3
+    assert any(f"--nat symmetric --nat udp-blocked --svg {files[1]}" in one for one in words)
+
+
+def test_json_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(pairs: list[tuple[NatSpec, NatSpec]]) -> Iterator[PairOutcome]:
+        return (PairOutcome(*pair, seconds=1.25) for pair in pairs)
+
+    monkeypatch.setattr(module, "measure_in_memory", measure)
+    result = invoke("matrix", "--json", "-")
+    assert result.exit_code == 0
+    assert len(json.loads(result.stdout)["pairs"]) == 81
+    table = invoke("matrix").stdout
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert "1.2 s" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("matrix", "--nat", "symmetric+ipv6"), "runs over IPv4"),
+        (("matrix", "--nat", "open", "--json", "/nowhere/x"), "cannot write /nowhere/x"),
+        (("run",), "no COMMAND"),
+        (("run", "--agent-nat", "round", "--", "true"), "'round' is not known"),
+        (("run", "--loss", "101%", "--", "true"), "give a share such as 2%"),
+        (("run", "--loss", "much", "--", "true"), "give a share such as 2%"),
+        (("run", "--delay", "20 m", "--", "true"), "give a time such as 20ms"),
+        (("shell", "kitchen"), "kitchen"),
+    ],
+)
+def test_refused_in_words(arguments: tuple[str, ...], words: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code in (2, 7)
+    assert words in " ".join(result.output.replace("│", " ").split())
+
+
+def test_values() -> None:
+    share, duration = Share(), Duration()
+    assert [share.convert(text, None, None) for text in ("2%", "0.02", "100%")] == [0.02, 0.02, 1]
+    assert [duration.convert(text, None, None) for text in ("20ms", "1.5s", "2")] == [0.02, 1.5, 2]
+
+
+def test_kernel_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(words, 1, "", "unshare failed: not permitted\n")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(lab_host.subprocess, "run", refuse)
+    for command in (("run", "--", "true"), ("matrix", "--kernel"), ("shell", "agent", "--new")):
+        result = invoke(*command)
+        assert result.exit_code == SystemSetupError.exit_code
+        assert "no user namespaces (unshare failed: not permitted)" in result.output
+        assert "try again as root" in result.output
+
+
+def test_ordinary_user_starts_again_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def replace(_: str, words: list[str]) -> None:
+        started.append(words)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "execvp", replace)
+    monkeypatch.setattr(lab_host.subprocess, "run", lambda words, **_: _done(words))
+    monkeypatch.setattr(lab_host.sys, "argv", ["ztna", "lab", "run", "--", "id", "-u"])
+    assert invoke("run", "--", "id", "-u").exit_code == 0
+    assert started[0][:3] == ["unshare", "--user", "--map-root-user"]
+    assert started[0][-7:] == ["-m", "ztna", "lab", "run", "--", "id", "-u"]
+
+
+def _done(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess(words, 0, "", "")
+
+
+def test_link_reaches_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def open_site(_: object, *arguments: object) -> None:
+        asked.extend(arguments)
+        raise SystemSetupError("no more is wanted")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(module, "prepare", lambda folder: folder)
+    monkeypatch.setattr(module, "open_site", open_site)
+    options = ("--agent-nat", "symmetric", "--loss", "2%", "--delay", "20ms")
+    assert invoke("run", *options, "--", "true").exit_code == 7
+    assert asked == [SYMMETRIC, PORT_RESTRICTED, LinkSpec(loss=0.02, delay=0.02)]
