@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-import xml.dom.minidom
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ztna.cli import lab as module
-from ztna.cli import lab_host
 from ztna.cli.lab import Duration, Share
 from ztna.cli.main import cli
 from ztna.core.reachability import How
@@ -59,8 +58,8 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert first["measured"] == {"path": "relay", "seconds_to_first_answer": 0.08}
     assert first["expected_not_measured"]["technique"] == "relay"
     assert second["measured"] == {"path": None, "seconds_to_first_answer": None}
-    svg = xml.dom.minidom.parseString(files[1].read_text())
-    words = [node.firstChild.data for node in svg.getElementsByTagName("text") if node.firstChild]
+    svg = ET.fromstring(files[1].read_text())
+    words = [node.text or "" for node in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert words.count("relay 80 ms") == 1
     assert words.count("none") == 3
     assert any(f"--nat symmetric --nat udp-blocked --svg {files[1]}" in one for one in words)
@@ -110,7 +109,7 @@ def test_kernel_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None
         return subprocess.CompletedProcess(words, 1, "", "unshare failed: not permitted\n")
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(lab_host.subprocess, "run", refuse)
+    monkeypatch.setattr("ztna.cli.lab_host.subprocess.run", refuse)
     for command in (("run", "--", "true"), ("matrix", "--kernel"), ("shell", "agent", "--new")):
         result = invoke(*command)
         assert result.exit_code == SystemSetupError.exit_code
@@ -127,8 +126,8 @@ def test_ordinary_user_starts_again_inside(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "execvp", replace)
-    monkeypatch.setattr(lab_host.subprocess, "run", lambda words, **_: _done(words))
-    monkeypatch.setattr(lab_host.sys, "argv", ["ztna", "lab", "run", "--", "id", "-u"])
+    monkeypatch.setattr("ztna.cli.lab_host.subprocess.run", lambda words, **_: _done(words))
+    monkeypatch.setattr("sys.argv", ["ztna", "lab", "run", "--", "id", "-u"])
     assert invoke("run", "--", "id", "-u").exit_code == 0
     assert started[0][:3] == ["unshare", "--user", "--map-root-user"]
     assert started[0][-7:] == ["-m", "ztna", "lab", "run", "--", "id", "-u"]
