@@ -104,6 +104,9 @@ def test_nodes_agree_with_the_compose_file(node: ModuleType) -> None:
 def test_configuration_agrees_with_the_compose_file(node: ModuleType) -> None:
     relay = config("intermediate")
     assert (relay["external_ip"], relay["port"]) == (ADDRESSES["intermediate"]["public"], 4433)
+    second = ipaddress.ip_interface(node.SECOND_ADDRESS)
+    assert relay["stun"] == {"alternate_ip": str(second.ip)}
+    assert str(second.network) == SUBNETS["public"]
     for role in ("agent", "connector"):
         assert config(role)["intermediate"] == {"host": relay["external_ip"], "port": 4433}
     backends = {of["id"]: of["backend"] for of in config("connector")["services"]}

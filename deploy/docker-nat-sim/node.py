@@ -33,6 +33,7 @@ from ztna.nat.ruleset import conntrack_timeout, hairpin_routes, ruleset
 from ztna.nat.spec import GatewayKind, NatSpec, parse_nat
 
 UPSTREAM = "172.20.0.1"  # the bridge's own address, which Docker gives it
+SECOND_ADDRESS = "172.20.0.11/24"  # the intermediate's, for `ztna nat-probe`
 ECHO, WEB = ("172.22.0.20", 9999), ("172.22.0.30", 8080)
 PAGE = "Hello from a web server that no one outside can connect to.\n"
 DOWNLOAD = 4_000_000  # bytes; enough to tell by an interface's counters which way they went
@@ -62,6 +63,7 @@ def main() -> None:
         case ["intermediate"]:
             for line in routes_past_gateways():
                 _ip(line)
+            _ip(f"addr add {SECOND_ADDRESS} dev eth0")
             _ztna("intermediate")
         case ["agent" | "connector" as role]:
             _ip(f"route replace default via {SIDES[role].inside}")
