@@ -72,7 +72,7 @@ def test_every_untrusted_parser_is_fuzzed() -> None:
     async def run_all() -> None:
         with reached_code(reached):
             for name in TARGETS:
-                await run(name, 400, seed=5)
+                await run(name, 1500, seed=5)
 
     trio.run(run_all)
     assert qualified_names() - reached == set()

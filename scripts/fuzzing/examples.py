@@ -103,6 +103,8 @@ PACKETS = [
     *ECHOES,
     *_fragments(),
     *_errors(udp()),
+    # From the user: nobody listens there any more.
+    *_errors([turned(packet) for packet in udp()]),
     EXTENDED6,
 ]
 SLICES = slice_super_packet(super_packet(), 1, 9, 1170)

@@ -31,7 +31,7 @@ from scripts.fuzzing.examples import (
     initial,
     turned,
 )
-from scripts.fuzzing.tables import Parser, make_flows, make_outbound, relay_maker
+from scripts.fuzzing.tables import Parser, make_flows, make_outbound, make_routes, relay_maker
 from ztna import authority
 from ztna.core import messages, wire
 from ztna.core.encapsulation import Decapsulator, Encapsulator
@@ -42,6 +42,7 @@ from ztna.core.natplan import ProbeSocket
 from ztna.core.natprobe import NatProber
 from ztna.core.offload import SliceJoiner, parse_slice_untrusted
 from ztna.core.packet import icmp
+from ztna.core.packet.flow import destination_port, flow_key
 from ztna.core.packet.fragments import Reassembler
 from ztna.core.packet.icmp import parse_icmp_error_untrusted
 from ztna.core.packet.ip import parse_ip_untrusted
@@ -103,6 +104,8 @@ _WIRE: tuple[Parser, ...] = (
 
 
 def _ip(data: bytes) -> None:
+    flow_key(data)
+    destination_port(data)
     header = parse_ip_untrusted(data)
     parse_ip_untrusted(data, quoted=True)
     # What others do with a header that was found good.
@@ -334,6 +337,7 @@ TARGETS: Mapping[str, Target] = {
     "relay-connector": Target(relay_maker("c"), MESSAGES, 3),
     "flows": Target(make_flows, PACKETS, 0, renew_after=2000),
     "outbound": Target(make_outbound, ANSWERS, 0, renew_after=2000),
+    "routes": Target(make_routes, [*PACKETS, *ANSWERS], 0),
     "control-frames": Target(_frames, CONTROL),
     "control-json": Target(lambda: messages.parse_message_untrusted, [c[4:] for c in CONTROL]),
     "client-messages": Target(_client_messages, [c[4:] for c in CONTROL]),

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 
 from scripts.fuzzing.examples import SERVICE4, SERVICE6, USER4, USER6
+from ztna.core.encapsulation import ServiceLabel
 from ztna.core.flow import FlowActive, FlowOpened, OfferedService, TcpFlow, UdpFlow
 from ztna.core.flows import FlowTable
 from ztna.core.identity import Identity, Role
@@ -13,6 +14,7 @@ from ztna.core.policy import Policy, PolicyRule
 from ztna.core.ports import IpPacket
 from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
+from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.core.tcp.state import TcpConfig
 from ztna.core.wire import FEATURES
 
@@ -72,6 +74,19 @@ def make_outbound() -> Parser:
         while table.next_event() is not None:
             pass
         table.packets_to_send(now, 1 << 20)
+
+    return parse
+
+
+def make_routes() -> Parser:
+    """The agent's filter, both ways."""
+    table = RouteTable.of([ServiceRoute("web", ipaddress.IPv4Address(SERVICE4))])
+    table.set_addresses([ipaddress.IPv4Address(USER4)])
+    table.set_labels({"web": ServiceLabel("web", 1)})
+
+    def parse(data: bytes) -> None:
+        table.route_outbound([IpPacket(data)])
+        table.route_inbound([(1, IpPacket(data)), ("web", IpPacket(data)), (None, IpPacket(data))])
 
     return parse
 
