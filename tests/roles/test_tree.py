@@ -338,6 +338,20 @@ async def test_attempts_are_repeated_with_growing_delays(autojump_clock: MockClo
     assert logs[:3] == [("warning", "gone", 0.25), ("debug", "gone", 0.5), ("debug", "gone", 1.0)]
 
 
+async def test_time_spent_knocking_counts_as_waiting(autojump_clock: MockClock) -> None:
+    """So a server that is back is not met by a client that pauses."""
+    begun: list[float] = []
+
+    async def attempt(up: Callable[[], None]) -> float:
+        begun.append(trio.current_time())
+        await trio.sleep(0.75)
+        raise UnreachableError("no answer")
+
+    with trio.move_on_after(7):
+        await restart_with_backoff("session", attempt, NoJitter())
+    assert [at - begun[0] for at in begun] == pytest.approx([0, 0.75, 1.5, 2.5, 4.5, 6.5])
+
+
 async def test_new_reason_is_told_anew(autojump_clock: MockClock) -> None:
     _, logs = await attempts_at([UnreachableError("a"), RemoteProtocolError("b")])
     assert [level for level, _, _ in logs] == ["warning", "warning"]

@@ -184,11 +184,18 @@ async def restart_with_backoff(
 
     while True:
         wait, reason = 0.0, "ended"
+        begun, unanswered = trio.current_time(), False
         try:
             wait = await attempt(up)
         except* retried as group:
             reason = "; ".join(dict.fromkeys(str(error) for error in leaves(group)))
-        delay = max(wait, backoff.next_delay(trio.current_time()))
+            unanswered = all(isinstance(error, UnreachableError) for error in leaves(group))
+        now = trio.current_time()
+        delay = backoff.next_delay(now)
+        if unanswered:
+            # It has knocked for so long already; a pause would only hide that the server is back.
+            delay = max(0.0, delay - (now - begun))
+        delay = max(wait, delay)
         # A server that stays away is told once, not with every attempt.
         level = log.debug if reason == told else log.warning
         level("trying again", what=what, reason=reason, seconds=round(delay, 2))
