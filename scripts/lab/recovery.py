@@ -30,7 +30,7 @@ WINDOW = 3.0  # s after the peer is back that are looked at, once the ping answe
 BOUND = 2.0  # s; what the measure is compared with
 _STEADY = 0.7  # s
 # Of the download: longer than any silence that a connection survives, and one that saves time.
-_PATIENCE, _SHORT_PATIENCE = 60.0, 4.0  # s
+_PATIENCE, _SHORT_PATIENCE = 180.0, 4.0  # s
 _DEADLINE = 45.0  # s; longer than any idle timeout
 
 
