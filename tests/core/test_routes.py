@@ -64,9 +64,17 @@ def syn(
     version: int = 4,
     mss: int = 1460,
     port: int = 443,
+    flags: str = "S",
 ) -> bytes:
-    tcp = inet.TCP(sport=5000, dport=port, flags="S", options=[("MSS", mss)])
+    tcp = inet.TCP(sport=5000, dport=port, flags=flags, options=[("MSS", mss)])
     return bytes(ip(source, destination, version) / tcp)
+
+
+def asked(version: int = 4) -> RouteTable:
+    """A table in which the flow that `back` answers has begun."""
+    found = table()
+    out(found, udp(version=version))
+    return found
 
 
 def out(found: RouteTable, *data: bytes) -> tuple[list[tuple[str, bytes]], list[bytes]]:
@@ -271,13 +279,13 @@ def test_mss_is_clamped_both_ways(version: int) -> None:
     ip_class = inet.IP if version == 4 else inet6.IPv6
     assert ip_class(data)[inet.TCP].options == [("MSS", limit)]
     assert len(data) == len(syn(OWN, WEB, version))
-    (packet,) = found.route_inbound([(2, IpPacket(syn(WEB, OWN, version)))])
+    (packet,) = found.route_inbound([(2, IpPacket(syn(WEB, OWN, version, flags="SA")))])
     clamped = ip_class(bytes(packet.data))
     assert clamped[inet.TCP].options == [("MSS", limit)]
     del clamped[inet.TCP].chksum
     assert bytes(clamped) == bytes(packet.data)
     found.mss_limits = (600, 600)
-    (packet,) = found.route_inbound([(2, IpPacket(syn(WEB, OWN, version)))])
+    (packet,) = found.route_inbound([(2, IpPacket(syn(WEB, OWN, version, flags="SA")))])
     assert ip_class(bytes(packet.data))[inet.TCP].options == [("MSS", 600)]
 
 
@@ -364,7 +372,7 @@ def back(
 
 @VERSIONS
 def test_answers_of_the_service_that_the_message_named(version: int) -> None:
-    found = table()
+    found = asked(version)
     packet = back(version=version)
     assert [inbound(found, key, packet) for key in (1, "echo", None)] == [True] * 3
     assert [inbound(found, key, packet) for key in (2, 3, 0, "web", "nothing")] == [False] * 5
@@ -382,7 +390,7 @@ def test_only_from_services_and_only_for_us(version: int) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\x45", back()[:19], back(version=6)[:39], b"\x50" * 60])
 def test_malformed(data: bytes) -> None:
-    found = table()
+    found = asked()
     assert found.route_inbound([(None, IpPacket(data)), (None, IpPacket(back()))]) == [
         IpPacket(back())
     ]
@@ -431,7 +439,25 @@ def test_echo_replies_pass(version: int) -> None:
 
 def test_super_packets_come_in_as_they_are() -> None:
     packet = IpPacket(back(), segment_size=1)
-    assert table().route_inbound([(1, packet)]) == [packet]
+    assert asked().route_inbound([(1, packet)]) == [packet]
+
+
+@VERSIONS
+def test_services_answer_and_do_not_call(version: int) -> None:
+    found = asked(version)
+    (call,) = [syn(WEB, OWN, version)]
+    assert not inbound(found, 2, call)
+    answer = syn(WEB, OWN, version, mss=500, flags="SA")
+    assert inbound(found, 2, answer)
+    other = build_udp_packet(
+        *(address.packed if version == 4 else twin(address).packed for address in (ECHO, OWN)),
+        9999,
+        5001,
+        b"to another port",
+    )
+    assert not inbound(found, 1, other)
+    assert inbound(found, 1, back(version=version))
+    assert drops(found) == {"nobody_asked": 2}
 
 
 ADDRESSED = st.sampled_from([udp(), udp(version=6), back(), back(version=6), syn(OWN, WEB)])

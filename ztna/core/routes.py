@@ -20,7 +20,13 @@ from ztna.core.addresses import packed_pair, source_and_destination
 from ztna.core.encapsulation import ServiceKey, ServiceLabel
 from ztna.core.mss import clamp_mss, mss_limits
 from ztna.core.packet import icmp
-from ztna.core.packet.flow import destination_port, flow_key, transport_of
+from ztna.core.packet.flow import (
+    destination_port,
+    flow_key,
+    opens_connection,
+    reverse_flow_key,
+    transport_of,
+)
 from ztna.core.packet.fragments import MustNotFragmentError, fragment
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.ports import Buffer, IpPacket
@@ -158,6 +164,8 @@ class RouteTable:
                 self.dropped["reply_to_our_echo"] += 1
             elif protocol not in _TRANSPORTS and not self._is_wanted_icmp(data):
                 self.dropped["icmp_about_no_flow"] += 1
+            elif protocol in _TRANSPORTS and self._is_unasked(protocol, data):
+                self.dropped["nobody_asked"] += 1
             else:
                 accepted.append(self._clamp(packet, data))
         return accepted
@@ -258,6 +266,15 @@ class RouteTable:
         clamped = clamp_mss(data, *self.mss_limits)
         # Most packets come back as they are, and need no new record.
         return packet if clamped is data else attrs.evolve(packet, data=clamped)
+
+    def _is_unasked(self, protocol: int, data: bytes) -> bool:
+        """Services answer, they do not call: no connection begins on their side, and no datagram
+        comes but in a flow of ours. TCP beyond its SYN is the host's own to judge, which may hold
+        connections from before this agent was started."""
+        if protocol == TCP:
+            return opens_connection(data)
+        key = reverse_flow_key(data)
+        return key is not None and key not in self._flows
 
     def _is_wanted_icmp(self, data: bytes) -> bool:
         """Errors pass only when they quote a packet of ours, echo replies and what is no ICMP

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers import inet, inet6
 
-from ztna.core.packet.flow import destination_port, flow_key, transport_of
+from ztna.core.packet.flow import (
+    destination_port,
+    flow_key,
+    opens_connection,
+    reverse_flow_key,
+    transport_of,
+)
 
 A4, B4 = bytes([10, 100, 64, 7]), bytes([10, 100, 0, 1])
 A6, B6 = bytes(15) + b"\7", bytes(15) + b"\1"
@@ -120,3 +126,25 @@ def test_garbage(data: bytes, first: bytes) -> None:
     key, port = flow_key(data), destination_port(data)
     assert key is None or len(key) in {13, 37}
     assert port is None or 0 <= port <= 0xFFFF
+
+
+def test_what_an_answer_answers() -> None:
+    there, back = IP4 / UDP, inet.IP(src="10.100.0.1", dst="10.100.64.7")
+    answer = back / inet.UDP(sport=0x2222, dport=0x1111)
+    assert reverse_flow_key(bytes(answer)) == flow_key(bytes(there))
+    there6, back6 = IP6 / TCP, inet6.IPv6(src="::1", dst="::7")
+    assert reverse_flow_key(bytes(back6 / inet.TCP(sport=0x2222, dport=0x1111))) == flow_key(
+        bytes(there6)
+    )
+    assert reverse_flow_key(b"") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "opens"), [("S", True), ("SA", False), ("A", False), ("R", False), ("SE", True)]
+)
+def test_what_opens_a_connection(flags: str, opens: bool) -> None:
+    for ip in (IP4, IP6):
+        assert opens_connection(bytes(ip / inet.TCP(flags=flags))) is opens
+    assert not opens_connection(bytes(IP4 / UDP))
+    assert not opens_connection(bytes(IP4 / TCP)[:32])
+    assert not opens_connection(b"")

@@ -75,3 +75,23 @@ def destination_port(data: bytes) -> int | None:
         return None
     start = transport[1]
     return int.from_bytes(data[start + 2 : start + 4], "big") if len(data) >= start + 4 else None
+
+
+def reverse_flow_key(data: bytes) -> bytes | None:
+    """The flow key of the packets that this one answers; None where `flow_key` is None."""
+    key = flow_key(data)
+    if key is None:
+        return None
+    size = (len(key) - 5) // 2  # of an address
+    source, destination = key[1 : 1 + size], key[1 + size : 1 + 2 * size]
+    ports = key[1 + 2 * size :]
+    return key[:1] + destination + source + ports[2:] + ports[:2]
+
+
+def opens_connection(data: bytes) -> bool:
+    """Whether a packet is the first of a TCP connection: SYN without ACK (RFC 9293 section 3.5)."""
+    transport = transport_of(data)
+    if transport is None or transport[0] != TCP or not transport[2]:
+        return False
+    flags = data[transport[1] + 13 : transport[1] + 14]
+    return bool(flags) and flags[0] & 0x12 == 0x02
