@@ -445,15 +445,12 @@ def test_super_packets_come_in_as_they_are() -> None:
 @VERSIONS
 def test_services_answer_and_do_not_call(version: int) -> None:
     found = asked(version)
-    (call,) = [syn(WEB, OWN, version)]
-    assert not inbound(found, 2, call)
+    assert not inbound(found, 2, syn(WEB, OWN, version))
     answer = syn(WEB, OWN, version, mss=500, flags="SA")
     assert inbound(found, 2, answer)
+    family = version == 6
     other = build_udp_packet(
-        *(address.packed if version == 4 else twin(address).packed for address in (ECHO, OWN)),
-        9999,
-        5001,
-        b"to another port",
+        packed_pair(ECHO)[family], packed_pair(OWN)[family], 9999, 5001, b"to another port"
     )
     assert not inbound(found, 1, other)
     assert inbound(found, 1, back(version=version))

@@ -6,7 +6,8 @@ only then put in its place; a reload brings it into force. Whatever fails, the o
 warning says so once a day. Without a way to renew, only the warning is given.
 
 Files are small and touched every few weeks, so they are read and written in place, without a
-worker thread. The key stays: key and certificate are two files, which cannot be replaced at the same instant.
+worker thread. The key stays: key and certificate are two files, which cannot be replaced at the
+same instant.
 """
 
 import datetime
