@@ -12,6 +12,7 @@ from ztna.core import routes
 from ztna.core.addresses import packed_pair, twin
 from ztna.core.encapsulation import ServiceLabel
 from ztna.core.mss import mss_limits
+from ztna.core.packet.fragments import fragment
 from ztna.core.packet.icmp import Unreachable, build_unreachable, echo_reply
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.packet.udp import build_udp_packet
@@ -221,7 +222,7 @@ def test_fragments_pass_by_address_and_protocol() -> None:
     forward, answers = out(found, first, later, wrong_port, wrong_protocol)
     assert forward == [("echo", first), ("echo", later)]
     assert [icmp_of(answer)[2:] for answer in answers] == [(3, 13)], "none for a later fragment"
-    assert found.statistics()["flows"] == 0
+    assert found.statistics()["flows"] == 1, "remembered by its first fragment"
 
 
 def test_foreign_sources_and_garbage_stay_inside() -> None:
@@ -485,3 +486,13 @@ def test_garbage(arrivals: list[tuple[int | str | None, bytes]]) -> None:
         assert bytes(packet.data)[0] >> 4 in {4, 6}
     assert len(forward) + len(answers) <= len(packets)
     assert out(found, udp()) == ([("echo", udp())], [])
+
+
+@VERSIONS
+def test_a_small_answer_to_a_request_in_fragments(version: int) -> None:
+    """The request itself has no flow key: no piece of it holds all."""
+    found = table()
+    addresses = (packed_pair(OWN)[version == 6], packed_pair(ECHO)[version == 6])
+    request = build_udp_packet(*addresses, 5000, 9999, bytes(3000), dont_fragment=False)
+    out(found, *fragment(request, 1280, identification=7))
+    assert inbound(found, 1, back(version=version))

@@ -105,6 +105,6 @@ def test_sample_of_a_running_process_and_of_a_dead_one(tmp_path: Path) -> None:
     process.kill()
     found.sample()
     (sample,) = found.samples
-    assert sample.rss_mb > 0.5
+    assert sample.rss_mb > 0  # little, if it has not even begun bash
     assert (sample.threads, sample.descriptors >= 3) == (1, True)
     assert sample.statistics == {"process.tasks": 9, "udp.packets": 1}

@@ -82,6 +82,7 @@ async def test_what_is_dropped_is_counted(memory_lab: MemoryLab, autojump_clock:
     gateway = memory_lab.gateways[0]
     async with top.inner.open_udp_port(5000) as inner, top.server.open_udp_port(7000) as server:
         await scenarios.send(server, (gateway.address, 5000))
+        await memory_lab.settle()  # before what comes next opens that very port
         await scenarios.send(inner, ("203.0.113.200", 1))
         top.inner.block(top.server.address)
         await scenarios.send(inner, server.local_address)

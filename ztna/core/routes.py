@@ -23,6 +23,7 @@ from ztna.core.packet import icmp
 from ztna.core.packet.flow import (
     destination_port,
     flow_key,
+    flow_key_within,
     opens_connection,
     reverse_flow_key,
     transport_of,
@@ -230,6 +231,7 @@ class RouteTable:
             self.dropped["port_is_not_the_service"] += 1
             _append(answers, refuse(packet))
             return None
+        key = key or flow_key_within(data)
         if key is not None:
             if len(self._flows) >= MAX_FLOWS:
                 self._flows.popitem(last=False)

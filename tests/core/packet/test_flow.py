@@ -8,6 +8,7 @@ from scapy.layers import inet, inet6
 from ztna.core.packet.flow import (
     destination_port,
     flow_key,
+    flow_key_within,
     opens_connection,
     reverse_flow_key,
     transport_of,
@@ -148,3 +149,17 @@ def test_what_opens_a_connection(flags: str, opens: bool) -> None:
     assert not opens_connection(bytes(IP4 / UDP))
     assert not opens_connection(bytes(IP4 / TCP)[:32])
     assert not opens_connection(b"")
+
+
+def test_flows_behind_extension_headers_and_in_fragments() -> None:
+    plain = IP6 / UDP / b"x"
+    optional = IP6 / inet6.IPv6ExtHdrDestOpt() / UDP / b"x"
+    assert flow_key(bytes(optional)) is None
+    assert flow_key_within(bytes(optional)) == flow_key(bytes(plain))
+    first = inet.IP(src="10.100.64.7", dst="10.100.0.1", flags="MF") / UDP / b"x"
+    assert flow_key_within(bytes(first)) == flow_key(bytes(IP4 / UDP / b"x"))
+    later = inet.IP(src="10.100.64.7", dst="10.100.0.1", frag=5, proto=17) / b"12345678"
+    assert flow_key_within(bytes(later)) is None
+    assert flow_key_within(bytes(IP4 / UDP)[:22]) is None
+    assert flow_key_within(bytes(IP4 / inet.ICMP())) is None
+    assert flow_key_within(b"") is None

@@ -77,6 +77,16 @@ def destination_port(data: bytes) -> int | None:
     return int.from_bytes(data[start + 2 : start + 4], "big") if len(data) >= start + 4 else None
 
 
+def flow_key_within(data: bytes) -> bytes | None:
+    """The flow key behind extension headers, and of the first fragment of a packet."""
+    transport = transport_of(data)
+    if transport is None or transport[0] not in _TRANSPORTS or not transport[2]:
+        return None
+    addresses = data[12:20] if data[0] >> 4 == 4 else data[8:40]
+    ports = data[transport[1] : transport[1] + 4]
+    return bytes((transport[0],)) + addresses + ports if len(ports) == 4 else None
+
+
 def reverse_flow_key(data: bytes) -> bytes | None:
     """The flow key of the packets that this one answers; None where `flow_key` is None."""
     key = flow_key(data)
