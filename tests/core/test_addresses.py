@@ -8,13 +8,18 @@ from hypothesis import strategies as st
 
 from ztna.core.addresses import (
     DEFAULT_SERVICE_RANGE,
+    VIRTUAL_PREFIX,
+    VirtualKind,
     format_address,
     in_range,
+    is_virtual,
     packed_pair,
     source_and_destination,
     twin,
     twin_network,
+    virtual_address,
 )
+from ztna.errors import LocalProtocolError
 
 A, B = ipaddress.IPv4Address("10.100.64.7"), ipaddress.IPv4Address("10.100.0.1")
 
@@ -81,3 +86,31 @@ def test_garbage(data: bytes, offset: int) -> None:
 def test_format_address() -> None:
     assert format_address(("192.0.2.1", 4433)) == "192.0.2.1:4433"
     assert format_address(("2001:db8::1", 4433)) == "[2001:db8::1]:4433"
+
+
+def test_virtual_addresses_as_the_protocol_spells_them() -> None:
+    assert virtual_address(VirtualKind.PEER_SESSION, 7) == ("100::1:0:0:7", 0)
+    assert virtual_address(VirtualKind.STREAM, 0x123456789ABC) == ("100::2:1234:5678:9abc", 0)
+
+
+@given(st.sampled_from(VirtualKind), st.integers(0, (1 << 48) - 1))
+def test_virtual_addresses(kind: VirtualKind, number: int) -> None:
+    address = virtual_address(kind, number)
+    assert is_virtual(address)
+    # As sessions and sockets spell it.
+    assert str(ipaddress.ip_address(address[0])) == address[0]
+    assert ipaddress.IPv6Address(address[0]) in VIRTUAL_PREFIX
+    assert int(ipaddress.IPv6Address(address[0])) & ((1 << 64) - 1) == kind << 48 | number
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 48])
+def test_numbers_that_do_not_fit(number: int) -> None:
+    with pytest.raises(LocalProtocolError, match="48 bits"):
+        virtual_address(VirtualKind.STREAM, number)
+
+
+@pytest.mark.parametrize(
+    "host", ["192.0.2.1", "100.0.0.1", "2001:db8::1", "100:0:0:1::1", "100:1::", "::100:0:0"]
+)
+def test_real_addresses_are_not_virtual(host: str) -> None:
+    assert not is_virtual((host, 0))
