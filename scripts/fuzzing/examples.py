@@ -138,6 +138,7 @@ CONTROL = [
         ),
         messages.ServiceMap((messages.ServiceNumber(1, "web"), messages.ServiceNumber(2, "db"))),
         messages.Denied("web", "no rule"),
+        messages.Policy("e30=", "AAAA"),
         messages.Withdraw(("web", "db")),
         messages.Goodbye("leaving", 3.5),
         messages.ProtocolError("no"),

@@ -12,6 +12,7 @@ from typing import cast
 
 import attrs
 
+from scripts.fuzzing import policies
 from scripts.fuzzing.examples import (
     CONTAINER,
     CONTROL,
@@ -349,6 +350,10 @@ TARGETS: Mapping[str, Target] = {
     "mtu-probe": Target(_mtu_prober, STUN),
     "socks": Target(lambda: _socks, SOCKS),
     "vnet": Target(lambda: parse_vnet_header_untrusted, VNET),
+    "policy": Target(lambda: policies.parse_policy, policies.DOCUMENTS),
+    "signed-policy": Target(
+        policies.make_signed_policy, [*policies.FILES, *policies.DOCUMENTS], renew_after=2000
+    ),
     "identity": Target(lambda: _identity, IDENTITIES),
     "certificate-request": Target(lambda: authority.read_request_untrusted, REQUESTS),
     "quic-long-header": Target(lambda: _long_header, [initial(b""), initial(b"token" * 30)]),

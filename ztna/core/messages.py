@@ -80,6 +80,14 @@ class Denied:
 
 
 @attrs.frozen
+class Policy:
+    """The signed policy: its bytes and their signature, base64 each (section 7)."""
+
+    document: str = attrs.field(repr=False)
+    signature: str
+
+
+@attrs.frozen
 class Withdraw:
     """The client no longer wants, or no longer provides, these services."""
 
@@ -104,7 +112,7 @@ class ProtocolError:
 _ENTRY_OVERHEAD = len('{"number":65535,"id":},')
 MAX_MAP_SIZE = MAX_FRAME - len('{"type":"ServiceMap","services":[]}')
 
-Message = Hello | Accepted | ServiceMap | Denied | Withdraw | Goodbye | ProtocolError
+Message = Hello | Accepted | ServiceMap | Denied | Policy | Withdraw | Goodbye | ProtocolError
 
 _TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in get_args(Message)}
 

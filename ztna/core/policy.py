@@ -5,7 +5,7 @@ the log and to the user in `Denied`.
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Protocol, Self
 
 import attrs
 
@@ -34,6 +34,16 @@ class Decision:
 
     allowed: bool
     reason: str
+
+
+class Judge(Protocol):
+    """What decides: this module's `Policy`, or a signed one."""
+
+    def may_reach(self, who: Identity, service_id: str) -> Decision:
+        """Whether an agent may send packets to a service."""
+
+    def may_provide(self, who: Identity, service_id: str) -> Decision:
+        """Whether a connector may answer for a service."""
 
 
 @attrs.frozen

@@ -13,7 +13,7 @@ import attrs
 from ztna.core.addresses import DEFAULT_SERVICE_RANGE, in_range
 from ztna.core.identity import Identity, Role
 from ztna.core.messages import MAX_MAP_SIZE, service_entry_size
-from ztna.core.policy import Policy
+from ztna.core.policy import Judge
 from ztna.core.wire import MAX_SERVICE_ID, Feature, Refusal
 from ztna.errors import LocalProtocolError
 
@@ -92,7 +92,7 @@ class Registry:
     reserved: tunnel addresses that were given to an identity, connected or not.
     """
 
-    policy: Policy
+    policy: Judge
     service_range: ipaddress.IPv4Network = DEFAULT_SERVICE_RANGE
     reserved: dict[bytes, Identity] = attrs.Factory(dict)
     max_services: int = MAX_SERVICES

@@ -28,6 +28,7 @@ from ztna.core.messages import (
     Goodbye,
     Hello,
     Message,
+    Policy,
     ProtocolError,
     ServiceMap,
     Withdraw,
@@ -40,6 +41,7 @@ from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableErro
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 from ztna.roles.expiry import close_when_expired
+from ztna.roles.signed_policy import SignedPolicy
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +86,7 @@ class ControlLink:
 
     accepted: what the intermediate answered; None for a (seed) intermediate.
     labels: registered services, by id. refused: reasons, by id.
+    policy: judges what the intermediate says of it; None if no policy key is pinned here.
     """
 
     session: Session
@@ -101,6 +104,7 @@ class ControlLink:
     numbers: dict[str, int] = attrs.Factory(dict)
     wake: trio.Event = attrs.Factory(trio.Event)
     reader: FrameReader = attrs.Factory(FrameReader)
+    policy: SignedPolicy | None = None
 
     @property
     def tunnel_address(self) -> ipaddress.IPv4Address | None:
@@ -139,6 +143,7 @@ async def run_control_session(
     service_ids: Sequence[str],
     handler: PacketHandler,
     succeeded: Callable[[], None],
+    policy: SignedPolicy | None = None,
 ) -> float:
     """Serve one session until it ends in order; return the seconds to wait before the next.
 
@@ -147,7 +152,8 @@ async def run_control_session(
     when the intermediate breaks the protocol. The session is closed afterwards in any case.
     """
     kind = wire.AGENT_WANTS if role is Role.AGENT else wire.CONNECTOR_PROVIDES
-    link = ControlLink(session, Registrar.of(kind, service_ids), Encapsulator(max_size=0))
+    registrar = Registrar.of(kind, service_ids)
+    link = ControlLink(session, registrar, Encapsulator(max_size=0), policy=policy)
     try:
         await _wait_verified(session)
         link.encapsulator.max_size = session.max_datagram_data
@@ -244,6 +250,9 @@ def _receive_message_untrusted(link: ControlLink, message: Message, handler: Pac
                 link.registrar.receive_denial(message.service, message.reason)
                 _take_registrations(link, handler)
                 handler.services_changed(link)
+        case Policy():
+            if link.policy is not None:
+                link.policy.receive(message)
         case Goodbye():
             link.goodbye_wait = max(0.0, min(message.wait, 300.0))
             log.info("goodbye", reason=message.reason, wait=link.goodbye_wait)

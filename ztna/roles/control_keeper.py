@@ -24,6 +24,7 @@ from ztna.net.session import Session
 from ztna.pki import Credentials
 from ztna.roles.control_client import PacketHandler, run_control_session
 from ztna.roles.resolve import family_of, resolve
+from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import restart_with_backoff
 
 log = structlog.get_logger(__name__)
@@ -48,6 +49,7 @@ class ControlKeeper:
     service_ids: Sequence[str]
     handler: PacketHandler
     denied_serials: frozenset[int] = frozenset()
+    policy: SignedPolicy | None = None
     _successor: Session | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
     _rival_at: float = -math.inf  # when the last rival was begun
@@ -71,7 +73,12 @@ class ControlKeeper:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, session, nursery.cancel_scope)
                     wait = await run_control_session(
-                        session, self.role, self.service_ids, self.handler, succeeded
+                        session,
+                        self.role,
+                        self.service_ids,
+                        self.handler,
+                        succeeded,
+                        self.policy,
                     )
                     nursery.cancel_scope.cancel()
             except* SessionClosedError:
