@@ -41,6 +41,12 @@ async def test_topologies(
     await scenario(memory_lab)
 
 
+@pytest.mark.parametrize("nat", topologies.NATS66, ids=lambda nat: nat.words)
+async def test_nat66_is_classified(nat: NatSpec, autojump_clock: MockClock) -> None:
+    async with open_lab(seed=7) as lab:
+        await scenarios.classified(scenarios.build(lab, nat))
+
+
 async def test_captures(tmp_path: Path, memory_lab: MemoryLab, autojump_clock: MockClock) -> None:
     await topologies.captures(memory_lab, tmp_path)
 

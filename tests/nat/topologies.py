@@ -1,6 +1,7 @@
 """Scenarios that build their own networks, for both laboratories: time, changes while traffic
 flows, several NATs, firewalls, IPv6, and the verbs of a lab."""
 
+import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import attrs
 import dpkt
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.nat.scenarios import (
+    OF_EVERY_NAT,
     AnyLab,
     build,
-    filtering,
     heard_until,
-    mapping,
     outer_address,
     send,
 )
@@ -22,6 +23,7 @@ from ztna.core.natclass import FilteringKind, MappingKind, PortKind
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, SystemSetupError
 from ztna.nat.lab import LabPort
+from ztna.nat.link import LinkSpec
 from ztna.nat.spec import (
     CGNAT,
     CLASSIC_NATS,
@@ -37,14 +39,35 @@ from ztna.nat.spec import (
     PortMapping,
 )
 
+# Every mapping with every filtering; each of them with another allocation, every second one with
+# hairpin.
+NATS66 = [
+    NatSpec(
+        *kinds,
+        list(PortKind)[(number + number // 3) % 3],
+        hairpin=bool(number % 2),
+        ip_version=6,
+    )
+    for number, kinds in enumerate(itertools.product(MappingKind, FilteringKind))
+]
+
 
 async def arrived(lab: AnyLab, port: LabPort) -> list[tuple[bytes, Address]]:
-    """All that has come to a port by now. For where nothing else could be waited for."""
-    await lab.settle()
+    """All that has come to a port of what was sent by now."""
     got: list[tuple[bytes, Address]] = []
-    with trio.move_on_after(0.05):
+
+    async def take() -> None:
         while True:
-            got += [(bytes(batch.data), batch.address) for batch in await port.receive()]
+            for batch in await port.receive():
+                data = bytes(batch.data)
+                size = batch.segment_size
+                got.extend((data[i : i + size], batch.address) for i in range(0, len(data), size))
+
+    await lab.settle()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
     return got
 
 
@@ -67,11 +90,17 @@ async def timeouts(lab: AnyLab) -> None:
 
 async def rebinding(lab: AnyLab) -> None:
     """Old outer addresses are dead, new ones differ, and traffic goes on."""
-    for nat in (*CLASSIC_NATS, attrs.evolve(PORT_RESTRICTED, hairpin=True)):
+    nats = (
+        *CLASSIC_NATS,
+        attrs.evolve(PORT_RESTRICTED, hairpin=True),
+        attrs.evolve(FULL_CONE, hairpin=True, ip_version=6),
+    )
+    for nat in nats:
         top = build(lab, nat)
+        free = "2001:db8::{:x}" if nat.ip_version == 6 else "198.51.100.{}"
         async with top.inner.open_udp_port(5000) as inner, top.server.open_udp_port(7000) as server:
             outer = await outer_address(inner, server)
-            for address in (None, f"198.51.100.{200 + len(lab.gateways)}"):
+            for address in (None, free.format(200 + len(lab.gateways))):
                 top.gateway.rebind(address)
                 await send(server, outer, b"to the old")
                 assert await arrived(lab, inner) == []
@@ -164,17 +193,17 @@ async def firewall(lab: AnyLab) -> None:
 
 async def nat66(lab: AnyLab) -> None:
     """IPv6 addresses are translated like those of IPv4."""
-    for ports in (PortKind.RANDOM, PortKind.SEQUENTIAL):
-        top = build(lab, attrs.evolve(SYMMETRIC, ip_version=6, ports=ports))
+    for nat in NATS66:
+        top = build(lab, nat)
         assert ":" in top.gateway.address
-        await mapping(top)
-        await filtering(top)
+        for scenario in OF_EVERY_NAT:
+            await scenario(top)
 
 
 async def port_mapping(lab: AnyLab) -> None:
     """An open port is open for everybody, and its host is seen by it."""
-    inside = ("10.0.0.50", 5000)
-    for nat in (PORT_RESTRICTED, SYMMETRIC):
+    for nat in (PORT_RESTRICTED, SYMMETRIC, attrs.evolve(SYMMETRIC, ip_version=6)):
+        inside = ("fd00::50" if nat.ip_version == 6 else "10.0.0.50", 5000)
         top = build(lab, attrs.evolve(nat, port_mappings=(PortMapping(4434, inside),)))
         host = lab.host(inside[0], behind=top.gateway)
         async with host.open_udp_port(5000) as inner, top.server.open_udp_port(7000) as server:
@@ -273,6 +302,39 @@ async def captures(lab: AnyLab, folder: Path) -> None:
     ]
 
 
+async def duplicates(lab: AnyLab) -> None:
+    """Of each link by itself, in both directions, in order; and gone when they are taken away."""
+    for nat in (PORT_RESTRICTED, attrs.evolve(FIREWALL, ip_version=6)):
+        top = build(lab, nat)
+        async with top.inner.open_udp_port(5000) as inner, top.server.open_udp_port(7000) as server:
+            await outer_address(inner, server)
+            lab.set_link(top.gateway, LinkSpec(duplicate=1.0))
+            assert await copies(lab, inner, server, 10) == {2}
+            lab.set_link(top.inner, LinkSpec(duplicate=1.0, delay=0.01))
+            assert await copies(lab, inner, server, 10) == {4}
+            lab.set_link(top.inner, LinkSpec())
+            lab.set_link(top.gateway, LinkSpec(duplicate=0.5))
+            assert await copies(lab, inner, server, 100) == {1, 2}
+            lab.set_link(top.gateway, LinkSpec())
+            assert await copies(lab, inner, server, 10) == {1}
+
+
+async def copies(lab: AnyLab, inner: LabPort, server: LabPort, number: int) -> set[int]:
+    """How often packets arrive, of so many that are sent at once each way."""
+    payloads = [b"%d" % n for n in range(number)]
+    for data in payloads:
+        await send(inner, server.local_address, data)
+    at_server = await arrived(lab, server)
+    for data in payloads:
+        await send(server, at_server[0][1], data)
+    found = set()
+    for packets in (at_server, await arrived(lab, inner)):
+        got = [int(data) for data, _ in packets]
+        assert got == sorted(got)
+        found |= {got.count(n) for n in range(number)}
+    return found
+
+
 async def addresses(lab: AnyLab) -> None:
     """Addresses and ports are checked."""
     gateway = lab.gateway(PORT_RESTRICTED, "198.51.100.99", lan="192.168.7.0/24")
@@ -302,5 +364,6 @@ OF_EVERY_LAB: tuple[OfLab, ...] = (
     overlapping_lans,
     blocks_and_cables,
     uplinks,
+    duplicates,
     addresses,
 )

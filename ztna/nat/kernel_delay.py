@@ -50,6 +50,8 @@ class DelayQueues:
     _last_due: dict[int, float] = attrs.field(factory=dict, init=False)
     _numbers: Iterator[int] = attrs.field(factory=itertools.count, init=False)
     _stopped: threading.Event = attrs.field(factory=threading.Event, init=False)
+    _drained: list[threading.Event] = attrs.field(factory=list, init=False)
+    _passed: int = attrs.field(default=0, init=False)
     _netlink: socket.socket = attrs.field(init=False)
     _wake: tuple[socket.socket, socket.socket] = attrs.field(init=False)
     _thread: threading.Thread = attrs.field(init=False)
@@ -60,6 +62,7 @@ class DelayQueues:
         self._netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         self._netlink.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
         self._wake = socket.socketpair()
+        self._wake[0].setblocking(False)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def set(self, queue: int, spec: LinkSpec) -> None:
@@ -70,6 +73,15 @@ class DelayQueues:
             self._bind(queue)
         if not self._thread.is_alive():
             self._thread.start()
+
+    def drain(self) -> int:
+        """Wait until no packet waits; return how many have gone on by now."""
+        if self._thread.is_alive():
+            drained = threading.Event()
+            self._drained.append(drained)
+            self._wake[1].send(b"x")
+            drained.wait()
+        return self._passed
 
     def close(self) -> None:
         """End; what still waits is dropped by the kernel."""
@@ -99,15 +111,17 @@ class DelayQueues:
 
     def _run(self) -> None:
         waiting: list[tuple[float, int, int, int]] = []  # due, order, queue, packet
+        asked: list[threading.Event] = []
         while not self._stopped.is_set():
             timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
             readable, _, _ = select.select([self._netlink, self._wake[0]], [], [], timeout)
             now = time.monotonic()
-            if self._netlink in readable:
-                for queue, packet in self._received():
-                    heapq.heappush(
-                        waiting, (self._due(queue, now), next(self._numbers), queue, packet)
-                    )
+            if self._wake[0] in readable:
+                # Before what the kernel has told is read: it is older than the question.
+                self._wake[0].recv(1)
+                asked += [self._drained.pop() for _ in range(len(self._drained))]
+            for queue, packet in self._received():
+                heapq.heappush(waiting, (self._due(queue, now), next(self._numbers), queue, packet))
             verdicts = []
             while waiting and waiting[0][0] <= now:
                 _, _, queue, packet = heapq.heappop(waiting)
@@ -115,6 +129,9 @@ class DelayQueues:
                 verdicts.append(_message(_VERDICT, queue, _attribute(_VERDICT_HEADER, header)))
             for start in range(0, len(verdicts), 64):
                 self._netlink.send(b"".join(verdicts[start : start + 64]))
+            self._passed += len(verdicts)
+            while asked and not waiting:
+                asked.pop().set()
 
     def _due(self, queue: int, now: float) -> float:
         """As `nat.link.Link` decides it."""

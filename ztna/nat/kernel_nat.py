@@ -20,6 +20,7 @@ from ztna.core.natclass import PortKind
 from ztna.errors import SystemSetupError
 from ztna.nat.kernel_lab import Host, KernelLab, Router
 from ztna.nat.kernel_link import LinkShaper
+from ztna.nat.kernel_settle import flush_backlogs
 from ztna.nat.lab import PUBLIC, AddressPool, LanPlan
 from ztna.nat.link import LinkSpec
 from ztna.nat.netns import Namespace, supported
@@ -33,9 +34,6 @@ from ztna.nat.ruleset import (
 from ztna.nat.spec import GatewayKind, NatSpec
 
 __all__ = ["KernelGateway", "KernelNatLab", "open_kernel_lab", "supported"]
-
-# A packet on a veth arrives before sendto returns, unless the machine is busy.
-_SETTLING = 0.005
 
 # linux/netfilter/nfnetlink.h and nfnetlink_conntrack.h
 _NETLINK_NETFILTER = 12
@@ -79,7 +77,7 @@ class KernelGateway:
         if lines:
             # What made the U-turn comes from our own address.
             self.namespace.set_sysctl("net/ipv4/conf/wan/accept_local", "1")
-            self.namespace.ip(*lines)
+            self.namespace.ip(*lines, version=nat.ip_version)
 
     def rebind(self, address: str | None = None) -> None:
         """Forget all mappings; with an address, get that outer one."""
@@ -96,12 +94,11 @@ class KernelGateway:
         flush_conntrack(self.namespace)
 
     def _unload(self) -> None:
-        version6 = self.spec.ip_version == 6
-        self.namespace.nft(f"delete table {'ip6' if version6 else 'ip'} {TABLE}")
+        version = self.spec.ip_version
+        self.namespace.nft(f"delete table {'ip6' if version == 6 else 'ip'} {TABLE}")
         if self.spec.hairpin:
             changes = ("rule add pref 0 lookup local", "rule del pref 100", "rule del pref 50")
-            flag = "-6 " * version6
-            self.namespace.ip(*(flag + change for change in (*changes, "route flush table 200")))
+            self.namespace.ip(*changes, "route flush table 200", version=version)
 
 
 @attrs.define(eq=False)
@@ -160,6 +157,7 @@ class KernelNatLab:
             if self._router(gateway, host.address) is host.router:
                 self._place(gateway, host.address)[1].release(host.address)
         router, pool = self._place(behind, address)
+        self._links.forget(host)
         host.move(router, pool.take(address))
 
     def set_link(self, member: Host | KernelGateway, spec: LinkSpec) -> None:
@@ -168,7 +166,10 @@ class KernelNatLab:
 
     async def settle(self) -> None:
         """Wait until everything that was sent has arrived or is lost."""
-        await trio.sleep(_SETTLING)
+        passed: list[int] | None = None
+        while (passed_now := await trio.to_thread.run_sync(self._links.drain)) != passed:
+            passed = passed_now
+            flush_backlogs(self.kernel.public.namespace)
 
     async def sleep(self, seconds: float) -> None:
         """Let real time pass."""

@@ -132,9 +132,11 @@ class Namespace:
             finally:
                 _setns(home.fileno())
 
-    def ip(self, *lines: str) -> None:
-        """Run lines of the `ip` command, such as "addr add 10.0.0.1/24 dev eth0"."""
-        _checked([_program("ip"), "-n", self.name, "-batch", "-"], "\n".join(lines) + "\n")
+    def ip(self, *lines: str, version: int = 4) -> None:
+        """Run lines of the `ip` command, such as "addr add 10.0.0.1/24 dev eth0". Rules of routing
+        are those of IPv4 unless the version says otherwise."""
+        words = [_program("ip"), "-n", self.name, *["-6"] * (version == 6), "-batch", "-"]
+        _checked(words, "\n".join(lines) + "\n")
 
     def nft(self, ruleset: str) -> None:
         """Load a ruleset of nftables, in one transaction."""

@@ -4,8 +4,13 @@
     wan -- pre (which inner address) -- [input guard | forward] -- LAN
 
 Linux's own NAT is port-restricted, and endpoint-independent only until two hosts collide. So what a
-`NatSpec` asks for is kept in maps that the rules themselves fill: `out`, inner address (and
-destination) -> outer port, `bind`, outer port -> inner address, and `peers`, who may send in.
+`NatSpec` asks for is kept in maps that the rules themselves fill: `out`, inner endpoint (and
+destination) -> outer port, `bind_host` and `bind_port`, outer port -> inner address and port, and
+`peers`, who may send in.
+
+nftables 1.0.6 writes what a rule puts into a map over what is behind the first 16 bytes of its key.
+So with IPv6 `out` is kept by a hash of the inner endpoint, of 30 bits, which a packet carries as
+its mark from before the translation to behind it; and `bind` is two maps.
 
 Two differences to the gateway in memory remain. An answer from outside keeps its own flow alive in
 conntrack, also while nothing leaves; mappings as such live by outbound packets alone. And random
@@ -20,6 +25,8 @@ from ztna.errors import SystemSetupError
 from ztna.nat.spec import SEQUENTIAL_PORTS, GatewayKind, NatSpec, UdpBlock
 
 TABLE = "natlab"
+# Of what a packet's mark holds; the other bits are `nat.kernel_link`'s.
+_HASHES = 1 << 30
 
 
 class NotExpressibleError(SystemSetupError):
@@ -33,11 +40,6 @@ def ruleset(nat: NatSpec, wan_address: str) -> str:
     Raises NotExpressibleError.
     """
     seconds = conntrack_timeout(nat)
-    if not _is_expressible(nat):
-        raise NotExpressibleError(
-            f"{nat.words}: nftables 1.0.6 keeps no IPv6 address with a port in a map that rules "
-            f"fill; of NAT66, it can do apdm/apdf with random or sequential ports"
-        )
     ip, _ = _family(nat)
     lines = [f"table {ip} {TABLE} {{"]
     if nat.kind is GatewayKind.NAT:
@@ -71,7 +73,8 @@ def forget_mappings(nat: NatSpec) -> str:
     ip, _ = _family(nat)
     learnt = []
     if nat.kind is GatewayKind.NAT:
-        learnt = ["map {} bind"] + ["map {} out"] * (nat.mapping is not MappingKind.APDM)
+        learnt = ["map {} bind_host", "map {} bind_port"]
+        learnt += ["map {} out"] * (nat.mapping is not MappingKind.APDM)
     if _has_peers(nat):
         learnt.append("set {} peers")
     return "".join(f"flush {what.format(f'{ip} {TABLE}')}\n" for what in learnt)
@@ -82,13 +85,6 @@ def _has_peers(nat: NatSpec) -> bool:
     if nat.kind is GatewayKind.FIREWALL:
         return nat.filtering is not FilteringKind.APDF
     return nat.kind is GatewayKind.NAT and nat.filtering is FilteringKind.ADF
-
-
-def _is_expressible(nat: NatSpec) -> bool:
-    """Whether conntrack alone is enough, or maps can be had, as over IPv4."""
-    symmetric = (nat.mapping, nat.filtering) == (MappingKind.APDM, FilteringKind.APDF)
-    alone = symmetric and nat.ports is not PortKind.PRESERVED
-    return nat.ip_version == 4 or nat.kind is not GatewayKind.NAT or alone
 
 
 def conntrack_timeout(nat: NatSpec) -> int:
@@ -103,16 +99,16 @@ def conntrack_timeout(nat: NatSpec) -> int:
 
 
 def hairpin_routes(nat: NatSpec, lan: str, wan_address: str, upstream: str) -> list[str]:
-    """Lines for `ip -batch` that let packets from the LAN to the outer address make a U-turn at
-    the router above, so that they pass the NAT twice like everybody's. Empty without hairpin."""
+    """Lines for `ip -batch` (with -6 for IPv6) that let packets from the LAN to the outer address
+    make a U-turn at the router above, so that they pass the NAT twice like everybody's. Empty
+    without hairpin."""
     if not nat.hairpin or nat.kind is not GatewayKind.NAT:
         return []
-    family = "-6 " * (nat.ip_version == 6)
     return [
-        f"{family}route add default via {upstream} dev wan table 200",
-        f"{family}rule add pref 100 lookup local",
-        f"{family}rule add pref 50 from {lan} to {wan_address} lookup 200",
-        f"{family}rule del pref 0",
+        f"route add default via {upstream} dev wan table 200",
+        "rule add pref 100 lookup local",
+        f"rule add pref 50 from {lan} to {wan_address} lookup 200",
+        "rule del pref 0",
     ]
 
 
@@ -137,11 +133,18 @@ def _nat(nat: NatSpec, wan_address: str, seconds: int) -> list[str]:
     lines = [
         f" map fixed_in {{ type inet_service : {endpoint};{to_inner} }}",
         f" map fixed_out {{ type {endpoint} : inet_service;{to_outer} }}",
-        f" map bind {{ type inet_service : {endpoint}; {flags} }}",
+        f" map bind_host {{ type inet_service : {address}; {flags} }}",
+        f" map bind_port {{ type inet_service : inet_service; {flags} }}",
     ]
-    key = {MappingKind.EIM: (endpoint, ""), MappingKind.ADM: (f"{endpoint} . {address}", "dst")}
-    key_type, by_destination = key.get(nat.mapping, ("", ""))
-    if key_type:
+    by_destination = nat.mapping is MappingKind.ADM
+    destination = f" . {ip} daddr" * by_destination
+    key, key_type = f"{ip} saddr . udp sport{destination}", endpoint
+    key_type += f" . {address}" * by_destination
+    if nat.mapping is not MappingKind.APDM and ip == "ip6":
+        hashed = f"meta l4proto udp meta mark set jhash {key} mod {_HASHES} seed 1"
+        lines += _chain("number", "type filter hook postrouting priority srcnat - 10", [hashed])
+        key, key_type = "meta mark", "mark"
+    if nat.mapping is not MappingKind.APDM:
         lines.append(f" map out {{ type {key_type} : inet_service; {flags} }}")
     if nat.filtering is FilteringKind.ADF:
         lines.append(f" set peers {{ type inet_service . {address}; {flags} }}")
@@ -150,16 +153,13 @@ def _nat(nat: NatSpec, wan_address: str, seconds: int) -> list[str]:
         'oifname != "wan" return',
         f"meta l4proto udp snat {ip} to {wan} : {ip} saddr . udp sport map @fixed_out",
     ]
-    destination = f" . {ip} daddr" if by_destination else ""
-    if key_type:
-        post.append(
-            f"meta l4proto udp snat {ip} to {wan} : {ip} saddr . udp sport{destination} map @out"
-        )
+    if nat.mapping is not MappingKind.APDM:
+        post.append(f"meta l4proto udp snat {ip} to {wan} : {key} map @out")
     match nat.ports:
         case PortKind.PRESERVED:
             post += [
                 f"meta l4proto udp udp sport @{taken} snat {ip} to {wan} random"
-                for taken in ("bind", "fixed_in")
+                for taken in ("bind_host", "fixed_in")
             ]
         case PortKind.RANDOM:
             post.append(f"meta l4proto udp snat {ip} to {wan} random")
@@ -176,12 +176,13 @@ def _nat(nat: NatSpec, wan_address: str, seconds: int) -> list[str]:
     # leave here, the second as the answer to a packet from outside.
     learn = ['oifname != "wan" return', "meta l4proto != udp return"]
     for way in ("original", "reply"):
-        inner = f"ct {way} {ip} saddr . ct {way} proto-src"
+        host, port = f"ct {way} {ip} saddr", f"ct {way} proto-src"
         head = f"meta l4proto udp ct direction {way} update"
-        if key_type:
-            learn.append(f"{head} @out {{ {inner}{destination} : udp sport }}")
-        if ip == "ip":
-            learn.append(f"{head} @bind {{ udp sport : {inner} }}")
+        if nat.mapping is not MappingKind.APDM:
+            inner = f"{host} . {port}{destination}" if ip == "ip" else key
+            learn.append(f"{head} @out {{ {inner} : udp sport }}")
+        learn.append(f"{head} @bind_host {{ udp sport : {host} }}")
+        learn.append(f"{head} @bind_port {{ udp sport : {port} }}")
     if nat.filtering is FilteringKind.ADF:
         learn.append(f"update @peers {{ udp sport . {ip} daddr }}")
     lines += _chain("learn", "type filter hook postrouting priority srcnat + 10", learn)
@@ -190,13 +191,11 @@ def _nat(nat: NatSpec, wan_address: str, seconds: int) -> list[str]:
         'iifname != "wan" return',
         f"{ip} daddr {wan_address} dnat {ip} to udp dport map @fixed_in",
     ]
+    bound = f"dnat {ip} to udp dport map @bind_host : udp dport map @bind_port"
     if nat.filtering is FilteringKind.EIF:
-        pre.append(f"{ip} daddr {wan_address} dnat {ip} to udp dport map @bind")
+        pre.append(f"{ip} daddr {wan_address} {bound}")
     elif nat.filtering is FilteringKind.ADF:
-        pre.append(
-            f"{ip} daddr {wan_address} udp dport . {ip} saddr @peers "
-            f"dnat {ip} to udp dport map @bind"
-        )
+        pre.append(f"{ip} daddr {wan_address} udp dport . {ip} saddr @peers {bound}")
     # Address-and-port-dependent filtering is what conntrack does by itself.
     lines += _chain("pre", "type nat hook prerouting priority dstnat", pre)
     return lines
