@@ -58,6 +58,7 @@ from ztna.core.socks import (
     parse_greeting_untrusted,
     parse_request_untrusted,
 )
+from ztna.core.stream_frames import BatchReader, encode_batches, encode_refusal
 from ztna.core.stun.messages import parse_stun_untrusted as parse_stun
 from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.core.tcp.segment import segment_from_packet_untrusted
@@ -294,6 +295,13 @@ def _socks(data: bytes) -> None:
             continue
 
 
+def _stream(data: bytes) -> None:
+    reader = BatchReader(CLIENT)
+    for half in (data[: len(data) // 2], data[len(data) // 2 :]):
+        for batch in reader.receive_bytes_untrusted(half):
+            assert 1 <= batch.segment_size <= len(batch.data)
+
+
 def _identity(data: bytes) -> None:
     Identity.parse_untrusted(data.decode("latin-1"))
 
@@ -321,6 +329,10 @@ def _doorkeeper() -> Parser:
     return parse
 
 
+STREAMS = [
+    encode_batches([UdpBatch(bytes(range(200)), 60, CLIENT), UdpBatch(b"\x80" * 40, 40, CLIENT)]),
+    encode_batches([UdpBatch(b"a", 1, CLIENT)]) + encode_refusal("denied"),
+]
 # What the services' side sends: source and destination of a user's packet turned round.
 ANSWERS = [turned(packet) for packet in PACKETS]
 
@@ -348,6 +360,7 @@ TARGETS: Mapping[str, Target] = {
     "stun-server": Target(_stun_server, STUN),
     "nat-probe": Target(_prober, STUN),
     "mtu-probe": Target(_mtu_prober, STUN),
+    "stream": Target(lambda: _stream, STREAMS),
     "socks": Target(lambda: _socks, SOCKS),
     "vnet": Target(lambda: parse_vnet_header_untrusted, VNET),
     "policy": Target(lambda: policies.parse_policy, policies.DOCUMENTS),
