@@ -230,6 +230,26 @@ def test_keepalive_of_the_peer_is_answered_and_counts_as_life() -> None:
     assert script.core.get_timer() == pytest.approx(230.0)
 
 
+def test_keepalive_probes_that_cross() -> None:
+    """Both sides were idle for as long. The peer's probe is life, and needs an ACK of its own."""
+    script = Script.established(plain(keepalive_idle=120.0))
+    assert script.at(120.0) == ["A 0+0 ack 1"]
+    assert script.receive(peer(0, 0, 1)) == ["A 1+0 ack 1"]
+    # It was the last of the peer: all of idle time and probes from then on.
+    for due in (240.0, 250.0, 260.0):
+        assert script.at(due) == ["A 0+0 ack 1"]
+    assert script.at(270.0) == ["RA 1+0 ack 1"]
+
+
+def test_keepalive_probe_carries_no_acknowledgment() -> None:
+    """The peer drops it before its ACK field is looked at."""
+    script = Script.established(plain(keepalive_idle=120.0))
+    script.now = 120.0
+    script.core.handle_timer(script.now)
+    script.core.receive_segments([peer(0, 0, 1)], script.now)
+    assert script.sent() == ["A 1+0 ack 1", "A 0+0 ack 1"]
+
+
 def test_no_keepalive_while_data_waits() -> None:
     script = Script.established(plain(keepalive_idle=0.1))
     script.write(b"x")

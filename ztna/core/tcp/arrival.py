@@ -142,8 +142,9 @@ def _in_sequence(
         receiver.duplicate(start, end)
     else:
         block.challenge(now)
-    # A keepalive probe is the usual one: the peer lives.
+    # A keepalive probe is the usual one: the peer lives, whether or not ours crossed it.
     block.last_received = now
+    block.probes = 0
     return False
 
 

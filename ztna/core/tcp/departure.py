@@ -1,7 +1,7 @@
 """Segments depart: what the halves of a connection want sent becomes segments.
 
-`segments_depart` asks the sender, which calls back with positions, adds keepalive probes, and last
-the pure ACKs that no data segment has carried.
+`segments_depart` asks the sender, which calls back with positions, adds the pure ACKs that no data
+segment has carried, and last a keepalive probe.
 """
 
 import attrs
@@ -23,15 +23,14 @@ def segments_depart(block: ControlBlock, now: float, limit: int) -> list[TcpSegm
     writer = _Writer(block, segments, clock)
     block.sender.transmit(now, limit, clock, writer.emit)
     receiver = block.receiver
-    if block.probe_due:
-        block.probe_due = False
-        # RFC 9293 section 3.8.4: a sequence number that was acknowledged, and no payload.
-        writer.acknowledge(block.sender.next - 1, ())
     if receiver.ack_now and len(segments) > before and not receiver.has_blocks:
         receiver.ack_now = False  # every segment has carried it
         receiver.duplicates_due = 0
     for blocks in receiver.take_acknowledgments():
-        writer.acknowledge(block.sender.next, blocks)
+        writer.acknowledge(blocks)
+    if block.probe_due:
+        block.probe_due = False
+        writer.probe()
     block.counters.sent += len(segments)
     return segments
 
@@ -103,18 +102,26 @@ class _Writer:
             )
         )
 
-    def acknowledge(self, position: int, blocks: tuple[tuple[int, int], ...]) -> None:
+    def acknowledge(self, blocks: tuple[tuple[int, int], ...]) -> None:
         """Write a pure ACK."""
+        self._block.receiver.acknowledgment_sent()
+        self._bare(self._block.sender.next, blocks)
+
+    def probe(self) -> None:
+        """Write a keepalive probe (RFC 9293 section 3.8.4): a sequence number that was acknowledged,
+        and no payload. It acknowledges nothing: the peer drops what is outside its window before
+        it looks at the ACK field (section 3.10.7.4)."""
+        self._bare(self._block.sender.next - 1, ())
+
+    def _bare(self, position: int, blocks: tuple[tuple[int, int], ...]) -> None:
         block = self._block
         receiver = block.receiver
-        window = receiver.window_field(receiver.scale)
-        receiver.acknowledgment_sent()
         self._segments.append(
             TcpSegment(
                 block.wire(position),
                 receiver.wire(receiver.next),
                 TcpFlags.ACK,
-                window,
+                receiver.window_field(receiver.scale),
                 timestamp=(self._clock, receiver.timestamp) if block.timestamps else None,
                 sack_blocks=blocks,
             )
