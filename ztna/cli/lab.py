@@ -174,10 +174,10 @@ def run(
         if command:
             code = run_in_foreground(site.agent, command, site.environment)
         if keep:
-            announce(site, site.files.deployment.folder)
-            _say("the lab runs until Ctrl-C; `ztna lab shell HOST` enters it from elsewhere")
             # The end of Ctrl-C is not an error here.
             with contextlib.suppress(KeyboardInterrupt):
+                announce(site, site.files.deployment.folder)
+                _say("the lab runs until Ctrl-C; `ztna lab shell HOST` enters it from elsewhere")
                 signal.pause()
     get_current_context().exit(code)
 

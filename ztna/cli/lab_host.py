@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -103,20 +103,22 @@ def run_in_foreground(host: Host, words: Sequence[str], environment: Mapping[str
 
     Raises UsageError for a program that cannot be started.
     """
-    try:
-        process = host.popen(*words, stdin=None, env={**os.environ, **environment})
-    except OSError as error:
-        raise UsageError(f"cannot run {words[0]}: {error.strerror}") from error
-    while True:
+    with _handled(signal.SIGINT, _leave_to_the_program):
         try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # Ctrl-C on a terminal has reached the program too; it decides, as below a shell.
-            if not _has_terminal():
-                raise
-        else:
-            break
+            process = host.popen(*words, stdin=None, env={**os.environ, **environment})
+        except OSError as error:
+            raise UsageError(f"cannot run {words[0]}: {error.strerror}") from error
+        code = process.wait()
     return INTERRUPTED if code == -signal.SIGINT else 128 - code if code < 0 else code
+
+
+def _leave_to_the_program(*_: object) -> None:
+    """Ctrl-C on a terminal has reached the program too; it decides, as below a shell.
+
+    Nothing is raised: between waitpid and the next line an exception would lose the exit code.
+    """
+    if not _has_terminal():
+        raise KeyboardInterrupt
 
 
 def _has_terminal() -> bool:
@@ -145,7 +147,8 @@ class RunningLab:
             # That lab lives in a user namespace of ours.
             target = ("--preserve-credentials", "--user", "--mount", "--target", str(self.pid))
             command = ["nsenter", *target, "--", *command]
-        with _ignored(signal.SIGINT):
+        # With a handler, not SIG_IGN, which the program would inherit.
+        with _handled(signal.SIGINT, lambda *_: None):
             code = subprocess.run(
                 command, env={**os.environ, **self.environment}, check=False
             ).returncode
@@ -153,9 +156,10 @@ class RunningLab:
 
 
 @contextlib.contextmanager
-def _ignored(number: signal.Signals) -> Iterator[None]:
-    # With a handler, not SIG_IGN, which the program would inherit.
-    before = signal.signal(number, lambda *_: None)
+def _handled(
+    number: signal.Signals, handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
