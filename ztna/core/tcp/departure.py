@@ -108,9 +108,9 @@ class _Writer:
         self._bare(self._block.sender.next, blocks)
 
     def probe(self) -> None:
-        """Write a keepalive probe (RFC 9293 section 3.8.4): a sequence number that was acknowledged,
-        and no payload. It acknowledges nothing: the peer drops what is outside its window before
-        it looks at the ACK field (section 3.10.7.4)."""
+        """Write a keepalive probe (RFC 9293 section 3.8.4): a number that was acknowledged, and no
+        payload. It acknowledges nothing: the peer drops what is outside its window before it looks
+        at the ACK field (section 3.10.7.4)."""
         self._bare(self._block.sender.next - 1, ())
 
     def _bare(self, position: int, blocks: tuple[tuple[int, int], ...]) -> None:
