@@ -5,19 +5,25 @@ import os
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
+import trio
 from click.testing import CliRunner, Result
 
 from ztna.cli import lab as module
 from ztna.cli.lab import Duration, Share
+from ztna.cli.lab_report import Matrix, as_json, as_svg
 from ztna.cli.main import cli
 from ztna.core.reachability import How
 from ztna.errors import SystemSetupError
 from ztna.nat.link import LinkSpec
-from ztna.nat.spec import CGNAT, PORT_RESTRICTED, SYMMETRIC, UDP_BLOCKED, NatSpec
-from ztna.roles.lab_matrix import PairOutcome, measure_in_memory
+from ztna.nat.spec import CGNAT, FULL_CONE, PORT_RESTRICTED, SYMMETRIC, UDP_BLOCKED, NatSpec
+from ztna.roles import agent, connector, memory_site
+from ztna.roles.lab_matrix import PairOutcome, is_direct, measure_in_memory
 
 
 def invoke(*arguments: str) -> Result:
@@ -39,6 +45,47 @@ def test_pairs_in_memory() -> None:
     assert [one.expected for one in found] == [How.BIRTHDAY, How.BIRTHDAY, How.RELAY_OVER_TCP]
 
 
+def test_direct_path_is_what_the_agent_says_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the agent alone, and with what happens until it is in use."""
+    log = structlog.get_logger()
+
+    async def run_agent(*arguments: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(agent.run_agent, *arguments))
+            log.info("Path selected: RELAY (via 198.51.100.10:4433)")
+            await trio.sleep(0.5)
+            log.info("Path selected: DIRECT (peer: 198.51.100.2:4434)")
+
+    async def run_connector(*arguments: Any) -> None:
+        log.info("Path selected: DIRECT (peer: 198.51.100.3:4434)")
+        await connector.run_connector(*arguments)
+
+    monkeypatch.setattr(memory_site, "run_connector", run_connector)
+    pair = (FULL_CONE, PORT_RESTRICTED)
+    assert [one.path for one in measure_in_memory([pair])] == ["relay"]
+    monkeypatch.setattr(memory_site, "run_agent", run_agent)
+    (found,) = measure_in_memory([pair])
+    assert (found.path, found.direct) == ("direct", 0.5)
+    assert found.seconds == pytest.approx(0.08)
+    assert structlog.get_config()["processors"][0] is structlog.contextvars.merge_contextvars
+    matrix = Matrix("memory", "", "", [found])
+    assert as_json(matrix)["pairs"][0]["measured"] == {
+        "path": "direct",
+        "seconds_to_first_answer": 0.08,
+        "seconds_to_direct_path": 0.5,
+    }
+    assert 'class="direct">direct 500 ms</text>' in as_svg(matrix)
+
+
+def test_last_path_in_a_log() -> None:
+    relay, direct = (
+        "[info] Path selected: RELAY (via x)\n",
+        "[info] Path selected: DIRECT (peer: x)\n",
+    )
+    assert is_direct(relay + direct + "[info] registered\n")
+    assert not any(is_direct(log) for log in ("", relay, direct + relay, "[info] DIRECT\n"))
+
+
 def test_table_json_and_picture(tmp_path: Path) -> None:
     files = tmp_path / "matrix.json", tmp_path / "matrix.svg"
     result = invoke(
@@ -50,14 +97,22 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert ["1", "symmetric", "relay", "none"] in lines
     assert ["80", "ms", "~tcp"] in lines
     assert ["~relay"] in lines
-    assert "expected, not measured" in result.stdout
+    assert "expected at best, not measured" in result.stdout
     document = json.loads(files[0].read_text())
     assert document["laboratory"] == "memory"
     first, second, *_ = document["pairs"]
     assert (first["agent_nat"], first["connector_nat"]) == ("symmetric", "symmetric")
-    assert first["measured"] == {"path": "relay", "seconds_to_first_answer": 0.08}
+    assert first["measured"] == {
+        "path": "relay",
+        "seconds_to_first_answer": 0.08,
+        "seconds_to_direct_path": None,
+    }
     assert first["expected_not_measured"]["technique"] == "relay"
-    assert second["measured"] == {"path": None, "seconds_to_first_answer": None}
+    assert second["measured"] == {
+        "path": None,
+        "seconds_to_first_answer": None,
+        "seconds_to_direct_path": None,
+    }
     svg = ET.fromstring(files[1].read_text())
     words = [node.text or "" for node in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert words.count("relay 80 ms") == 1
@@ -66,7 +121,7 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
 
 
 def test_json_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(pairs: list[tuple[NatSpec, NatSpec]]) -> Iterator[PairOutcome]:
+    def measure(pairs: list[tuple[NatSpec, NatSpec]], **_: bool) -> Iterator[PairOutcome]:
         return (PairOutcome(*pair, seconds=1.25) for pair in pairs)
 
     monkeypatch.setattr(module, "measure_in_memory", measure)

@@ -228,8 +228,9 @@ def matrix(
 ) -> None:
     """Try pairs of NATs: which path is found, and how soon.
 
-    Measured are the path and the time from the agent's start to the first answer. In parentheses
-    stands what the NATs will allow once nodes make direct paths: that is expected, not measured.
+    Measured are the path and the time from the agent's start until it is in use: a direct one, or
+    the relay, by the first answer. After ~ stands what the NATs allow at best: that is expected,
+    not measured.
 
     \b
     In memory, without privileges, on a virtual clock, with every pair; or with --kernel, in network
@@ -251,7 +252,7 @@ def matrix(
         conditions = "real time, with the start of the agent's program"
     else:
         pairs = grid or _grid(ALL_NATS)
-        outcomes = _told(measure_in_memory(pairs), len(pairs))
+        outcomes = _told(measure_in_memory(pairs, verbose=bool(verbosity(ctx))), len(pairs))
         conditions = f"virtual time, uplinks of {UPLINK_DELAY * 1000:.0f} ms"
     words = [*["--kernel"] * kernel, *(f"--nat {nat.words}" for nat in nats)]
     words += [f"--svg {svg_file}"] * (svg_file is not None)

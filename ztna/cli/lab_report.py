@@ -1,7 +1,7 @@
 """How `ztna lab matrix` shows pairs of NATs: a table, JSON, and a picture in SVG.
 
-All three keep apart what was measured (path, time to the first answer) and what is expected of the
-two NATs (`core.reachability`) once nodes make direct paths.
+All three keep apart what was measured (path, time until it was in use) and what is expected of the
+two NATs at best (`core.reachability`).
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ _COLOURS = {
 _NO_PATH = "none"
 
 # Pixels.
-_LEFT, _TOP, _CELL, _ROW, _LINE = 170, 150, 92, 44, 18
+_LEFT, _TOP, _CELL, _ROW, _LINE = 170, 150, 104, 44, 18
 _STYLE = (
     "text{font:13px sans-serif;fill:#222}.small{font-size:11px;fill:#555}"
-    ".title{font-size:16px;font-weight:bold}"
+    ".title{font-size:16px;font-weight:bold}.direct{font-weight:bold}"
 )
 
 
@@ -84,6 +84,9 @@ def as_json(matrix: Matrix) -> dict[str, Any]:
                     "seconds_to_first_answer": (
                         None if pair.seconds is None else round(pair.seconds, 4)
                     ),
+                    "seconds_to_direct_path": (
+                        None if pair.direct is None else round(pair.direct, 4)
+                    ),
                 },
                 "expected_not_measured": {
                     "technique": pair.expected.name.lower(),
@@ -100,7 +103,7 @@ def render(matrix: Matrix) -> RenderableType:
     square = matrix.agents == matrix.connectors
     grid = square and len(matrix.pairs) == len(matrix.agents) ** 2
     table = _grid(matrix) if grid else _lines(matrix)
-    legend = Text("~ expected, not measured, once nodes make direct paths:", style="bold")
+    legend = Text("~ what can be expected at best, not measured:", style="bold")
     for how in How:
         if any(pair.expected is how for pair in matrix.pairs):
             legend.append(f"\n  {_SHORT[how]:<8}", style=f"not bold {_COLOURS[how][0]}")
@@ -168,9 +171,8 @@ def as_svg(matrix: Matrix) -> str:
             pair = matrix.pair(agent, connector)
             if pair is not None:
                 parts.append(_cell(_LEFT + _CELL * column, y, pair))
-    parts.append(
-        _text(12, below + 28, "Colour and ~: expected, not measured, once nodes make direct paths")
-    )
+    words = "Colour and ~: what can be expected at best, not measured. Bold: found a direct path."
+    parts.append(_text(12, below + 28, words))
     for line, how in enumerate(shown):
         y = below + 28 + _LINE * (line + 1)
         colour = _COLOURS[how][1]
@@ -184,7 +186,7 @@ def _cell(x: int, y: int, pair: PairOutcome) -> str:
     colour = _COLOURS[pair.expected][1]
     return (
         f'<g><rect x="{x}" y="{y}" width="{_CELL - 2}" height="{_ROW - 2}" fill="{colour}"/>'
-        + _text(x + 6, y + 18, " ".join(_measured(pair)))
+        + _text(x + 6, y + 18, " ".join(_measured(pair)), "direct" if pair.path == "direct" else "")
         + _text(x + 6, y + 34, f"{_SHORT[pair.expected]}", "small")
         + "</g>"
     )
@@ -202,7 +204,7 @@ def _title(matrix: Matrix) -> str:
 
 def _measured_words(matrix: Matrix) -> str:
     return (
-        f"the path, and the time from the agent's start to the first answer ({matrix.conditions}); "
+        f"the path, and the time from the agent's start until it was in use ({matrix.conditions}); "
         f"{_NO_PATH}: nothing was answered"
     )
 
@@ -211,8 +213,8 @@ def _measured(pair: PairOutcome) -> tuple[str, ...]:
     """Path and time."""
     if pair.seconds is None or pair.path is None:
         return (_NO_PATH,)
-    short = pair.seconds < 1
-    return pair.path, f"{pair.seconds * 1000:.0f} ms" if short else f"{pair.seconds:.1f} s"
+    seconds = pair.seconds if pair.direct is None else pair.direct
+    return pair.path, f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _name(nat: NatSpec) -> str:

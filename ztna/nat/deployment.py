@@ -27,6 +27,8 @@ TRUST_DOMAIN = "example.net"
 # is a message too.
 READY, REGISTERED, REFUSED = "] ready", "] registered", "] not registered"
 CONFIGURED = "] tunnel configured"  # an agent's addresses and routes are set
+# What agents and connectors log whenever they choose a path, and how it begins with a direct one.
+PATH, DIRECT = "Path selected: ", "Path selected: DIRECT"
 START_DEADLINE = 15.0  # s; a role is ready after one or two on two busy cores
 _POLL = 0.02  # s
 

@@ -4,20 +4,25 @@ The counterpart of `nat.site` on the virtual clock: the roles are the same funct
 programs run, over `nat.memory_lab`'s ports and a TUN in memory.
 
     user's packet -> MemoryTun -> agent -- NAT -- intermediate -- NAT -- connector -> echo
+
+The path is what the agent logs of it, as of a program.
 """
 
 import datetime
 import ipaddress
+import logging
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
 import attrs
+import structlog
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
+from structlog.typing import EventDict
 from trio.testing import MockClock
 
 from ztna.authority import Authority, Request, create_authority
@@ -36,6 +41,7 @@ from ztna.core.packet.ip import UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.policy import PolicyRule
 from ztna.core.ports import Address
+from ztna.nat.deployment import DIRECT, PATH
 from ztna.nat.link import LinkSpec
 from ztna.nat.memory_lab import MemoryLab, MemoryLabHost, open_lab
 from ztna.nat.spec import NatSpec
@@ -77,38 +83,98 @@ class Nodes:
         )
 
 
-def time_to_answer(
-    nodes: Nodes, agent_nat: NatSpec, connector_nat: NatSpec, uplink: LinkSpec, patience: float
-) -> float | None:
-    """Start a deployment behind these NATs; return the virtual seconds from the agent's start to
-    the echo's first answer, or None after `patience` seconds.
+@attrs.define
+class PathTimes:
+    """Virtual seconds from the agent's start. answer: to the first one from the echo; None: there
+    was none. direct: to the direct path that is in use at the end; None: it is no direct one."""
 
-    uplink: what the link between each NAT and the internet does.
+    answer: float | None = None
+    direct: float | None = None
+
+
+def measure_paths(
+    nodes: Nodes,
+    agent_nat: NatSpec,
+    connector_nat: NatSpec,
+    uplink: LinkSpec,
+    patience: float,
+    *,
+    verbose: bool = False,
+) -> PathTimes:
+    """Start a deployment behind these NATs and ask its echo, until a direct path is in use; or, if
+    the agent names none, until the first answer; or for `patience` virtual seconds.
+
+    uplink: what the link between each NAT and the internet does. verbose: show what is logged, not
+    only errors.
     """
-    measure = partial(_measure, nodes, agent_nat, connector_nat, uplink, patience)
+    measure = partial(_measure, nodes, agent_nat, connector_nat, uplink, patience, verbose)
     return trio.run(measure, clock=MockClock(autojump_threshold=0))
 
 
 async def _measure(
-    nodes: Nodes, agent_nat: NatSpec, connector_nat: NatSpec, uplink: LinkSpec, patience: float
-) -> float | None:
+    nodes: Nodes,
+    agent_nat: NatSpec,
+    connector_nat: NatSpec,
+    uplink: LinkSpec,
+    patience: float,
+    verbose: bool,
+) -> PathTimes:
+    times, begin = PathTimes(), 0.0
+    named, direct = False, trio.Event()
+
+    def path_selected(words: str) -> None:
+        nonlocal named, direct
+        named = True
+        if not words.startswith(DIRECT):
+            times.direct, direct = None, trio.Event()
+        elif times.direct is None:
+            times.direct = trio.current_time() - begin
+            direct.set()
+
     async with open_lab() as lab:
         relay = lab.host(_RELAY)
         agent, connector = (_behind(lab, nat, uplink) for nat in (agent_nat, connector_nat))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_run_intermediate, relay, nodes)
-            nursery.start_soon(_run_connector, connector, nodes)
-            await trio.sleep(_SETTLING)
-            begin = trio.current_time()
-            answered = False
-            with trio.move_on_after(patience):
-                user = _User()
-                nursery.start_soon(_run_agent, agent, nodes, user)
-                await user.ask_until_answered()
-                answered = True
-            seconds = trio.current_time() - begin
-            nursery.cancel_scope.cancel()
-    return seconds if answered else None
+        with _paths_of_agent(path_selected, verbose=verbose):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_run_intermediate, relay, nodes)
+                nursery.start_soon(_run_connector, connector, nodes)
+                await trio.sleep(_SETTLING)
+                begin = trio.current_time()
+                with trio.move_on_after(patience):
+                    user = _User()
+                    nursery.start_soon(_run_agent, agent, nodes, user)
+                    await user.ask_until_answered()
+                    times.answer = trio.current_time() - begin
+                    nursery.start_soon(user.ask_for_ever)
+                    while named and times.direct is None:
+                        await direct.wait()
+                nursery.cancel_scope.cancel()
+    return times
+
+
+@contextmanager
+def _paths_of_agent(tell: Callable[[str], None], *, verbose: bool) -> Iterator[None]:
+    """Give what the agent logs of its paths to `tell`; of all that is logged, show errors only."""
+
+    def watch(_: object, method: str, event: EventDict) -> EventDict:
+        words = str(event["event"])
+        if event.get("node") == _AGENT and words.startswith(PATH):
+            tell(words)
+        if not verbose and getattr(logging, method.upper()) < logging.ERROR:
+            raise structlog.DropEvent
+        return event
+
+    before = structlog.get_config()
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, watch, *before["processors"]],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.DEBUG if verbose else logging.INFO
+        ),
+    )
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
 
 
 def _behind(lab: MemoryLab, nat: NatSpec, uplink: LinkSpec) -> MemoryLabHost:
@@ -135,6 +201,8 @@ async def _run_connector(host: MemoryLabHost, nodes: Nodes) -> None:
 
 
 async def _run_agent(host: MemoryLabHost, nodes: Nodes, user: "_User") -> None:
+    # Whose log it is, for this task and all below it.
+    structlog.contextvars.bind_contextvars(node=_AGENT)
     services = (AgentService("echo", _ECHO_IP),)
     config = AgentConfig(IntermediateAddress(_RELAY, _PORT), _NO_FILES, services)
     async with host.open_udp_port() as port:
@@ -155,6 +223,12 @@ class _User:
         self._address = address
         self._configured.set()
         yield
+
+    async def ask_for_ever(self) -> None:
+        """Be a program whose packets use whatever path there is."""
+        while True:
+            await self.ask_until_answered()
+            await trio.sleep(_PROBE_INTERVAL)
 
     async def ask_until_answered(self) -> None:
         """Wait for the address, then send packet after packet until one from the echo comes."""
