@@ -10,6 +10,7 @@ The lab is made once a module. On a failure the logs of all processes are part o
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from scripts.lab.deployment import (
     LoggedProcess,
     start,
 )
+from ztna.nat.filewatch import watched
 from ztna.nat.kernel_lab import Gateway, Host, KernelLab, supported
+
+GROWTH_DEADLINE = 10.0  # s
 
 RELAY_ADDRESS = "198.51.100.10"
 WEB, ECHO, IPERF, FILES = "10.100.0.2", "10.100.0.1", "10.100.0.3", "10.100.0.4"
@@ -51,6 +55,15 @@ def reason_to_skip() -> str | None:
         return "needs /dev/net/tun"
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     return f"missing programs: {', '.join(missing)}" if missing else None
+
+
+def wait_for_growth(file: Path, size: int) -> None:
+    """Wait until a program has written so many bytes to a file."""
+    end = time.monotonic() + GROWTH_DEADLINE
+    with watched(file) as wait:
+        while not file.exists() or file.stat().st_size < size:
+            assert time.monotonic() < end, f"{file} does not grow to {size} bytes"
+            wait(end - time.monotonic())
 
 
 @attrs.define(eq=False)

@@ -17,6 +17,7 @@ from typing import Protocol
 import attrs
 
 from ztna.errors import ZtnaError
+from ztna.nat.filewatch import watched
 
 # This very installation, wherever its script lies. Without the current folder on the path: a
 # user's files there are no modules of ours.
@@ -30,7 +31,7 @@ CONFIGURED = "] tunnel configured"  # an agent's addresses and routes are set
 # What agents and connectors log whenever they choose a path, and how it begins with a direct one.
 PATH, DIRECT = "Path selected: ", "Path selected: DIRECT"
 START_DEADLINE = 15.0  # s; a role is ready after one or two on two busy cores
-_POLL = 0.02  # s
+_ENDED = 0.5  # s; our choice: how late the end of a process is noticed that writes nothing more
 
 
 class Machine(Protocol):
@@ -68,14 +69,17 @@ class LoggedProcess:
     def wait_for(self, text: str, deadline: float = START_DEADLINE, times: int = 1) -> None:
         """Wait until `text` stands `times` times in the log. Raises NotReadyError."""
         end = time.monotonic() + deadline
-        while self.output().count(text) < times:
-            if self.process.poll() is not None:
-                raise NotReadyError(
-                    f"{self.name} ended with exit code {self.process.returncode}:\n{self.tail()}"
-                )
-            if time.monotonic() > end:
-                raise NotReadyError(f"{self.name} does not say {text!r}:\n{self.tail()}")
-            time.sleep(_POLL)
+        with watched(self.log) as wait:
+            while self.output().count(text) < times:
+                if self.process.poll() is not None:
+                    raise NotReadyError(
+                        f"{self.name} ended with exit code {self.process.returncode}:\n"
+                        f"{self.tail()}"
+                    )
+                left = end - time.monotonic()
+                if left < 0:
+                    raise NotReadyError(f"{self.name} does not say {text!r}:\n{self.tail()}")
+                wait(min(left, _ENDED))
 
     def wait(self, deadline: float = START_DEADLINE) -> int:
         """Wait for its end; return the exit code."""
