@@ -116,7 +116,7 @@ def test_all_errors_and_exit_code_3(tmp_path: Path) -> None:
     result = check(tmp_path, {**AGENT, "tun": {"mtu": 1}, "services": []})
     assert (result.exit_code, result.stdout) == (3, "")
     assert "$.tun.mtu: 1 is wrong" in result.stderr
-    assert "$.services: names no service" not in result.stderr  # judged once the rest is right
+    assert "$.services: missing or empty" not in result.stderr  # judged once the rest is right
 
 
 def test_files_are_asked_for_unless_told_otherwise(tmp_path: Path) -> None:

@@ -210,8 +210,8 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
     (A, drop("intermediate"), "$.intermediate", "missing: The intermediate to connect to."),
     (A, drop("intermediate", "host"), "$.intermediate.host", "missing: Host name or IP"),
     (A, drop("identity", "key"), "$.identity.key", "missing: The certificate's private key, PEM"),
-    (A, drop("services"), "$.services", "missing: The services to reach; at least one."),
-    (A, drop("services", 0, "virtual_ip"), "$.services[0].virtual_ip", "missing: Address under"),
+    (A, drop("services"), "$.services", "missing or empty; name at least one service"),
+    (A, drop("services", 0, "virtual_ip"), "$.services[0].virtual_ip", "missing: the address of"),
     (A, put("tunn", {}), "$.tunn", 'unknown key "tunn"; did you mean "tun"?'),
     (A, put("x", 1), "$.x", 'unknown key "x"; known here: intermediate, identity, services, tun,'),
     (A, put("tun", "Mtu", 1), "$.tun.Mtu", 'unknown key "Mtu"; did you mean "mtu"?'),
@@ -258,7 +258,7 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
     (A, put("identity", "key", 1), "$.identity.key", "expected the path of a file or folder"),
     (A, put("services", {}), "$.services", "an object of 0 keys is wrong; expected a list: [...]"),
     (A, put("services", "ab"), "$.services", '"ab" is wrong; expected a list: [...]'),
-    (A, put("services", []), "$.services", "names no service; at least one is needed"),
+    (A, put("services", []), "$.services", "missing or empty; name at least one service"),
     (A, put("services", 1, "web"), "$.services[1]", '"web" is wrong; expected an object: {...}'),
     (A, svc("A", "id", ""), "$.services[1].id", ID_WORDS),
     (A, svc("A", "id", "-a"), "$.services[1].id", ID_WORDS),
@@ -338,7 +338,7 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
         f"80 is wrong; expected {ENDPOINT_WORDS}",
     ),
     (C, put("p2p", "listen_port", 0), "$.p2p.listen_port", "a whole number from 1 to 65535"),
-    (C, put("policy", []), "$.policy", 'unknown key "policy"; known here: intermediate,'),
+    (C, put("rules", []), "$.rules", 'unknown key "rules"; known here: intermediate,'),
     (I, drop("identity"), "$.identity", "missing: Who this node is."),
     (I, put("bind", "localhost"), "$.bind", "expected an IPv4 or IPv6 address such as"),
     (I, put("bind", "fe80::1%lo"), "$.bind", "expected an IPv4 or IPv6 address such as"),
@@ -471,10 +471,10 @@ def test_schema_bounds_defaults_and_required_keys() -> None:
     schema: Any = config_schema(Role.AGENT)
     mtu = schema["properties"]["tun"]["properties"]["mtu"]
     assert (mtu["minimum"], mtu["maximum"], mtu["default"]) == (1280, 9000, 1280)
-    assert schema["required"] == ["intermediate", "identity", "services"]
+    assert schema["required"] == ["intermediate", "identity"]
     assert schema["properties"]["service_range"]["default"] == "10.100.0.0/24"
     service = schema["properties"]["services"]["items"]
-    assert service["required"] == ["id", "virtual_ip"]
+    assert service["required"] == ["id"]
     policy: Any = config_schema(Role.INTERMEDIATE)["properties"]
     assert "default" not in policy["policy"]
     assert policy["plain_relay"]["default"] is True

@@ -34,7 +34,11 @@ SERVICES = [
     AgentService("echo", ECHO_IP, (), ("udp",)),
     AgentService("Secret", SECRET_IP),  # of which the policy does not know
 ]
-ROUTES = [ServiceRoute(service.id, service.virtual_ip) for service in SERVICES]
+ROUTES = [
+    ServiceRoute("web", WEB_IP),
+    ServiceRoute("echo", ECHO_IP),
+    ServiceRoute("Secret", SECRET_IP),
+]
 
 
 @attrs.define(eq=False)

@@ -25,17 +25,20 @@ from ztna.config.model import (
     IntermediateConfig,
 )
 from ztna.core.policy import PolicyRule
+from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address, IpPacket
 from ztna.errors import ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
 from ztna.net.stateless_reset import ResetKey
 from ztna.pki import Credentials
+from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
 from ztna.roles.connector import run_connector
 from ztna.roles.intermediate import run_intermediate
 from ztna.roles.reload import NodeFiles
 from ztna.roles.served import Intermediate
+from ztna.roles.signed_policy import SignedPolicy
 from ztna.tun.loopback import MemoryTun
 
 RELAY = "198.51.100.10"
@@ -151,6 +154,7 @@ class World:
     """What a test holds in its hands.
 
     files: what each role reads at a reload, or why it cannot.
+    signed: the signed policy of the intermediate, in place of `policy`; policy_keys opens it.
     """
 
     deployment: Deployment
@@ -165,11 +169,18 @@ class World:
     hosts: dict[str, MemoryHost] = attrs.Factory(dict)
     scopes: dict[str, trio.CancelScope] = attrs.Factory(dict)
     files: dict[str, NodeFiles[Any] | ZtnaError] = attrs.Factory(dict)
+    signed: SignedDocument | None = None
+    policy_keys: PolicyKeys | None = None
 
     async def start_intermediate(self) -> None:
         """Start, or start again after `stop('intermediate')`."""
         config = IntermediateConfig(NO_FILES, policy=tuple(self.policy))
-        self.files["intermediate"] = NodeFiles(config, self.deployment.intermediate)
+        self.files["intermediate"] = NodeFiles(
+            config,
+            self.deployment.intermediate,
+            policy_keys=self.policy_keys,
+            policy=self.signed,
+        )
         self.scopes["intermediate"] = trio.CancelScope()
 
         async def run(*, task_status: trio.TaskStatus[Intermediate]) -> None:
@@ -184,13 +195,19 @@ class World:
                         self.book,
                         reset_key=self.reset_key,
                         read=functools.partial(self._read, "intermediate"),
+                        policy=self.signed,
+                        policy_keys=self.policy_keys,
                         task_status=task_status,
                     )
 
         self.intermediate = await self.nursery.start(run)
 
     async def start_connector(
-        self, services: Sequence[ConnectorService], name: str = "home", address: str = "192.0.2.1"
+        self,
+        services: Sequence[ConnectorService],
+        name: str = "home",
+        address: str = "192.0.2.1",
+        policy: SignedPolicy | None = None,
     ) -> None:
         """A connector with these services."""
         config = ConnectorConfig(
@@ -198,7 +215,8 @@ class World:
         )
         credentials = make_connector(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
-        self.files[name] = NodeFiles(config, credentials)
+        keys = None if policy is None else policy.keys
+        self.files[name] = NodeFiles(config, credentials, policy_keys=keys)
         self.scopes[name] = trio.CancelScope()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
@@ -210,6 +228,7 @@ class World:
                         credentials,
                         self.dialer,
                         read=functools.partial(self._read, name),
+                        policy=policy,
                         task_status=task_status,
                     )
 
@@ -221,6 +240,7 @@ class World:
         name: str = "laptop",
         address: str = "203.0.113.1",
         credentials: Credentials | None = None,
+        policy: SignedPolicy | None = None,
     ) -> "AgentHost":
         """An agent that wants these services; waits until its tunnel address is known."""
         config = AgentConfig(
@@ -228,7 +248,8 @@ class World:
         )
         credentials = credentials or make_agent(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
-        self.files[name] = NodeFiles(config, credentials)
+        keys = None if policy is None else policy.keys
+        self.files[name] = NodeFiles(config, credentials, policy_keys=keys)
         self.scopes[name] = trio.CancelScope()
         host = AgentHost(MemoryTun())
 
@@ -248,6 +269,7 @@ class World:
                         credentials,
                         configure,
                         read=functools.partial(self._read, name),
+                        policy=policy,
                         task_status=task_status,
                     )
 

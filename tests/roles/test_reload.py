@@ -33,7 +33,7 @@ WEB_BACKEND = ("10.2.0.21", 80)
 ECHO = ConnectorService("echo", ECHO_BACKEND)
 WEB = ConnectorService("web", WEB_BACKEND)
 INTERVAL = 0.02
-OF_FILES = {"credentials", "denied_serials"}
+OF_FILES = {"credentials", "denied_serials", "policy_keys", "signed"}
 
 
 @attrs.define(eq=False)
@@ -114,6 +114,8 @@ def reload(world: World, name: str, **changes: object) -> None:
     files = world.files[name]
     assert isinstance(files, NodeFiles)
     own: dict[str, Any] = {k: changes.pop(k) for k in OF_FILES & changes.keys()}
+    if "signed" in own:
+        own["policy"] = own.pop("signed")
     config = attrs.evolve(files.config, **changes)
     world.files[name] = attrs.evolve(files, config=config, **own)
     reload_requests().ask()

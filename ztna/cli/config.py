@@ -33,7 +33,7 @@ from ztna.errors import UsageError
 
 _ROLES = click.Choice([role.value for role in Role])
 _INTERMEDIATE_KEYS = frozenset(
-    ("bind", "port", "external_ip", "policy", "tunnel_range", "plain_relay", "stun")
+    ("bind", "port", "external_ip", "policy", "policy_file", "tunnel_range", "plain_relay", "stun")
 )
 
 
@@ -105,9 +105,11 @@ def describe(config: AnyConfig) -> Iterator[str]:
         return
     yield _describe_server(config.intermediate)
     yield from _describe_identity(config.identity)
+    if config.policy_key is not None:
+        yield f"  believes only a policy that the key in {config.policy_key} has signed"
     if isinstance(config, AgentConfig):
         yield from _describe_ways_in(config)
-        yield "  reaches:"
+        yield "  reaches:" if config.services else "  reaches what the signed policy gives it"
     else:
         assert isinstance(config, ConnectorConfig)
         yield f"  listens for direct sessions on UDP port {config.p2p.listen_port}"
@@ -144,6 +146,10 @@ def _describe_identity(files: IdentityFiles) -> Iterator[str]:
 
 
 def _describe_service(service: AgentService | ConnectorService) -> str:
+    if isinstance(service, AgentService) and service.virtual_ip is None:
+        narrower = [*map(str.upper, service.protocol), *(f"port {port}" for port in service.port)]
+        only = f", of it {', '.join(narrower)} only" if narrower else ""
+        return f"{service.id}, as the signed policy says{only}"
     if service.virtual_ip is not None:
         text = f"{service.id} at {service.virtual_ip}"
     else:
@@ -168,7 +174,13 @@ def _describe_intermediate(config: IntermediateConfig) -> Iterator[str]:
     relays = "relays" if config.plain_relay else "does not relay"
     yield f"  {relays} packets that are not encrypted end to end"
     yield from _describe_stun(config.stun)
-    yield "  policy:" if config.policy else "  policy: none, so everything is refused"
+    if config.policy_file is not None:
+        yield f"  policy: the signed one in {config.policy_file}, by the key in {config.policy_key}"
+        yield "    'ztna policy show' says it in words"
+    elif not config.policy:
+        yield "  policy: none, so everything is refused"
+    else:
+        yield "  policy:"
     for rule in config.policy:
         verb, ids = ("reach", rule.services) if rule.services else ("provide", rule.provides)
         yield f"    {_describe_who(rule.who)} may {verb} {_describe_ids(ids)}"

@@ -2,7 +2,7 @@
 
 `load_config` reads the file (`ztna.config.document`), lays the environment's variables and the
 caller's overrides over it, builds the class (`ztna.config.structure`), checks what concerns
-several keys (`ztna.config.model`), and makes paths absolute. All that is wrong is told at once,
+several keys (`ztna.config.check`), and makes paths absolute. All that is wrong is told at once,
 each with file and line, or the variable or flag that it came from.
 """
 
@@ -14,12 +14,13 @@ from typing import TypeVar
 
 import attrs
 
+from ztna.config.check import check_config
 from ztna.config.document import Document, JsonPath, format_path, read_document
 from ztna.config.model import (
     DESCRIBED,
     AnyConfig,
     IdentityFiles,
-    check_config,
+    IntermediateConfig,
 )
 from ztna.config.structure import Problem, StructureError, scalar_keys, structure
 from ztna.errors import ConfigError
@@ -178,7 +179,14 @@ def _with_absolute_paths(config: C, document: Document | None, overrides: Sequen
     )
     state_dir = absolute(("state_dir",), config.state_dir)
     deny_list = config.deny_list and absolute(("deny_list",), config.deny_list)
-    return attrs.evolve(config, identity=identity, state_dir=state_dir, deny_list=deny_list)
+    policy_key = config.policy_key and absolute(("policy_key",), config.policy_key)
+    config = attrs.evolve(
+        config, identity=identity, state_dir=state_dir, deny_list=deny_list, policy_key=policy_key
+    )
+    if isinstance(config, IntermediateConfig) and config.policy_file is not None:
+        policy_file = absolute(("policy_file",), config.policy_file)
+        config = attrs.evolve(config, policy_file=policy_file)
+    return config
 
 
 def _missing_files(config: AnyConfig) -> Iterator[Problem]:
@@ -188,12 +196,21 @@ def _missing_files(config: AnyConfig) -> Iterator[Problem]:
         (("identity", "key"), identity.key),
         (("identity", "ca"), identity.ca),
     ]
+    hints: dict[JsonPath, str] = {
+        ("policy_key",): "'ztna policy --help'",
+        ("policy_file",): "'ztna policy --help'",
+    }
+    if config.policy_key is not None:
+        files.append((("policy_key",), config.policy_key))
+    if isinstance(config, IntermediateConfig) and config.policy_file is not None:
+        files.append((("policy_file",), config.policy_file))
     for path, file in files:
         try:
             there = file.is_file()
         except (OSError, ValueError):  # a parent that may not be searched, a name too long
             there = False
         if not there:
-            yield Problem(path, f"there is no file {file}; 'ztna pki --help' tells how to make it")
+            hint = hints.get(path, "'ztna pki --help'")
+            yield Problem(path, f"there is no file {file}; {hint} tells how to make it")
         elif not os.access(file, os.R_OK):
             yield Problem(path, f"the file {file} may not be read by this user")

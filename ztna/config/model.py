@@ -2,20 +2,19 @@
 
 A key's meaning stands once, here: its type (`ztna.config.values`) says what is allowed and its
 description goes into the JSON schema. `ztna.config.load` reads files, environment and flags
-into these classes; `check_config` then judges what concerns several keys.
+into these classes; `ztna.config.check` then judges what concerns several keys.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import attrs
 
-from ztna.config.document import show
-from ztna.config.forwards import ForwardValue, ListenValue, check_forwards
-from ztna.config.structure import Described, Problem, means, schema_of
-from ztna.config.stun import StunConfig, check_stun
+from ztna.config.forwards import ForwardValue, ListenValue
+from ztna.config.structure import Described, means, schema_of
+from ztna.config.stun import StunConfig
 from ztna.config.values import (
     Argument,
     Endpoint,
@@ -128,8 +127,12 @@ class AgentService:
     """A service that the agent wants to reach. Empty `port` or `protocol` means any."""
 
     id: ServiceId = attrs.field(metadata=means("The service's id, as in the policy."))
-    virtual_ip: Ipv4 = attrs.field(
-        metadata=means("Address under which applications here reach the service.")
+    virtual_ip: Ipv4 | None = attrs.field(
+        metadata=means(
+            "Address under which applications here reach the service; may be left out with "
+            "policy_key, as port and protocol may: the signed policy gives them."
+        ),
+        default=None,
     )
     port: Ports = attrs.field(
         metadata=means("Port or ports of the service; any if absent."), default=()
@@ -148,7 +151,11 @@ class AgentConfig:
     )
     identity: IdentityFiles = attrs.field(metadata=means("Who this node is."))
     services: tuple[AgentService, ...] = attrs.field(
-        metadata=means("The services to reach; at least one.")
+        metadata=means(
+            "The services to reach; at least one, or with policy_key none for all that the signed "
+            "policy gives this agent."
+        ),
+        default=(),
     )
     tun: TunConfig = attrs.field(metadata=means("The tunnel interface."), factory=TunConfig)
     service_range: Ipv4Range = attrs.field(
@@ -178,6 +185,13 @@ class AgentConfig:
         metadata=means(
             "File of certificates' serial numbers that are refused although valid; relative to "
             "this file's folder."
+        ),
+        default=None,
+    )
+    policy_key: PathValue | None = attrs.field(
+        metadata=means(
+            "The public half of the policy key, PEM: this node then believes only a policy that "
+            "it has signed; relative to this file's folder."
         ),
         default=None,
     )
@@ -238,6 +252,13 @@ class ConnectorConfig:
         ),
         default=None,
     )
+    policy_key: PathValue | None = attrs.field(
+        metadata=means(
+            "The public half of the policy key, PEM: this node then believes only a policy that "
+            "it has signed; relative to this file's folder."
+        ),
+        default=None,
+    )
 
 
 @attrs.frozen
@@ -293,6 +314,20 @@ class IntermediateConfig:
         ),
         default=None,
     )
+    policy_key: PathValue | None = attrs.field(
+        metadata=means(
+            "The public half of the policy key, PEM: this node then believes only a policy that "
+            "it has signed; relative to this file's folder."
+        ),
+        default=None,
+    )
+    policy_file: PathValue | None = attrs.field(
+        metadata=means(
+            "The signed policy, instead of policy: what ztna policy sign has written; relative to "
+            "this file's folder."
+        ),
+        default=None,
+    )
     plain_relay: Flag = attrs.field(
         metadata=means("Whether packets that are not encrypted end to end are relayed."),
         default=True,
@@ -325,82 +360,3 @@ def config_schema(role: Role) -> dict[str, object]:
         "title": f"ztna {role} configuration",
         **schema_of(cls, DESCRIBED),
     }
-
-
-def check_config(config: AnyConfig) -> list[Problem]:
-    """What is wrong although every single value is fine; in the order of the keys."""
-    problems = [*_check_renew(config.identity.renew)]
-    if isinstance(config, IntermediateConfig):
-        problems += _check_policy(config.policy)
-        problems += check_stun(config.stun, config.bind, config.port)
-        if config.service_range.overlaps(config.tunnel_range):
-            text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
-            problems.append(Problem(("tunnel_range",), f"{text}; the two must be apart"))
-        if (address := config.external_ip) and (address.is_unspecified or address.is_multicast):
-            text = f"{address} is no address of a node; give the one that clients reach, or none"
-            problems.append(Problem(("external_ip",), text))
-        return problems
-    problems += _check_services(config.services, config.service_range)
-    if isinstance(config, AgentConfig):
-        problems += check_forwards(config.forwards, config.socks, config.services)
-        has_local_ports = bool(config.forwards) or config.socks is not None
-        if config.tun.name == NO_TUN and not has_local_ports:
-            text = '"none" leaves no way in; add "forwards" or "socks" (--forward, --socks)'
-            problems.append(Problem(("tun", "name"), text))
-        if config.tun.name != NO_TUN and has_local_ports:
-            text = '"forwards" and "socks" stand in for a tunnel interface'
-            problems.append(Problem(("tun", "name"), f'{text}; set "none" (--tun none)'))
-        address4 = config.tun.address
-        if address4 is not None and address4 in config.service_range:
-            text = f"{address4} lies in service_range {config.service_range}"
-            problems.append(Problem(("tun", "address"), f"{text}; take one outside of it"))
-    return problems
-
-
-def _check_renew(renew: RenewConfig | None) -> Iterator[Problem]:
-    if renew is not None and bool(renew.command) == (renew.directory is not None):
-        yield Problem(("identity", "renew"), 'needs either "command" or "directory"')
-
-
-def _check_policy(rules: Sequence[PolicyRule]) -> Iterator[Problem]:
-    for number, rule in enumerate(rules):
-        wanted, other = ("services", "provides")
-        if rule.who.startswith(f"{Role.CONNECTOR}/"):
-            wanted, other = other, wanted
-        granted = {"services": rule.services, "provides": rule.provides}
-        if granted[other]:
-            yield Problem(
-                ("policy", number, other),
-                f'{show(rule.who)} cannot have "{other}"; it has "{wanted}"',
-            )
-        if not granted[wanted]:
-            yield Problem(
-                ("policy", number),
-                f'the rule for {show(rule.who)} grants nothing; name service ids in "{wanted}"',
-            )
-
-
-def _check_services(
-    services: Sequence[AgentService | ConnectorService], service_range: IPv4Network
-) -> Iterator[Problem]:
-    if not services:
-        yield Problem(("services",), "names no service; at least one is needed")
-    ids: dict[str, int] = {}
-    addresses: dict[IPv4Address, int] = {}
-    for number, service in enumerate(services):
-        first = ids.setdefault(service.id, number)
-        if first != number:
-            text = f"{show(service.id)} is already the id of $.services[{first}]"
-            yield Problem(("services", number, "id"), text)
-        address = service.virtual_ip
-        if address is None:
-            continue
-        path = ("services", number, "virtual_ip")
-        first = addresses.setdefault(address, number)
-        if first != number:
-            yield Problem(path, f"{address} already belongs to $.services[{first}]")
-        elif address not in service_range:
-            yield Problem(path, f"{address} is outside service_range {service_range}")
-        elif address in {service_range.network_address, service_range.broadcast_address}:
-            text = f"{address} is the network or broadcast address of {service_range}"
-            yield Problem(path, f"{text}; take one between")

@@ -159,6 +159,8 @@ class RouteTable:
             route = self._by_address.get(source)
             if route is None or (key is not None and self._service_of(key) != route.id):
                 self.dropped["source_is_not_the_service"] += 1
+            elif route.id in self.refused:
+                self.dropped["answer_of_refused_service"] += 1
             elif destination not in self.own_addresses:
                 self.dropped["not_for_us"] += 1
             elif protocol in {ICMP, ICMPV6} and data.endswith(_ECHO_DATA):

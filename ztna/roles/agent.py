@@ -25,7 +25,7 @@ from ztna.core.addresses import (
 from ztna.core.allocation import allocate
 from ztna.core.coalesce import coalesce
 from ztna.core.encapsulation import ServiceKey
-from ztna.core.identity import Role
+from ztna.core.identity import Identity, Role
 from ztna.core.mss import mss_limits
 from ztna.core.packet.ip import TCP, UDP
 from ztna.core.ports import IpPacket, TunDevice, UdpPort
@@ -37,9 +37,18 @@ from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
+from ztna.roles.granted import Granted, grant
 from ztna.roles.local_ports import open_local_ports
-from ztna.roles.reload import NodeFiles, ReadFiles, keep_reloading, read_files, reader
+from ztna.roles.reload import (
+    NodeFiles,
+    ReadFiles,
+    keep_reloading,
+    load_policy,
+    read_files,
+    reader,
+)
 from ztna.roles.resolve import any_address, resolve
+from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
 from ztna.tun.device import open_tun
 from ztna.tun.netlink import check_outside, repair, tun_network
@@ -100,6 +109,7 @@ async def run_agent_from_config(
             configure,
             denied_serials=files.denied_serials,
             read=read,
+            policy=load_policy(files),
         )
 
 
@@ -107,7 +117,7 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
     """Carry the packets of local ports. Nothing on this way needs a privilege."""
     config = files.config
     server = await resolve(config.intermediate.host, config.intermediate.port)
-    routes = [_route(service) for service in config.services]
+    routes = _routes(config.services)
     async with (
         open_udp_port(any_address(server), 0) as port,
         open_local_ports(config, routes) as local,
@@ -121,6 +131,7 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
             denied_serials=files.denied_serials,
             read=read,
             on_services=local.directory.set_services,
+            policy=load_policy(files),
         )
 
 
@@ -134,17 +145,22 @@ async def run_agent(
     denied_serials: frozenset[int] = frozenset(),
     read: ReadFiles[AgentConfig] | None = None,
     on_services: Callable[[Iterable[ServiceRoute]], None] | None = None,
+    policy: SignedPolicy | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry packets between tun and the intermediate until cancelled.
 
-    read: gives the files anew for a reload. on_services: hears of the services that it brought.
+    read: gives the files anew for a reload. on_services: hears of the services that it, or a new
+    policy, brought. policy: judges beside the intermediate; None if no policy key is pinned.
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
-    routes = RouteTable.of(_route(service) for service in config.services)
+    routes = RouteTable.of(())
     # No service may have the network's own address.
     routes.hop_addresses = packed_pair(config.service_range.network_address)
-    agent = _Agent(tun, routes, fallback, [service.id for service in config.services])
+    agent = _Agent(
+        tun, routes, fallback, config, credentials.identity, policy=policy, on_services=on_services
+    )
+    agent.grant_services()
     registry = statistics_registry()
     registry.register("routes", agent.routes.statistics)
     registry.register("tun", tun.statistics)
@@ -160,13 +176,18 @@ async def run_agent(
             config.intermediate,
             credentials,
             Role.AGENT,
-            agent.service_ids,
+            agent.granted.ids,
             agent,
             denied_serials,
+            policy,
         )
+        if policy is not None:
+            registry.register("policy", policy.statistics)
+            policy.subscribe(functools.partial(agent.judge_again, keeper))
+            nursery.start_soon(policy.run)
         if read is not None:
             files = NodeFiles(config, credentials, denied_serials)
-            apply = functools.partial(agent.apply, keeper, on_services)
+            apply = functools.partial(agent.apply, keeper)
             nursery.start_soon(keep_reloading, files, read, apply)
         task_status.started()
         await keeper.run()
@@ -174,22 +195,29 @@ async def run_agent(
 
 @attrs.define(eq=False)
 class _Agent:
-    """Between the TUN and the control session; a `PacketHandler`."""
+    """Between the TUN and the control session; a `PacketHandler`.
+
+    granted: what the file and the signed policy give together.
+    """
 
     tun: TunDevice
     routes: RouteTable
     fallback_address: ipaddress.IPv4Address
-    service_ids: list[str]
+    config: AgentConfig
+    identity: Identity
+    policy: SignedPolicy | None = None
+    on_services: Callable[[Iterable[ServiceRoute]], None] | None = None
+    granted: Granted[AgentService] = attrs.Factory(lambda: Granted[AgentService](()))
     address: ipaddress.IPv4Address | None = None
     link: ControlLink | None = None
     _changed: trio.Event = attrs.Factory(trio.Event)
 
     def session_up(self, link: ControlLink) -> None:
         self.link = link
-        link.set_services(self.service_ids)
+        link.set_services(self.granted.ids)
         self.address = link.tunnel_address or self.fallback_address
         self.routes.set_addresses([self.address])
-        largest = link.encapsulator.largest_packet(self.service_ids)
+        largest = link.encapsulator.largest_packet(self.granted.ids)
         self.routes.largest_packet = largest
         # A (seed) session's messages are larger than those that the limits are made for.
         room = min(link.session.max_datagram_data, largest or link.session.max_datagram_data)
@@ -204,7 +232,7 @@ class _Agent:
         self.routes.set_labels(link.labels)
         if fresh and (echoes := self.routes.echoes(fresh)):
             link.session.send_datagrams(link.encapsulator.encapsulate(echoes))
-        self.routes.refused = dict(link.refused)
+        self.routes.refused = {**link.refused, **self.granted.refused}
 
     def packets_received(
         self, link: ControlLink, packets: Sequence[tuple[ServiceKey, IpPacket]]
@@ -221,25 +249,46 @@ class _Agent:
             self.routes.set_labels({})
             self._notify()
 
+    def grant_services(self) -> None:
+        """Judge the services of the file, or all of the signed policy where the file names none,
+        and route them; those that are refused are answered with words."""
+        before, services = self.granted, self.config.services
+        if self.policy is not None:
+            known = tuple(AgentService(service.id) for service in self.policy.services)
+            judge = self.policy.may_reach
+            self.granted = grant(
+                services or known, self.identity, self.policy, judge, self.config.service_range
+            )
+        else:
+            self.granted = Granted(services)
+        if services:
+            self.granted.log_changes(before)
+        # What is refused comes first: where a refused one has the address of another, that wins.
+        in_order = sorted(self.granted.services, key=lambda s: s.id not in self.granted.refused)
+        routes = _routes(in_order)
+        self.routes.set_services(routes)
+        others = {i: why for i, why in self.routes.refused.items() if i not in before.refused}
+        self.routes.refused = {**others, **self.granted.refused}
+        if self.on_services is not None:
+            self.on_services(routes)
+
+    def judge_again(self, keeper: ControlKeeper) -> None:
+        """Another policy, or another file: what lost its right ends before the next packet."""
+        self.grant_services()
+        keeper.service_ids = self.granted.ids
+        if self.link is not None:
+            self.link.set_services(self.granted.ids)
+            self.services_changed(self.link)
+
     def apply(
-        self,
-        keeper: ControlKeeper,
-        on_services: Callable[[Iterable[ServiceRoute]], None] | None,
-        old: NodeFiles[AgentConfig],
-        new: NodeFiles[AgentConfig],
+        self, keeper: ControlKeeper, old: NodeFiles[AgentConfig], new: NodeFiles[AgentConfig]
     ) -> None:
         """Bring what a reload has read into force."""
         for service_id, change in changed_services(old, new).items():
             log.info("service reloaded", service=service_id, change=change)
-        routes = [_route(service) for service in new.config.services]
-        self.routes.set_services(routes)
-        if on_services is not None:
-            on_services(routes)
-        self.service_ids = [service.id for service in new.config.services]
+        self.config = attrs.evolve(self.config, services=new.config.services)
         apply_to_session(keeper, self.link, old, new)
-        if self.link is not None:
-            self.link.set_services(self.service_ids)
-            self.services_changed(self.link)
+        self.judge_again(keeper)
 
     async def tun_to_session(self) -> None:
         """The host's packets, batch by batch."""
@@ -270,10 +319,15 @@ class _Agent:
         changed.set()
 
 
-def _route(service: AgentService) -> ServiceRoute:
-    return ServiceRoute(
-        service.id,
-        service.virtual_ip,
-        frozenset(service.port),
-        frozenset(PROTOCOLS[name] for name in service.protocol),
-    )
+def _routes(services: Sequence[AgentService]) -> list[ServiceRoute]:
+    """Of those whose address is known: without one nothing can be sent to it."""
+    return [
+        ServiceRoute(
+            service.id,
+            service.virtual_ip,
+            frozenset(service.port),
+            frozenset(PROTOCOLS[name] for name in service.protocol),
+        )
+        for service in services
+        if service.virtual_ip is not None
+    ]

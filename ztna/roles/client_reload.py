@@ -30,10 +30,13 @@ def apply_to_session(
 
     link: the session, if it is up.
     """
-    warn_of_restart(old.config, new.config, RELOADED)
     keeper.credentials = new.credentials
     keeper.denied_serials = new.denied_serials
-    keeper.service_ids = [service.id for service in new.config.services]
+    reloaded = RELOADED
+    if keeper.policy is not None and new.policy_keys is not None:
+        keeper.policy.set_keys(new.policy_keys)
+        reloaded |= {"policy_key"}
+    warn_of_restart(old.config, new.config, reloaded)
     if link is None:
         return
     try:

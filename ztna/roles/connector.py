@@ -21,10 +21,10 @@ from ztna.core.addresses import packed_pair
 from ztna.core.encapsulation import ServiceKey
 from ztna.core.flow import FlowKey, OfferedService
 from ztna.core.flows import FlowTable
-from ztna.core.identity import Role
+from ztna.core.identity import Identity, Role
 from ztna.core.mss import mss_limits
 from ztna.core.packet.ip import TCP, UDP
-from ztna.core.ports import Address, IpPacket, UdpPort
+from ztna.core.ports import IpPacket, UdpPort
 from ztna.core.tcp.sequence import initial_numbers
 from ztna.core.tcp.state import TcpConfig
 from ztna.errors import SessionClosedError
@@ -34,8 +34,17 @@ from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
-from ztna.roles.reload import NodeFiles, ReadFiles, keep_reloading, read_files, reader
+from ztna.roles.granted import Granted, grant
+from ztna.roles.reload import (
+    NodeFiles,
+    ReadFiles,
+    keep_reloading,
+    load_policy,
+    read_files,
+    reader,
+)
 from ztna.roles.resolve import any_address, resolve
+from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
@@ -70,6 +79,7 @@ async def run_connector_from_config(
             SocketDialer(),
             denied_serials=files.denied_serials,
             read=reader(read_config, Role.CONNECTOR),
+            policy=load_policy(files),
         )
 
 
@@ -81,18 +91,21 @@ async def run_connector(
     *,
     denied_serials: frozenset[int] = frozenset(),
     read: ReadFiles[ConnectorConfig] | None = None,
+    policy: SignedPolicy | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Provide services over one UDP port until cancelled. read: gives the files for a reload."""
+    """Provide services over one UDP port until cancelled. read: gives the files for a reload.
+    policy: judges beside the intermediate; None if no policy key is pinned."""
     table = FlowTable(
-        _offers(config),
+        {},
         config.service_range,
         _tcp_config,
         functools.partial(_initial_numbers, os.urandom(16)),
         packet_size=DATAGRAM_DATA - SHORT_HEADER,
     )
-    terminator = Terminator(table, _backends(config), dialer)
-    connector = _Connector(terminator, [service.id for service in config.services])
+    terminator = Terminator(table, {}, dialer)
+    connector = _Connector(terminator, config, credentials.identity, policy)
+    connector.grant_services()
     registry = statistics_registry()
     registry.register("flows", table.statistics)
     registry.register("udp", port.statistics)
@@ -107,10 +120,15 @@ async def run_connector(
             config.intermediate,
             credentials,
             Role.CONNECTOR,
-            connector.service_ids,
+            connector.granted.ids,
             connector,
             denied_serials,
+            policy,
         )
+        if policy is not None:
+            registry.register("policy", policy.statistics)
+            policy.subscribe(functools.partial(connector.judge_again, keeper, nursery))
+            nursery.start_soon(policy.run)
         if read is not None:
             files = NodeFiles(config, credentials, denied_serials)
             apply = functools.partial(connector.apply, keeper, nursery)
@@ -121,17 +139,23 @@ async def run_connector(
 
 @attrs.define(eq=False)
 class _Connector:
-    """Between the control session and the terminator; a `PacketHandler`."""
+    """Between the control session and the terminator; a `PacketHandler`.
+
+    granted: what the file and the signed policy give together.
+    """
 
     terminator: Terminator
-    service_ids: list[str]
+    config: ConnectorConfig
+    identity: Identity
+    policy: SignedPolicy | None = None
+    granted: Granted[ConnectorService] = attrs.Factory(lambda: Granted[ConnectorService](()))
     link: ControlLink | None = None
     linked: trio.Event = attrs.Factory(trio.Event)
     unlabelled: int = 0
 
     def session_up(self, link: ControlLink) -> None:
         self.link = link
-        link.set_services(self.service_ids)
+        link.set_services(self.granted.ids)
         self.linked.set()
         statistics_registry().register("session", link.statistics)
 
@@ -157,6 +181,33 @@ class _Connector:
             self.link = None
             self.linked = trio.Event()
 
+    def grant_services(self) -> None:
+        """Judge the services of the file; those that are refused are not offered, and their flows
+        are reset."""
+        before, config = self.granted, self.config
+        if self.policy is not None:
+            self.granted = grant(
+                config.services,
+                self.identity,
+                self.policy,
+                self.policy.may_provide,
+                config.service_range,
+            )
+            self.granted.log_changes(before)
+        else:
+            self.granted = Granted(config.services)
+        offered = [s for s in self.granted.services if s.id not in self.granted.refused]
+        self.terminator.set_services(
+            {service.id: _offer(service) for service in offered},
+            {service.id: service.backend for service in offered},
+        )
+
+    def judge_again(self, keeper: ControlKeeper, nursery: trio.Nursery) -> None:
+        """Another policy, or another file: what lost its right ends now."""
+        self.grant_services()
+        keeper.service_ids = self.granted.ids
+        nursery.start_soon(self._announce)
+
     def apply(
         self,
         keeper: ControlKeeper,
@@ -167,17 +218,16 @@ class _Connector:
         """Bring what a reload has read into force."""
         for service_id, change in changed_services(old, new).items():
             log.info("service reloaded", service=service_id, change=change)
-        self.terminator.set_services(_offers(new.config), _backends(new.config))
-        self.service_ids = [service.id for service in new.config.services]
+        self.config = attrs.evolve(self.config, services=new.config.services)
         apply_to_session(keeper, self.link, old, new)
-        nursery.start_soon(self._announce)
+        self.judge_again(keeper, nursery)
 
     async def _announce(self) -> None:
         """Tell the intermediate. A little later, so that the users hear the last words of flows
         whose service is gone."""
         await trio.sleep(LAST_WORDS)
         if self.link is not None:
-            self.link.set_services(self.service_ids)
+            self.link.set_services(self.granted.ids)
 
     async def send_answers(self) -> None:
         """Take what the flows have to say to the session, no faster than it goes out."""
@@ -195,14 +245,6 @@ class _Connector:
             link = self.link or link  # that was a long wait, perhaps
             labels = link.labels
             await link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
-
-
-def _offers(config: ConnectorConfig) -> dict[str, OfferedService]:
-    return {service.id: _offer(service) for service in config.services}
-
-
-def _backends(config: ConnectorConfig) -> dict[str, Address]:
-    return {service.id: service.backend for service in config.services}
 
 
 def _offer(service: ConnectorService) -> OfferedService:

@@ -30,6 +30,7 @@ from ztna.core.messages import (
     Withdraw,
     encode_message,
 )
+from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import UdpPort
 from ztna.core.registry import MAX_SERVICES, Client, Registration, Registry
 from ztna.core.relay import Relay
@@ -44,10 +45,11 @@ from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stun import StunAddresses, StunResponder, open_stun_responder
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
+from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook, open_address_book
 from ztna.roles.control_client import REPLACED_WAIT, VERSION
 from ztna.roles.expiry import close_when_expired
-from ztna.roles.judgement import apply_files, policy_of
+from ztna.roles.judgement import apply_files, apply_policy, policy_of
 from ztna.roles.reload import (
     NodeFiles,
     ReadFiles,
@@ -55,7 +57,7 @@ from ztna.roles.reload import (
     read_files,
     reader,
 )
-from ztna.roles.served import Intermediate, Served, send_service_map
+from ztna.roles.served import Intermediate, Served, send_policy, send_service_map
 from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
@@ -94,6 +96,8 @@ async def run_intermediate_from_config(
             stun=stun,
             denied_serials=files.denied_serials,
             read=reader(read_config, Role.INTERMEDIATE),
+            policy=files.policy,
+            policy_keys=files.policy_keys,
         )
 
 
@@ -119,10 +123,13 @@ async def run_intermediate(
     stun: StunResponder | None = None,
     denied_serials: frozenset[int] = frozenset(),
     read: ReadFiles[IntermediateConfig] | None = None,
+    policy: SignedDocument | None = None,
+    policy_keys: PolicyKeys | None = None,
     task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve clients on one port until cancelled. read: gives the files anew for a reload."""
-    files = NodeFiles(config, credentials, denied_serials)
+    """Serve clients on one port until cancelled. read: gives the files anew for a reload. policy:
+    the signed one, instead of the configuration's."""
+    files = NodeFiles(config, credentials, denied_serials, policy_keys, policy)
     registry = Registry(policy_of(files), config.service_range)
     registry.reserved = {
         packed: identity
@@ -133,6 +140,7 @@ async def run_intermediate(
     statistics_registry().register("intermediate", intermediate.statistics)
     statistics_registry().register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
+        apply_policy(intermediate, nursery, files)
         stun = stun or StunResponder(StunServer(port.local_address), port)
         statistics_registry().register("stun", stun.statistics)
         nursery.start_soon(stun.run)
@@ -146,7 +154,7 @@ async def run_intermediate(
             denied_serials=lambda: intermediate.denied_serials,
         )
         if read is not None:
-            apply = functools.partial(apply_files, intermediate, endpoint)
+            apply = functools.partial(apply_files, intermediate, endpoint, nursery)
             nursery.start_soon(keep_reloading, files, read, apply)
         log.info(
             "ready", address=format_address(port.local_address), identity=credentials.identity.uri
@@ -292,6 +300,7 @@ async def _receive_hello_untrusted(
         tunnel_address6=None if tunnel_address is None else str(twin(tunnel_address)),
     )
     session.send_control(encode_message(accepted))
+    send_policy(intermediate, served)
     send_service_map(served)
     for service_id, why in served.refused.items():
         session.send_control(encode_message(Denied(service_id, why)))

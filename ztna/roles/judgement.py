@@ -7,8 +7,10 @@ between two packets, and a client whose rights are the same notices nothing.
 """
 
 import datetime
+import functools
 
 import structlog
+import trio
 
 from ztna.config.model import IntermediateConfig
 from ztna.core import wire
@@ -20,30 +22,58 @@ from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.tls import PeerRefusedError, PeerSide, judge_again
 from ztna.roles.reload import NodeFiles, warn_of_restart
-from ztna.roles.served import Intermediate, Served, send_service_map
+from ztna.roles.served import Intermediate, Served, send_policy, send_service_map
+from ztna.roles.signed_policy import SignedPolicy
 
 log = structlog.get_logger(__name__)
 
 # Keys of the configuration that a reload brings into force.
-RELOADED = frozenset({"identity", "policy", "deny_list"})
+RELOADED = frozenset({"identity", "policy", "policy_file", "policy_key", "deny_list"})
 
 
 def policy_of(files: NodeFiles[IntermediateConfig]) -> Policy:
-    """The policy that an intermediate's files hold."""
+    """The plain policy that an intermediate's file holds."""
     return Policy.of(files.credentials.identity.trust_domain, files.config.policy)
+
+
+def apply_policy(
+    intermediate: Intermediate, nursery: trio.Nursery, files: NodeFiles[IntermediateConfig]
+) -> None:
+    """Decide by the policy that the files hold. Raises RemoteProtocolError for a signed one that is
+    not good, such as one that is older than that in force, and changes nothing."""
+    if files.policy is None or files.policy_keys is None:
+        intermediate.policy = None
+        intermediate.registry.policy = policy_of(files)
+        return
+    if intermediate.policy is not None:
+        intermediate.policy.take_untrusted(files.policy, files.policy_keys)
+        return
+    policy = SignedPolicy(files.credentials.identity.trust_domain, files.policy_keys)
+    policy.take_untrusted(files.policy)
+    policy.subscribe(functools.partial(judge_all, intermediate))
+    nursery.start_soon(policy.run)
+    intermediate.policy = intermediate.registry.policy = policy
+
+
+def judge_all(intermediate: Intermediate) -> None:
+    """Another policy is in force, or none any more: tell all clients, and judge their services."""
+    for served in list(intermediate.served.values()):
+        send_policy(intermediate, served)
+        _judge_services(intermediate, served)
 
 
 def apply_files(
     intermediate: Intermediate,
     endpoint: Endpoint,
+    nursery: trio.Nursery,
     old: NodeFiles[IntermediateConfig],
     new: NodeFiles[IntermediateConfig],
 ) -> None:
     """Bring what a reload has read into force, for all who are connected and all who come."""
+    apply_policy(intermediate, nursery, new)
     warn_of_restart(old.config, new.config, RELOADED)
     endpoint.credentials = new.credentials
     intermediate.denied_serials = new.denied_serials
-    intermediate.registry.policy = policy_of(new)
     now = datetime.datetime.now(datetime.UTC)
     for served in list(intermediate.served.values()):
         try:
@@ -57,6 +87,7 @@ def apply_files(
         except PeerRefusedError as error:
             _expel(intermediate, served, str(error))
         else:
+            send_policy(intermediate, served)
             _judge_services(intermediate, served)
 
 

@@ -14,11 +14,14 @@ import structlog
 import trio
 
 from ztna.config.deny_list import read_deny_list
-from ztna.config.model import AnyConfig
+from ztna.config.model import AgentConfig, AnyConfig, ConnectorConfig, IntermediateConfig
 from ztna.core.identity import Role
-from ztna.errors import ConfigError, IdentityError, ZtnaError
+from ztna.core.policy_document import SignedDocument
+from ztna.errors import ConfigError, IdentityError, RemoteProtocolError, ZtnaError
 from ztna.pki import Credentials, load_credentials
+from ztna.policy_key import PolicyKeys, read_policy_keys, read_signed_policy
 from ztna.roles.renewal import Renewal
+from ztna.roles.signed_policy import FILE_NAME, PolicyFile, SignedPolicy
 
 log = structlog.get_logger(__name__)
 
@@ -27,11 +30,16 @@ C = TypeVar("C", bound=AnyConfig)
 
 @attrs.frozen(eq=False)
 class NodeFiles(Generic[C]):
-    """What a role runs by. denied_serials: certificates that are refused although valid."""
+    """What a role runs by. denied_serials: certificates that are refused although valid.
+
+    policy_keys: pinned here, if any are. policy: what an intermediate distributes and decides by.
+    """
 
     config: C
     credentials: Credentials
     denied_serials: frozenset[int] = frozenset()
+    policy_keys: PolicyKeys | None = None
+    policy: SignedDocument | None = None
 
 
 ReadFiles = Callable[[], Awaitable[NodeFiles[C]]]
@@ -41,11 +49,30 @@ ReadFiles = Callable[[], Awaitable[NodeFiles[C]]]
 def read_files(config: C, role: Role) -> NodeFiles[C]:
     """The files that a configuration names. Raises ConfigError or IdentityError."""
     files = config.identity
+    credentials = load_credentials(files.cert, files.key, files.ca, role=role)
+    keys = None if config.policy_key is None else read_policy_keys(config.policy_key)
+    policy = None
+    if isinstance(config, IntermediateConfig) and config.policy_file is not None and keys:
+        policy = read_signed_policy(config.policy_file)
+        try:
+            SignedPolicy(credentials.identity.trust_domain, keys).judge_untrusted(policy)
+        except RemoteProtocolError as error:
+            raise IdentityError(f"{config.policy_file}: {error}") from error
     return NodeFiles(
         config,
-        load_credentials(files.cert, files.key, files.ca, role=role),
+        credentials,
         frozenset() if config.deny_list is None else read_deny_list(config.deny_list),
+        keys,
+        policy,
     )
+
+
+def load_policy(files: NodeFiles[AgentConfig] | NodeFiles[ConnectorConfig]) -> SignedPolicy | None:
+    """A client's signed policy, with the document of before; None if no policy key is pinned."""
+    if files.policy_keys is None:
+        return None
+    store = PolicyFile(files.config.state_dir / FILE_NAME)
+    return SignedPolicy.load(files.credentials.identity.trust_domain, files.policy_keys, store)
 
 
 def reader(read_config: Callable[[], C], role: Role) -> ReadFiles[C]:

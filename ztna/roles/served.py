@@ -6,11 +6,13 @@ import attrs
 
 from ztna.core.identity import Identity
 from ztna.core.limits import TokenBucket
-from ztna.core.messages import ServiceMap, ServiceNumber, encode_message
+from ztna.core.messages import Policy, ServiceMap, ServiceNumber, encode_message
+from ztna.core.policy_document import SignedDocument
 from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
 from ztna.net.session import Session
 from ztna.roles.address_book import AddressBook
+from ztna.roles.signed_policy import SignedPolicy
 
 # Our choices, for one session. A client says Hello, asks for its services (256 at most, and again
 # four times while 0x12 gets lost) and withdraws some at a reload: rarely a frame a minute.
@@ -35,12 +37,14 @@ class Served:
 
     refused: reasons, by service, that wait for the client's Hello: a 0x10 often overtakes it.
     unauthorised: services that the policy refused, to be judged again when it changes.
+    policy_sent: the signed policy that it was told last.
     """
 
     client: Client
     session: Session
     refused: dict[str, str] = attrs.Factory(dict)
     unauthorised: set[str] = attrs.Factory(set)
+    policy_sent: SignedDocument | None = None
     malformed: int = 0
     answered: int = 0
     dialogue_dropped: int = 0
@@ -51,7 +55,10 @@ class Served:
 
 @attrs.define
 class Intermediate:
-    """What all clients share. denied_serials: certificates that are refused although valid."""
+    """What all clients share. denied_serials: certificates that are refused although valid.
+
+    policy: the signed one, by which the registry then decides; None if the file has a plain one.
+    """
 
     registry: Registry
     relay: Relay
@@ -59,6 +66,7 @@ class Intermediate:
     served: dict[int, Served] = attrs.Factory(dict)
     next_key: int = 0
     denied_serials: frozenset[int] = frozenset()
+    policy: SignedPolicy | None = None
     refused_arrivals: int = 0
     _arrivals: OrderedDict[Identity, TokenBucket] = attrs.Factory(OrderedDict)
 
@@ -99,3 +107,11 @@ def send_service_map(served: Served) -> None:
     )
     entries = tuple(ServiceNumber(number, service_id) for service_id, number in numbers.items())
     served.session.send_control(encode_message(ServiceMap(entries)))
+
+
+def send_policy(intermediate: Intermediate, served: Served) -> None:
+    """Tell a client that said Hello the signed policy, if it does not know this one."""
+    signed = None if intermediate.policy is None else intermediate.policy.signed
+    if signed is not None and signed != served.policy_sent and served.client.speaks_control:
+        served.policy_sent = signed
+        served.session.send_control(encode_message(Policy(*signed.to_base64())))

@@ -110,7 +110,7 @@ class SignedPolicy:
         signed = store.load()
         if signed is not None:
             try:
-                document = policy._open_untrusted(signed)
+                document = policy._open_untrusted(signed, keys)
             except RemoteProtocolError as error:
                 log.warning("the policy of before is not used", error=str(error))
             else:
@@ -151,21 +151,31 @@ class SignedPolicy:
             if self._log_lines.take(trio.current_time()):
                 log.warning("signed policy refused", reason=str(error))
 
-    def take_untrusted(self, signed: SignedDocument) -> bool:
-        """Bring a document into force; False if it is so already. Raises RemoteProtocolError for
-        one that is not good, and changes nothing."""
+    def take_untrusted(self, signed: SignedDocument, keys: PolicyKeys | None = None) -> bool:
+        """Bring a document into force, and pin these keys if there are any; False if it is in
+        force already. Raises RemoteProtocolError for one that is not good, and changes nothing."""
+        document = self.judge_untrusted(signed, keys)
+        self.keys = keys or self.keys
         if signed == self.signed:
             return False
-        document = self._open_untrusted(signed)
+        self.signed, self.document = signed, document
+        log.info("signed policy in force", serial=document.serial, until=str(document.expires))
+        self._notify()
+        return True
+
+    def judge_untrusted(
+        self, signed: SignedDocument, keys: PolicyKeys | None = None
+    ) -> PolicyDocument:
+        """Whether `take_untrusted` would take it. Raises RemoteProtocolError."""
+        document = self._open_untrusted(signed, keys or self.keys)
+        if signed == self.signed:
+            return document
         if document.expires <= self.clock():
             raise PolicyRefusedError("expired", _expired(document))
         if self.document is not None and document.serial <= self.document.serial:
             words = f"serial {document.serial} is not newer than {self.document.serial}, in force"
             raise PolicyRefusedError("older", words)
-        self.signed, self.document = signed, document
-        log.info("signed policy in force", serial=document.serial, until=str(document.expires))
-        self._notify()
-        return True
+        return document
 
     def set_keys(self, keys: PolicyKeys) -> None:
         """Pin other keys. A document that none of them has signed is no longer in force."""
@@ -173,7 +183,7 @@ class SignedPolicy:
         if self.signed is None:
             return
         try:
-            self._open_untrusted(self.signed)
+            self._open_untrusted(self.signed, keys)
         except RemoteProtocolError as error:
             log.warning("signed policy no longer in force", reason=str(error))
             self.signed = self.document = None
@@ -209,9 +219,9 @@ class SignedPolicy:
         serial = 0 if self.document is None else self.document.serial
         return {"serial": serial, **{f"refused_{k}": v for k, v in self.refused.items()}}
 
-    def _open_untrusted(self, signed: SignedDocument) -> PolicyDocument:
+    def _open_untrusted(self, signed: SignedDocument, keys: PolicyKeys) -> PolicyDocument:
         try:
-            document = self.keys.open_untrusted(signed)
+            document = keys.open_untrusted(signed)
         except NotSignedError as error:
             raise PolicyRefusedError("signature", str(error)) from error
         if document.trust_domain != self.trust_domain:
