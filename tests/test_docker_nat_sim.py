@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from ztna.nat.spec import NAMES, GatewayKind, parse_nat
 
@@ -78,7 +79,6 @@ def test_addresses_of_the_compose_file() -> None:
 
 
 def test_compose_file_is_valid_yaml() -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     loaded = yaml.safe_load(COMPOSE)
     assert set(loaded["services"]) == set(ADDRESSES)
     for name, service in loaded["services"].items():
