@@ -36,6 +36,11 @@ class AnswerWatch:
         return self.suspect is not before
 
     @property
+    def acknowledged(self) -> int:
+        """What was reported last."""
+        return self._acknowledged
+
+    @property
     def waiting(self) -> bool:
         """Whether something has no answer yet."""
         return self._since != math.inf

@@ -14,6 +14,7 @@ import attrs
 import cattrs
 from cattrs.errors import BaseValidationError
 
+from ztna.core.ice.messages import IceMessage
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_FRAME = 65_536
@@ -112,7 +113,17 @@ class ProtocolError:
 _ENTRY_OVERHEAD = len('{"number":65535,"id":},')
 MAX_MAP_SIZE = MAX_FRAME - len('{"type":"ServiceMap","services":[]}')
 
-Message = Hello | Accepted | ServiceMap | Denied | Policy | Withdraw | Goodbye | ProtocolError
+Message = (
+    Hello
+    | Accepted
+    | ServiceMap
+    | Denied
+    | Policy
+    | Withdraw
+    | Goodbye
+    | ProtocolError
+    | IceMessage
+)
 
 _TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in get_args(Message)}
 
