@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives import serialization
 
 from ztna import authority
 from ztna.core import messages, wire
+from ztna.core.ice import messages as ice
 from ztna.core.identity import Identity, Role
 from ztna.core.offload import slice_super_packet
 from ztna.core.packet import icmp
@@ -123,6 +124,23 @@ SERVICE_MESSAGES = [
     )
 ]
 OBSERVED = [wire.encode_observed_address(address) for address in (CLIENT, ("2001:db8::1", 5000))]
+_ICE = (
+    1,
+    "peer",
+    "0123456789012345678901",
+    (
+        ice.CandidateEntry("host", "10.0.0.2", 4434, 2_130_706_175, "1"),
+        ice.CandidateEntry("srflx", "203.0.113.9", 4434, 1_694_498_559, "2"),
+    ),
+    ice.NatEntry("NAT", ("APDM",), ("APDF",), "SEQUENTIAL", 1, 40_000),
+    ("predict", "birthday"),
+)
+ICE_MESSAGES: list[ice.IceMessage] = [
+    ice.CandidateOffer(*_ICE),
+    ice.CandidateAnswer(*_ICE),
+    ice.StartPunching(1),
+    ice.PunchingResult(1, "failed", "no", (ice.PairEntry("host", "10.0.0.2:1", "failed", "no"),)),
+]
 CONTROL = [
     messages.encode_message(message)
     for message in (
@@ -142,6 +160,7 @@ CONTROL = [
         messages.Withdraw(("web", "db")),
         messages.Goodbye("leaving", 3.5),
         messages.ProtocolError("no"),
+        *ICE_MESSAGES,
     )
 ]
 ATTRIBUTES = (

@@ -32,6 +32,7 @@ from scripts.fuzzing.examples import (
     initial,
     turned,
 )
+from scripts.fuzzing.ice import ice_checks, ice_messages
 from scripts.fuzzing.tables import Parser, make_flows, make_outbound, make_routes, relay_maker
 from ztna import authority
 from ztna.core import messages, wire
@@ -361,6 +362,8 @@ TARGETS: Mapping[str, Target] = {
     "nat-probe": Target(_prober, STUN),
     "mtu-probe": Target(_mtu_prober, STUN),
     "stream": Target(lambda: _stream, STREAMS),
+    "ice-checks": Target(ice_checks, STUN, renew_after=2000),
+    "ice-messages": Target(ice_messages, [c[4:] for c in CONTROL]),
     "socks": Target(lambda: _socks, SOCKS),
     "vnet": Target(lambda: parse_vnet_header_untrusted, VNET),
     "policy": Target(lambda: policies.parse_policy, policies.DOCUMENTS),

@@ -7,6 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ztna.core.ice.messages import (
+    MAX_PAIRS_TOLD,
+    CandidateAnswer,
+    CandidateEntry,
+    CandidateOffer,
+    NatEntry,
+    PairEntry,
+    PunchingResult,
+    StartPunching,
+)
 from ztna.core.messages import (
     MAX_FRAME,
     MAX_MAP_SIZE,
@@ -26,6 +36,29 @@ from ztna.core.messages import (
 )
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 
+ICE_FIELDS: dict[str, object] = {
+    "generation": 1,
+    "ufrag": "aB3+",
+    "password": "0123456789012345678901",
+    "candidates": [
+        {
+            "kind": "srflx",
+            "host": "203.0.113.7",
+            "port": 4434,
+            "priority": 1_694_498_815,
+            "foundation": "ab12",
+        }
+    ],
+    "nat": {
+        "presence": "NAT",
+        "mapping": ["EIM", "ADM"],
+        "filtering": ["APDF"],
+        "allocation": "SEQUENTIAL",
+        "step": 2,
+        "last_port": 40_000,
+    },
+    "features": ["predict"],
+}
 MESSAGES: list[tuple[Message, dict[str, object]]] = [
     (
         Hello((1,), ("short", "slice"), "agent", 1170),
@@ -58,6 +91,40 @@ MESSAGES: list[tuple[Message, dict[str, object]]] = [
     (Denied("web", "no rule"), {"service": "web", "reason": "no rule"}),
     (Goodbye("replaced", 30.0), {"reason": "replaced", "wait": 30.0}),
     (ProtocolError("a second Hello"), {"reason": "a second Hello"}),
+    (
+        CandidateOffer(
+            1,
+            "aB3+",
+            "0123456789012345678901",
+            (CandidateEntry("srflx", "203.0.113.7", 4434, 1_694_498_815, "ab12"),),
+            NatEntry("NAT", ("EIM", "ADM"), ("APDF",), "SEQUENTIAL", 2, 40_000),
+            ("predict",),
+        ),
+        ICE_FIELDS,
+    ),
+    (
+        CandidateAnswer(
+            1,
+            "aB3+",
+            "0123456789012345678901",
+            (CandidateEntry("srflx", "203.0.113.7", 4434, 1_694_498_815, "ab12"),),
+            NatEntry("NAT", ("EIM", "ADM"), ("APDF",), "SEQUENTIAL", 2, 40_000),
+            ("predict",),
+        ),
+        ICE_FIELDS,
+    ),
+    (StartPunching(7), {"generation": 7}),
+    (
+        PunchingResult(7, "failed", "why", (PairEntry("host", "192.0.2.1:4434", "failed", "no"),)),
+        {
+            "generation": 7,
+            "outcome": "failed",
+            "reason": "why",
+            "pairs": [
+                {"kind": "host", "remote": "192.0.2.1:4434", "state": "failed", "reason": "no"}
+            ],
+        },
+    ),
 ]
 EACH = pytest.mark.parametrize(
     ("message", "fields"), MESSAGES, ids=[type(message).__name__ for message, _ in MESSAGES]
@@ -123,6 +190,64 @@ def test_unknown_fields_are_ignored(message: Message, fields: dict[str, object])
 def test_defaults() -> None:
     assert parse({"type": "Goodbye", "reason": "shutdown"}) == Goodbye("shutdown", 0.0)
     assert parse({"type": "Goodbye", "reason": "shutdown", "wait": 3}) == Goodbye("shutdown", 3.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generation": 0},
+        {"generation": 2**31},
+        {"ufrag": "abc"},
+        {"ufrag": "abc:"},
+        {"ufrag": "a" * 33},
+        {"password": "a" * 21},
+        {"password": "a" * 65},
+        {"candidates": ICE_FIELDS["candidates"] * 17},  # type: ignore[operator]
+        {"features": ["x"] * 17},
+    ]
+    + [
+        {"candidates": [{**ICE_FIELDS["candidates"][0], **wrong}]}  # type: ignore[index]
+        for wrong in (
+            {"port": 0},
+            {"port": 65_536},
+            {"priority": 0},
+            {"priority": 2**31},
+            {"foundation": ""},
+            {"foundation": "x y"},
+            {"host": "1" * 46},
+            {"kind": "k" * 17},
+        )
+    ]
+    + [
+        {"nat": {**ICE_FIELDS["nat"], **wrong}}  # type: ignore[dict-item]
+        for wrong in (
+            {"presence": "PRESENT"},
+            {"mapping": ["EIF"]},
+            {"mapping": ["EIM"] * 4},
+            {"filtering": ["EIM"]},
+            {"allocation": "odd"},
+            {"step": 65},
+            {"last_port": 65_536},
+        )
+    ],
+)
+def test_what_an_offer_may_hold(changes: dict[str, object]) -> None:
+    with pytest.raises(RemoteProtocolError, match="malformed CandidateOffer"):
+        parse({"type": "CandidateOffer", **ICE_FIELDS, **changes})
+
+
+def test_a_result_tells_a_bounded_number_of_pairs() -> None:
+    pair = PairEntry("host", "[2001:db8::1]:65535", "failed", "x" * 300)
+    result = PunchingResult(1, "failed", "x" * 300, (pair,) * MAX_PAIRS_TOLD)
+    body = json.loads(encode_message(result)[4:])
+    assert parse(body) == result
+    body["pairs"].append(body["pairs"][0])
+    with pytest.raises(RemoteProtocolError):
+        parse(body)
+
+
+def test_passwords_are_not_shown() -> None:
+    assert "0123456789" not in repr(MESSAGES[-4][0]) + repr(MESSAGES[-3][0])
 
 
 @pytest.mark.parametrize("number", [0, -1, 65536, 10**30])
