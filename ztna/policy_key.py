@@ -6,6 +6,7 @@ pinned, opens what is signed. docs/protocol.md section 7 has the bytes.
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -51,12 +52,14 @@ class PolicyKeys:
     def open_untrusted(self, signed: SignedDocument) -> PolicyDocument:
         """The document, if one of these keys has signed it. Raises RemoteProtocolError; nothing of
         the document is read before its signature is found good."""
+        self.verify(signed)
+        return parse_policy_untrusted(signed.document)
+
+    def verify(self, signed: SignedDocument) -> None:
+        """Raises NotSignedError if none of these keys has signed it."""
         for key in self.keys:
-            try:
-                key.verify(signed.signature, PREFIX + signed.document)
-            except InvalidSignature:
-                continue
-            return parse_policy_untrusted(signed.document)
+            with suppress(InvalidSignature):
+                return key.verify(signed.signature, PREFIX + signed.document)
         raise NotSignedError("it is not signed by the policy key that is pinned here")
 
 

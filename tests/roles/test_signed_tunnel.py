@@ -18,6 +18,7 @@ from tests.roles.signed import (
     OTHER_KEY,
     PHONE,
     SERVICES,
+    WEB_BACKEND,
     make_policy,
     signed,
     start_all,
@@ -106,6 +107,31 @@ async def test_connector_that_may_no_longer_provide(autojump_clock: MockClock) -
             push(world, signed(3, PHONE, HOME))
             await trio.sleep(1)
             assert phone.silence < 0.2
+
+
+async def test_connection_ends_at_the_application_with_the_connectors_right(
+    autojump_clock: MockClock,
+) -> None:
+    ended = trio.Event()
+
+    async def serve(stream: trio.abc.HalfCloseableStream) -> None:
+        try:
+            while data := await stream.receive_some():
+                await stream.send_all(data)
+        finally:
+            ended.set()
+
+    async with open_world([]) as world:
+        _, phone = await start_all(world, FIRST)
+        world.dialer.streams[WEB_BACKEND] = serve
+        async with UserHost.open(phone) as user:
+            with trio.fail_after(30):
+                connection = await user.connect(WEB_IP)
+                await connection.send_all(b"hello")
+                assert await connection.receive_exactly(5) == b"hello"
+            push(world, signed(2, PHONE, {**HOME, "provides": ["echo"]}))
+            with trio.fail_after(1):
+                await ended.wait()
 
 
 async def test_service_that_moves_to_another_address(autojump_clock: MockClock) -> None:

@@ -103,6 +103,7 @@ def verbose_option(command: F) -> F:
         "lab": "ztna.cli.lab:lab",
         "nat-probe": "ztna.cli.nat_probe:nat_probe",
         "pki": "ztna.cli.pki:pki",
+        "policy": "ztna.cli.policy:policy",
     },
     context_settings={"help_option_names": ["-h", "--help"]},
 )
