@@ -45,13 +45,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 def test_flood(scene: Scene, number: int) -> None:
     report = measure(scene.site, scene.floods[number], SECONDS)
     assert report.sent > 1000
-    # The flood and the roles share two cores: slow is fair, broken is not.
+    # The flood and the roles share two cores: slow is fair, broken or lost is not.
     assert report.downloads >= 1
-    assert report.broken == 0, show(report)
+    assert (report.broken, report.ping_lost, report.registrations) == (0, 0, 0), show(report)
     if report.ratio is not None:
         assert report.ratio <= 3
     assert max(report.growth.values()) < MAX_GROWTH
     # And afterwards all is as before.
     after = measure(scene.site, None, 2)
-    assert (after.broken, after.registrations) == (0, 0)
-    assert after.ping_lost <= 1
+    assert (after.broken, after.ping_lost, after.registrations) == (0, 0, 0), show(after)

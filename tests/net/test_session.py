@@ -10,6 +10,7 @@ from ztna.core.ports import UdpBatch
 from ztna.nat.link import LinkSpec, WireBatch
 from ztna.net.batches import batches_of
 from ztna.net.closing import CloseCode
+from ztna.net.keyed_ids import OUR_IDS, Given
 from ztna.net.session import Session
 
 A, B = ("10.0.0.1", 1), ("10.0.0.2", 2)
@@ -128,6 +129,27 @@ async def test_both_sides_change_connection_ids(autojump_clock: MockClock) -> No
                     assert await receiver.receive_datagrams() == [bytes([number])]
                 await trio.sleep(1)
         assert pair.server.statistics()["connection_ids"] == ids
+        assert pair.server.statistics()["drop_unknown_connection"] == 0
+
+
+async def test_only_peers_have_ids_of_peers(autojump_clock: MockClock) -> None:
+    async with open_pair() as pair:
+        client = pair.connect()
+        shown = client._connection
+        assert OUR_IDS.given(shown.host_cid) is Given.TO_PEERS
+        with trio.fail_after(5):
+            await client.wait_verified()
+        assert OUR_IDS.given(shown._peer_cid.cid) is Given.TO_ANYBODY
+        first = shown._peer_cid.cid
+        server = await pair.accepted.receive()
+        await trio.sleep(1)
+        assert OUR_IDS.given(shown._peer_cid.cid) is Given.TO_PEERS
+        assert {OUR_IDS.given(each.cid) for each in shown._peer_cid_available} == {Given.TO_PEERS}
+        # What was sealed before the client was told to use another id may come late.
+        shown._peer_cid.cid = first
+        client.send_datagrams([b"late"])
+        with trio.fail_after(1):
+            assert await server.receive_datagrams() == [b"late"]
         assert pair.server.statistics()["drop_unknown_connection"] == 0
 
 

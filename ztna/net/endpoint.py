@@ -20,10 +20,10 @@ from ztna.core.addresses import format_address
 from ztna.core.identity import Role
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
+from ztna.net.aioquic_private.connection_ids import random_token
 from ztna.net.aioquic_private.mutual_tls import (
     client_connection,
     nothing_denied,
-    random_token,
     server_connection,
     utc_now,
 )

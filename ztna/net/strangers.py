@@ -4,7 +4,6 @@ Version Negotiation (RFC 9000 section 6), Retry (section 8.1.2) and stateless re
 all without memory of the stranger, and none larger than what it sent.
 """
 
-import secrets
 from collections.abc import Callable, Set
 
 import attrs
@@ -16,7 +15,8 @@ from ztna.core.identity import Role
 from ztna.core.limits import SourceLimiter, TokenBucket
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import RemoteProtocolError
-from ztna.net.demux import CONNECTION_ID_LENGTH, QUIC_VERSION_1, LongHeader, initial_token_untrusted
+from ztna.net.demux import QUIC_VERSION_1, LongHeader, initial_token_untrusted
+from ztna.net.keyed_ids import OUR_IDS, Given
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import SMALLEST, ResetKey
@@ -110,7 +110,7 @@ class Doorkeeper:
 
     def retry(self, header: LongHeader, address: Address, now: float) -> UdpBatch:
         """The client comes again, with a token that only its address can have received."""
-        source_cid = secrets.token_bytes(CONNECTION_ID_LENGTH)
+        source_cid = OUR_IDS.make(Given.TO_ANYBODY)
         token = self._tokens.create_token(
             address=address,
             original_destination_connection_id=header.destination_cid,

@@ -1,11 +1,11 @@
 """A UDP socket as a `UdpPort`: batches in, batches out, with the kernel's GRO and GSO.
 
-The packet's way in: `wait_readable`, then up to `_RECEIVE_CALLS` of `recvmsg_into` a buffer of
-64 KiB; with UDP_GRO the kernel has joined datagrams of one sender and size and says their size in
-a control message. What it did not join (no GRO, or a sender without GSO) `join_batches` joins, so
-that the layers above work per batch all the same. The way out: `split_batch` cuts a batch into
-what one `sendmsg` with UDP_SEGMENT takes; a kernel or path that refuses gets the segments one by
-one.
+The packet's way in: `net.udp_inlets` waits, then calls `recvmsg_into` a buffer of 64 KiB up to 16
+times for each socket; with UDP_GRO the kernel has joined datagrams of one sender and size and says
+their size in a control message. What it did not join (no GRO, or a sender without GSO)
+`join_batches` joins, so that the layers above work per batch all the same. The way out:
+`split_batch` cuts a batch into what one `sendmsg` with UDP_SEGMENT takes; a kernel or path that
+refuses gets the segments one by one.
 """
 
 import errno
@@ -14,8 +14,10 @@ import math
 import os
 import socket
 import struct
+import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import Self
 
 import attrs
@@ -25,13 +27,17 @@ import trio
 from ztna.core.ports import Address, Buffer, UdpBatch
 from ztna.errors import SystemSetupError
 from ztna.net.batches import join_batches, split_batch
+from ztna.net.keyed_ids import IdKeys
+from ztna.net.udp_classes import Class, drop_rubbish, sort_group
+from ztna.net.udp_inlets import Allowance, ControlMessage, Inlet, Inlets
 from ztna.net.udp_socket import (
-    IP_PKTINFO,
-    IPV6_PKTINFO,
+    BUFFER_SIZE,
+    STRANGERS_BUFFER_SIZE,
     UDP_GRO,
     UDP_SEGMENT,
     bind_failure,
-    grow_buffers,
+    grow_receive_buffer,
+    grow_send_buffer,
     has_option,
     set_df,
     tell_where_packets_arrive,
@@ -39,11 +45,6 @@ from ztna.net.udp_socket import (
 
 log = structlog.get_logger()
 
-_RECEIVE_SIZE = 65_536
-# Our choice: bounds the time that one port holds the loop, about 1 ms at full buffers.
-_RECEIVE_CALLS = 16
-# GRO's segment size, and the larger of the two packet information structures.
-_CONTROL_SPACE = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
 # Our choice: peers whose datagrams came to an address of ours that is worth remembering.
 _MAX_LOCAL_ADDRESSES = 32_768
 
@@ -65,14 +66,16 @@ _SEND_DROPS = {
 }
 
 
-_ControlMessage = tuple[int, int, bytes]
-
-
-def _answer_from(level: int, value: bytes) -> bytes:
-    """Packet information as received -> the same for sending: source address, any interface."""
-    if level == socket.IPPROTO_IPV6:
-        return value[:16] + bytes(4)  # struct in6_pktinfo
-    return bytes(4) + value[8:12] + bytes(4)  # struct in_pktinfo: the header's destination
+_COUNTERS = (
+    "received_packets",
+    "received_bytes",
+    "receive_calls",
+    "receive_errors",
+    "sent_packets",
+    "sent_bytes",
+    "send_calls",
+    *_SEND_DROPS.values(),
+)
 
 
 class _SocketFullError(Exception):
@@ -94,65 +97,29 @@ class SocketUdpPort:
     local_address: Address
     gro: bool
     gso: bool
-    _local_addresses: dict[Address, _ControlMessage] = attrs.field(factory=dict, repr=False)
+    _local_addresses: dict[Address, ControlMessage] = attrs.field(factory=dict, repr=False)
     _writing: trio.Lock = attrs.field(factory=trio.Lock, repr=False)
-    _buffer: bytearray = attrs.field(factory=lambda: bytearray(_RECEIVE_SIZE), repr=False)
-    _counters: dict[str, int] = attrs.field(
-        factory=lambda: dict.fromkeys(
-            (
-                "received_packets",
-                "received_bytes",
-                "receive_calls",
-                "receive_errors",
-                "sent_packets",
-                "sent_bytes",
-                "send_calls",
-                *_SEND_DROPS.values(),
-            ),
-            0,
-        ),
-        repr=False,
+    _classes: Mapping[Class, socket.socket] = attrs.field(factory=dict, repr=False)
+    _inlets: Inlets = attrs.field(init=False, repr=False)
+    _counters: Counter[str] = attrs.field(
+        factory=lambda: Counter(dict.fromkeys(_COUNTERS, 0)), repr=False
     )
+
+    def __attrs_post_init__(self) -> None:
+        inlets = [Inlet("socket", self._socket)]
+        if self._classes:
+            inlets = [
+                Inlet("sessions", self._classes[Class.SESSIONS]),
+                Inlet("relayed", self._classes[Class.RELAYED]),
+                Inlet("greeted", self._classes[Class.GREETED], Allowance()),
+                Inlet("strangers", self._classes[Class.STRANGERS], Allowance()),
+            ]
+        self._inlets = Inlets(inlets, self._remember, self._counters)
 
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one datagram; return all that are there, up to a cap, as batches."""
-        while True:
-            if self._socket.fileno() < 0:
-                raise trio.ClosedResourceError("this UDP port was closed")
-            await trio.lowlevel.wait_readable(self._socket)
-            if batches := self._receive_nowait():
-                return join_batches(batches) if len(batches) > 1 else batches
-
-    def _receive_nowait(self) -> list[UdpBatch]:
-        batches: list[UdpBatch] = []
-        counters, buffer = self._counters, self._buffer
-        for _ in range(_RECEIVE_CALLS):
-            try:
-                size, control, _flags, source = self._socket.recvmsg_into([buffer], _CONTROL_SPACE)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno == errno.EBADF:
-                    raise trio.ClosedResourceError("this UDP port was closed") from None
-                # An ICMP error that the kernel reports on the socket, such as ECONNREFUSED.
-                counters["receive_errors"] += 1
-                continue
-            counters["receive_calls"] += 1
-            if size == 0:
-                continue
-            segment, arrived_at = size, None
-            for level, kind, value in control:
-                if level == socket.IPPROTO_UDP and kind == UDP_GRO:
-                    segment = struct.unpack("i", value)[0] or size
-                elif kind in (IP_PKTINFO, IPV6_PKTINFO):
-                    arrived_at = (level, kind, _answer_from(level, value))
-            counters["received_packets"] += math.ceil(size / segment)
-            counters["received_bytes"] += size
-            host, port = source[0].partition("%")[0], source[1]
-            if arrived_at is not None:
-                self._remember((host, port), arrived_at)
-            batches.append(UdpBatch(bytes(memoryview(buffer)[:size]), segment, (host, port)))
-        return batches
+        batches = await self._inlets.receive()
+        return join_batches(batches) if len(batches) > 1 else batches
 
     async def send(self, batches: Sequence[UdpBatch]) -> None:
         """Send all; wait while the socket's buffer is full. What the network refuses is counted."""
@@ -179,7 +146,7 @@ class SocketUdpPort:
                 return [attrs.evolve(batch, data=left), *batches[number + 1 :]]
         return ()
 
-    def _remember(self, address: Address, local: _ControlMessage) -> None:
+    def _remember(self, address: Address, local: ControlMessage) -> None:
         """Answers leave from the address that was asked: a host with several would else choose
         by its routes, and neither the peer nor a NAT on the way would take the answer."""
         known = self._local_addresses
@@ -197,13 +164,13 @@ class SocketUdpPort:
     def making_room(self, newcomer: socket.socket) -> Iterator[None]:
         """Let a socket be bound to our port on one address, which takes that address from us. The
         kernel asks both sockets at that moment only; later nobody else can take a part of it."""
-        both = (self._socket, newcomer)
+        all_of_them = {self._socket, *self._classes.values(), newcomer}
         try:
-            for sock in both:
+            for sock in all_of_them:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             yield
         finally:
-            for sock in both:
+            for sock in all_of_them:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def _send_piece(self, piece: Buffer, segment: int, address: Address) -> None:
@@ -268,18 +235,22 @@ class SocketUdpPort:
 
     def close(self) -> None:
         """Close the socket; who waits on it gets `trio.ClosedResourceError`."""
-        if self._socket.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
+        self._inlets.close()
 
     def statistics(self) -> Mapping[str, int]:
         """Counters: packets, bytes, system calls, drops by reason."""
-        return {**self._counters, "gro": int(self.gro), "gso": int(self.gso)}
+        offloads = {"gro": int(self.gro), "gso": int(self.gso)}
+        return {**self._counters, **self._inlets.statistics(), **offloads}
 
 
 @asynccontextmanager
 async def open_udp_port(
-    host: str, port: int, *, server: bool = False, beside: SocketUdpPort | None = None
+    host: str,
+    port: int,
+    *,
+    server: bool = False,
+    beside: SocketUdpPort | None = None,
+    sorted_by: IdKeys | None = None,
 ) -> AsyncGenerator[SocketUdpPort, None]:
     """A UDP socket bound to host (an IP address) and port (0: any free one).
 
@@ -287,6 +258,8 @@ async def open_udp_port(
     several. A client lets the kernel choose, so that it may roam. beside: a server's port on all
     addresses. One of the same number makes room for this one, on a single address; with another
     number, on all addresses too, its peers are answered from the address that they have asked.
+    sorted_by: what this port's connection ids are made with; then strangers cannot push out what
+    comes for sessions (`net.udp_classes`), where the kernel can do that.
 
     Raises SystemSetupError, with what to do, when it cannot be bound.
     """
@@ -297,27 +270,32 @@ async def open_udp_port(
             f"cannot listen on {host!r}: it must be an IP address of this machine, "
             f"0.0.0.0 or :: for all of them"
         ) from None
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    with ExitStack() as stack:
+        sock = stack.enter_context(_new_socket(address))
         try:
             taken = beside is not None and beside.local_address[1] == port
             with beside.making_room(sock) if beside is not None and taken else nullcontext():
                 sock.bind((host, port))
         except (OSError, OverflowError) as error:
             raise SystemSetupError(bind_failure(host, port, error)) from error
-        grow_buffers(sock)
+        classes: dict[Class, socket.socket] = {}
+        if sorted_by is not None:
+            classes = _open_classes(stack, sock, address, sorted_by)
+        of_no_peers = classes.get(Class.STRANGERS), classes.get(Class.GREETED)
+        for each in {sock, *classes.values()}:
+            if server and address.is_unspecified:
+                tell_where_packets_arrive(each)
+            gro = has_option(each, UDP_GRO, 1)
+            grow_receive_buffer(each, STRANGERS_BUFFER_SIZE if each in of_no_peers else BUFFER_SIZE)
+        grow_send_buffer(sock, BUFFER_SIZE)
         set_df(sock)
-        if server and address.is_unspecified:
-            tell_where_packets_arrive(sock)
         bound = sock.getsockname()
         udp_port = SocketUdpPort(
             socket=sock,
             local_address=(bound[0].partition("%")[0], bound[1]),
-            gro=has_option(sock, UDP_GRO, 1),
+            gro=gro,
             gso=has_option(sock, UDP_SEGMENT, 0),
+            classes=classes,
         )
         if beside is not None and address.is_unspecified:
             udp_port.share_local_addresses(beside)
@@ -325,3 +303,43 @@ async def open_udp_port(
             yield udp_port
         finally:
             udp_port.close()
+
+
+def _new_socket(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> socket.socket:
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return sock
+
+
+def _open_classes(
+    stack: ExitStack,
+    first: socket.socket,
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+    ids: IdKeys,
+) -> dict[Class, socket.socket]:
+    """The other sockets of a group whose first is bound; none where this kernel cannot sort.
+
+    The first was bound alone: so another program of this user is told that the port is taken, and
+    only then it lets others in. Until the program is there, the kernel chooses by a hash of
+    addresses, and all are read.
+    """
+    if sys.platform != "linux":
+        return {}
+    with ExitStack() as attempt:
+        others = {each: attempt.enter_context(_new_socket(address)) for each in list(Class)[1:]}
+        try:
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            for sock in others.values():
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                sock.bind(first.getsockname())
+            sort_group(first, ids)
+            drop_rubbish(first)
+        except OSError as error:
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            log.info("udp_not_sorted", local=first.getsockname(), error=str(error))
+            return {}
+        stack.enter_context(attempt.pop_all())
+    return {Class.STRANGERS: first, **others}

@@ -29,7 +29,11 @@ _PMTUDISC_PROBE = 3
 IP_PKTINFO = 8
 _IPV6_RECVPKTINFO = 49
 IPV6_PKTINFO = 50
-_BUFFER_SIZE = 4 << 20
+
+BUFFER_SIZE = 4 << 20
+"""Our choice: 30 ms at 1 Gbit/s, what a busy loop needs to come back."""
+STRANGERS_BUFFER_SIZE = 1 << 20
+"""Our choice: first packets of 900 clients at once. More would only be older when it is read."""
 
 
 def source_address(destination: Address) -> str:
@@ -103,23 +107,32 @@ def tell_where_packets_arrive(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
 
 
-def grow_buffers(sock: socket.socket) -> None:
-    """Ask for 4 MiB each way: 30 ms at 1 Gbit/s, what a busy loop needs to come back."""
-    for force, plain, name in (
-        (_SO_RCVBUFFORCE, socket.SO_RCVBUF, "receive"),
-        (_SO_SNDBUFFORCE, socket.SO_SNDBUF, "send"),
-    ):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, force, _BUFFER_SIZE)
-        except OSError:
-            sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_SIZE)
-        # The kernel doubles what it is asked for (socket(7)).
-        size = sock.getsockopt(socket.SOL_SOCKET, plain) // 2
-        if size < _BUFFER_SIZE:
-            log.info(
-                "udp_buffer_small",
-                which=name,
-                size=size,
-                wanted=_BUFFER_SIZE,
-                help="raise net.core.rmem_max and net.core.wmem_max, or run as root",
-            )
+def grow_receive_buffer(sock: socket.socket, size: int) -> None:
+    """Ask for room for what comes."""
+    _grow(sock, "receive", size)
+
+
+def grow_send_buffer(sock: socket.socket, size: int) -> None:
+    """Ask for room for what goes out."""
+    _grow(sock, "send", size)
+
+
+def _grow(sock: socket.socket, which: str, wanted: int) -> None:
+    force, plain = {
+        "receive": (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
+        "send": (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
+    }[which]
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, force, wanted)
+    except OSError:
+        sock.setsockopt(socket.SOL_SOCKET, plain, wanted)
+    # The kernel doubles what it is asked for (socket(7)).
+    size = sock.getsockopt(socket.SOL_SOCKET, plain) // 2
+    if size < wanted:
+        log.info(
+            "udp_buffer_small",
+            which=which,
+            size=size,
+            wanted=wanted,
+            help="raise net.core.rmem_max and net.core.wmem_max, or run as root",
+        )

@@ -32,6 +32,7 @@ from ztna.core.ports import IpPacket, TunDevice, UdpPort
 from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
+from ztna.net.keyed_ids import OUR_IDS
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
@@ -83,7 +84,9 @@ async def run_agent_from_config(
         [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
     )
     async with AsyncExitStack() as stack:
-        port = await stack.enter_async_context(open_udp_port(any_address(server), 0))
+        port = await stack.enter_async_context(
+            open_udp_port(any_address(server), 0, sorted_by=OUR_IDS)
+        )
         tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
         log.info("tunnel interface open", name=tun.name, mtu=config.tun.mtu)
 
@@ -119,7 +122,7 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
     server = await resolve(config.intermediate.host, config.intermediate.port)
     routes = _routes(config.services)
     async with (
-        open_udp_port(any_address(server), 0) as port,
+        open_udp_port(any_address(server), 0, sorted_by=OUR_IDS) as port,
         open_local_ports(config, routes) as local,
     ):
         await run_agent(

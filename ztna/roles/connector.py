@@ -29,6 +29,7 @@ from ztna.core.tcp.sequence import initial_numbers
 from ztna.core.tcp.state import TcpConfig
 from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
+from ztna.net.keyed_ids import OUR_IDS
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
@@ -70,7 +71,7 @@ async def run_connector_from_config(
     server = await resolve(config.intermediate.host, config.intermediate.port)
     async with AsyncExitStack() as stack:
         port = await stack.enter_async_context(
-            open_udp_port(any_address(server), config.p2p.listen_port)
+            open_udp_port(any_address(server), config.p2p.listen_port, sorted_by=OUR_IDS)
         )
         await run_connector(
             config,

@@ -39,6 +39,7 @@ from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
+from ztna.net.keyed_ids import OUR_IDS
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey, load_reset_key
@@ -84,7 +85,7 @@ async def run_intermediate_from_config(
         )
         reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "reset.key")
         port = await stack.enter_async_context(
-            open_udp_port(str(config.bind), config.port, server=True)
+            open_udp_port(str(config.bind), config.port, server=True, sorted_by=OUR_IDS)
         )
         stun = await stack.enter_async_context(open_stun_responder(port, _stun_addresses(config)))
         await run_intermediate(

@@ -10,7 +10,6 @@ raises an alert that aioquic turns into a CONNECTION_CLOSE (RFC 9001 section 4.8
 
 import dataclasses
 import datetime
-import os
 import ssl
 from collections.abc import Callable, Iterable, Set
 
@@ -24,6 +23,12 @@ from cryptography import x509
 
 from ztna.core.identity import Role
 from ztna.errors import SystemSetupError
+from ztna.net.aioquic_private.connection_ids import (
+    CONNECTION_ID_NAMES,
+    KeyedConnection,
+    ResetToken,
+    random_token,
+)
 from ztna.net.tls import AlertKind, PeerRefusedError, PeerSide, VerifiedPeer, verify_peer
 from ztna.pki import MALFORMED, Credentials, certificate_pem
 
@@ -58,6 +63,7 @@ _CONNECTION_NAMES = (
     "_remote_max_datagram_frame_size",
     "_state",
     "_streams",
+    *CONNECTION_ID_NAMES,
 )
 
 
@@ -100,7 +106,6 @@ MAX_REASON = 200
 
 Clock = Callable[[], datetime.datetime]
 Judge = Callable[[x509.Certificate, list[x509.Certificate]], VerifiedPeer]
-ResetToken = Callable[[bytes], bytes]
 
 
 def utc_now() -> datetime.datetime:
@@ -111,12 +116,6 @@ def utc_now() -> datetime.datetime:
 def nothing_denied() -> Set[int]:
     """The deny-list of a node that has none."""
     return frozenset()
-
-
-def random_token(connection_id: bytes) -> bytes:
-    """A reset token that no one will ever use, of nodes that cannot reset."""
-    del connection_id
-    return os.urandom(16)
 
 
 class RefusedAlert(tls.Alert):
@@ -212,7 +211,7 @@ class MutualContext(tls.Context):
         return RefusedAlert(kind, words)
 
 
-class MutualQuicConnection(QuicConnection):
+class MutualQuicConnection(KeyedConnection):
     """A QUIC connection on which both sides have shown who they are.
 
     Made by `client_connection` and `server_connection`.
@@ -232,12 +231,10 @@ class MutualQuicConnection(QuicConnection):
             configuration=configuration,
             original_destination_connection_id=original_destination_connection_id,
             retry_source_connection_id=retry_source_connection_id,
+            reset_token=reset_token,
         )
         self._judge = judge
         self._context: MutualContext | None = None
-        self._reset_token = reset_token
-        if not self._is_client:
-            self._host_cids[0].stateless_reset_token = reset_token(self.host_cid)
 
     @property
     def verified_peer(self) -> VerifiedPeer | None:
@@ -249,12 +246,6 @@ class MutualQuicConnection(QuicConnection):
     def refusal(self) -> str | None:
         """Why we refused the peer; None if we did not, or have not yet."""
         return self._context.refusal if self._context else None
-
-    def _replenish_connection_ids(self) -> None:
-        known = len(self._host_cids)
-        super()._replenish_connection_ids()
-        for connection_id in self._host_cids[known:]:
-            connection_id.stateless_reset_token = self._reset_token(connection_id.cid)
 
     def _initialize(self, peer_cid: bytes) -> None:
         super()._initialize(peer_cid)

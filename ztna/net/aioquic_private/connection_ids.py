@@ -1,0 +1,128 @@
+"""Connection ids that the kernel can sort by (`net.keyed_ids`), of an aioquic connection.
+
+A client tells its first id to the server alone; a server tells its own to anybody who asks. So a
+server's first id is of the other kind, and the client is told to retire it as soon as there are
+others, which is behind the check of its certificate: from then on no stranger has an id of a kind
+that peers use. Part of `aioquic_private`; `mutual_tls` checks at import that the names are there.
+"""
+
+import os
+from collections.abc import Callable
+
+from aioquic._buffer import Buffer
+from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import (
+    NEW_CONNECTION_ID_FRAME_CAPACITY,
+    QuicConnection,
+    QuicConnectionId,
+    QuicReceiveContext,
+)
+from aioquic.quic.events import ConnectionIdIssued, ConnectionIdRetired
+from aioquic.quic.packet import QuicFrameType
+from aioquic.quic.packet_builder import QuicPacketBuilder
+
+from ztna.core.ports import Address
+from ztna.net.keyed_ids import OUR_IDS, Given
+
+CONNECTION_ID_NAMES = (
+    "_events",
+    "_handle_retire_connection_id_frame",
+    "_host_cids",
+    "_is_client",
+    "_local_initial_source_connection_id",
+    "_on_new_connection_id_delivery",
+    "_replenish_connection_ids",
+    "_write_new_connection_id_frame",
+    "change_connection_id",
+    "host_cid",
+    "receive_datagram",
+)
+
+ResetToken = Callable[[bytes], bytes]
+
+
+def random_token(connection_id: bytes) -> bytes:
+    """A reset token that no one will ever use, of nodes that cannot reset."""
+    del connection_id
+    return os.urandom(16)
+
+
+class KeyedConnection(QuicConnection):
+    """A connection whose ids are ours. reset_token: gives the token of a server's id."""
+
+    def __init__(
+        self,
+        *,
+        configuration: QuicConfiguration,
+        original_destination_connection_id: bytes | None,
+        retry_source_connection_id: bytes | None,
+        reset_token: ResetToken,
+    ) -> None:
+        super().__init__(
+            configuration=configuration,
+            original_destination_connection_id=original_destination_connection_id,
+            retry_source_connection_id=retry_source_connection_id,
+        )
+        self._reset_token = reset_token
+        self._receiving = False
+        self._retired_first: list[QuicConnectionId] = []
+        first = self._host_cids[0]
+        first.cid = OUR_IDS.make(Given.TO_PEERS if self._is_client else Given.TO_ANYBODY)
+        self.host_cid = self._local_initial_source_connection_id = first.cid
+        if not self._is_client:
+            first.stateless_reset_token = reset_token(first.cid)
+
+    def receive_datagram(self, data: bytes, addr: Address, now: float) -> None:
+        """As aioquic's."""
+        self._receiving = True
+        try:
+            super().receive_datagram(data, addr, now)
+        finally:
+            self._receiving = False
+
+    def change_connection_id(self) -> None:
+        """As aioquic's, which also calls it where the peer uses another id, to do the same. Not
+        here: on one path that hides nothing, and what is under way with the old id would be lost.
+        """
+        if not self._receiving:
+            super().change_connection_id()
+
+    def _replenish_connection_ids(self) -> None:
+        for retired in self._retired_first:  # of no use to the peer
+            self._host_cids.remove(retired)
+        known = len(self._host_cids)
+        super()._replenish_connection_ids()
+        for connection_id in self._host_cids[known:]:
+            connection_id.cid = OUR_IDS.make(Given.TO_PEERS)
+            connection_id.stateless_reset_token = self._reset_token(connection_id.cid)
+        self._host_cids += self._retired_first
+
+    def _write_new_connection_id_frame(
+        self, builder: QuicPacketBuilder, connection_id: QuicConnectionId
+    ) -> None:
+        """As aioquic's, but a server has its first id retired (RFC 9000 section 5.1.2)."""
+        buffer = builder.start_frame(
+            QuicFrameType.NEW_CONNECTION_ID,
+            capacity=NEW_CONNECTION_ID_FRAME_CAPACITY,
+            handler=self._on_new_connection_id_delivery,
+            handler_args=(connection_id,),
+        )
+        buffer.push_uint_var(connection_id.sequence_number)
+        buffer.push_uint_var(0 if self._is_client else 1)
+        buffer.push_uint8(len(connection_id.cid))
+        buffer.push_bytes(connection_id.cid)
+        buffer.push_bytes(connection_id.stateless_reset_token)
+        connection_id.was_sent = True
+        self._events.append(ConnectionIdIssued(connection_id=connection_id.cid))
+
+    def _handle_retire_connection_id_frame(
+        self, context: QuicReceiveContext, frame_type: int, buf: Buffer
+    ) -> None:
+        """A server goes on to take packets with its first id: those that were on their way when the
+        client retired it, as it was told to, would be lost."""
+        first = [each for each in self._host_cids if not each.sequence_number]
+        super()._handle_retire_connection_id_frame(context, frame_type, buf)
+        if first and first[0] not in self._host_cids and not self._is_client:
+            self._host_cids += first
+            self._retired_first = first
+            self._events.remove(ConnectionIdRetired(connection_id=first[0].cid))
