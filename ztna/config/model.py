@@ -15,6 +15,7 @@ import attrs
 from ztna.config.forwards import ForwardValue, ListenValue
 from ztna.config.structure import Described, means, schema_of
 from ztna.config.stun import StunConfig
+from ztna.config.tcp import DEFAULT_TCP_PORT, TcpConfig
 from ztna.config.values import (
     Argument,
     Endpoint,
@@ -102,6 +103,12 @@ class IntermediateAddress:
     server_name: Host = attrs.field(
         metadata=means("Name that the intermediate's certificate must hold; the host if absent."),
         default=attrs.Factory(lambda self: self.host, takes_self=True),
+    )
+    tcp_port: Port | None = attrs.field(
+        metadata=means(
+            "TCP port of the intermediate, tried where UDP gets no answer; null for never."
+        ),
+        default=DEFAULT_TCP_PORT,
     )
 
 
@@ -331,6 +338,12 @@ class IntermediateConfig:
     plain_relay: Flag = attrs.field(
         metadata=means("Whether packets that are not encrypted end to end are relayed."),
         default=True,
+    )
+    tcp: TcpConfig | None = attrs.field(
+        metadata=means(
+            "TLS over TCP, for clients of networks that block UDP; {} for port 443, none if absent."
+        ),
+        default=None,
     )
     stun: StunConfig = attrs.field(
         metadata=means("STUN, by which clients find out what NAT they are behind."),
