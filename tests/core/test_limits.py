@@ -1,5 +1,6 @@
 """Rates, on explicit times."""
 
+from ztna.core.addresses import VirtualKind, virtual_address
 from ztna.core.limits import MAX_SOURCES, SourceLimiter, TokenBucket
 
 
@@ -44,3 +45,13 @@ def test_the_default_number_of_sources_is_bounded() -> None:
     for number in range(MAX_SOURCES + 50):
         limiter.allow(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0.0)
     assert len(limiter) == MAX_SOURCES == 4096
+
+
+def test_virtual_addresses_are_told_apart() -> None:
+    """They share a /64; what stands behind them does not."""
+    limiter = SourceLimiter(rate=1.0, burst=1.0)
+    for number in range(3):
+        assert limiter.allow(virtual_address(VirtualKind.STREAM, number)[0], 0.0)
+    assert not limiter.allow(virtual_address(VirtualKind.STREAM, 1)[0], 0.0)
+    assert limiter.allow("2001:db8::1", 0.0)
+    assert not limiter.allow("2001:db8::2", 0.0)

@@ -10,6 +10,8 @@ import ipaddress
 
 import attrs
 
+from ztna.core.addresses import is_virtual
+
 # Our choice: addresses that are told apart at once; the one that was silent longest is forgotten.
 MAX_SOURCES = 4096
 # Our choice: bounds what a flood from forged addresses, each new to us, can make us do.
@@ -62,7 +64,8 @@ class SourceLimiter:
 
     def allow(self, host: str, now: float) -> bool:
         """Whether a request from this host may be answered at `now`."""
-        key = ipaddress.ip_address(host).packed[:8]
+        # A virtual address stands for one far end, whose /64 it shares with all others.
+        key = ipaddress.ip_address(host).packed[: 16 if is_virtual((host, 0)) else 8]
         bucket = self._sources.pop(key, None) or TokenBucket(self.rate, self.burst)
         if len(self._sources) >= self.max_sources:
             self._sources.popitem(last=False)

@@ -16,7 +16,7 @@ import attrs
 import structlog
 import trio
 
-from ztna.core.addresses import format_address
+from ztna.core.addresses import format_address, is_virtual
 from ztna.core.identity import Role
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
@@ -268,7 +268,7 @@ class Endpoint:
                     self._meet_unknown(connection_id, batch, answers)
             case Kind.QUIC_LONG:
                 self._sort_long(batch, answers)
-            case Kind.STUN if self.stun is not None:
+            case Kind.STUN if self.stun is not None and not is_virtual(batch.address):
                 self._counters["stun_received"] += 1
                 answers += self.stun(batch.data, batch.address, trio.current_time())
             case kind:

@@ -55,6 +55,14 @@ class StreamSource(Protocol):
         """The next one, and its far end. Raises OSError when there is none just now."""
 
 
+@attrs.frozen
+class StreamEntrance:
+    """A port with streams, and where the connections for them come from."""
+
+    port: StreamPort
+    source: StreamSource
+
+
 @attrs.define(eq=False)
 class StreamListener:
     """Meets clients of these roles on a port's behalf. credentials, denied_serials, now: asked

@@ -162,7 +162,9 @@ class Inlets:
                 counters["receive_errors"] += 1
                 continue
             counters["receive_calls"] += 1
-            if size == 0:
+            if size == 0 or source[1] == 0:
+                # RFC 768: port 0 asks for no answer. Here it could pass for a virtual address.
+                self._counters["receive_errors"] += size > 0
                 continue
             segment, arrived_at = size, None
             for level, kind, value in control:

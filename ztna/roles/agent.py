@@ -31,8 +31,11 @@ from ztna.core.packet.ip import TCP, UDP
 from ztna.core.ports import IpPacket, TunDevice, UdpPort
 from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.errors import SessionClosedError
+from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.stream_dialer import StreamDialer
+from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
@@ -84,9 +87,10 @@ async def run_agent_from_config(
         [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
     )
     async with AsyncExitStack() as stack:
-        port = await stack.enter_async_context(
+        udp = await stack.enter_async_context(
             open_udp_port(any_address(server), 0, sorted_by=OUR_IDS)
         )
+        port = await stack.enter_async_context(open_stream_port(udp))
         tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
         log.info("tunnel interface open", name=tun.name, mtu=config.tun.mtu)
 
@@ -113,6 +117,7 @@ async def run_agent_from_config(
             denied_serials=files.denied_serials,
             read=read,
             policy=load_policy(files),
+            streams=StreamDialer(port, utc_now),
         )
 
 
@@ -122,7 +127,8 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
     server = await resolve(config.intermediate.host, config.intermediate.port)
     routes = _routes(config.services)
     async with (
-        open_udp_port(any_address(server), 0, sorted_by=OUR_IDS) as port,
+        open_udp_port(any_address(server), 0, sorted_by=OUR_IDS) as udp,
+        open_stream_port(udp) as port,
         open_local_ports(config, routes) as local,
     ):
         await run_agent(
@@ -135,6 +141,7 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
             read=read,
             on_services=local.directory.set_services,
             policy=load_policy(files),
+            streams=StreamDialer(port, utc_now),
         )
 
 
@@ -149,12 +156,14 @@ async def run_agent(
     read: ReadFiles[AgentConfig] | None = None,
     on_services: Callable[[Iterable[ServiceRoute]], None] | None = None,
     policy: SignedPolicy | None = None,
+    streams: StreamDialer | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry packets between tun and the intermediate until cancelled.
 
     read: gives the files anew for a reload. on_services: hears of the services that it, or a new
     policy, brought. policy: judges beside the intermediate; None if no policy key is pinned.
+    streams: opens TLS streams of this port, for networks that block UDP.
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
     routes = RouteTable.of(())
@@ -183,6 +192,7 @@ async def run_agent(
             agent,
             denied_serials,
             policy,
+            streams,
         )
         if policy is not None:
             registry.register("policy", policy.statistics)

@@ -28,8 +28,11 @@ from ztna.core.ports import IpPacket, UdpPort
 from ztna.core.tcp.sequence import initial_numbers
 from ztna.core.tcp.state import TcpConfig
 from ztna.errors import SessionClosedError
+from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.stream_dialer import StreamDialer
+from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
@@ -70,9 +73,10 @@ async def run_connector_from_config(
     files = read_files(config, Role.CONNECTOR)
     server = await resolve(config.intermediate.host, config.intermediate.port)
     async with AsyncExitStack() as stack:
-        port = await stack.enter_async_context(
+        udp = await stack.enter_async_context(
             open_udp_port(any_address(server), config.p2p.listen_port, sorted_by=OUR_IDS)
         )
+        port = await stack.enter_async_context(open_stream_port(udp))
         await run_connector(
             config,
             port,
@@ -81,6 +85,7 @@ async def run_connector_from_config(
             denied_serials=files.denied_serials,
             read=reader(read_config, Role.CONNECTOR),
             policy=load_policy(files),
+            streams=StreamDialer(port, utc_now),
         )
 
 
@@ -93,10 +98,14 @@ async def run_connector(
     denied_serials: frozenset[int] = frozenset(),
     read: ReadFiles[ConnectorConfig] | None = None,
     policy: SignedPolicy | None = None,
+    streams: StreamDialer | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Provide services over one UDP port until cancelled. read: gives the files for a reload.
-    policy: judges beside the intermediate; None if no policy key is pinned."""
+    """Provide services over one UDP port until cancelled.
+
+    read: gives the files for a reload. policy: judges beside the intermediate; None if no policy
+    key is pinned. streams: opens TLS streams of this port, for networks that block UDP.
+    """
     table = FlowTable(
         {},
         config.service_range,
@@ -125,6 +134,7 @@ async def run_connector(
             connector,
             denied_serials,
             policy,
+            streams,
         )
         if policy is not None:
             registry.register("policy", policy.statistics)

@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from ztna.core import wire
-from ztna.core.addresses import format_address
+from ztna.core.addresses import format_address, is_virtual
 from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceKey, ServiceLabel
 from ztna.core.identity import Role
 from ztna.core.messages import (
@@ -280,7 +280,8 @@ def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
     link.encapsulator.features = FEATURES & {
         Feature(name) for name in accepted.features if name in FEATURES
     }
-    link.observed_address = (accepted.observed_address.host, accepted.observed_address.port)
+    if not is_virtual(link.session.remote_address):  # else: that of a TCP connection
+        link.observed_address = (accepted.observed_address.host, accepted.observed_address.port)
 
 
 def _receive_datagrams(link: ControlLink, handler: PacketHandler, messages: list[bytes]) -> None:

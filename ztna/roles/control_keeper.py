@@ -1,10 +1,13 @@
 """Holds a client's control session: connects again when it breaks, and before, when it is silent.
 
-A peer that leaves data or a PING unanswered for a second may be gone, or only slow. So a second
-session is begun beside the first; whichever answers first is used. `renew` begins one as well, when
-a certificate or the services have changed.
+A session runs over UDP, or over TLS where UDP gets no answer (docs/protocol.md section 8); both are
+tried in a `Race`. A peer that leaves data or a PING unanswered for a second may be gone, or only
+slow. So another race is begun beside the first session, and what answers first is used. `renew`
+begins one as well, when a certificate or the services have changed; and so does the time to try
+UDP again. The running session ends when its successor is there, and not before.
 """
 
+import enum
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,21 +20,39 @@ import trio
 from ztna.config.model import IntermediateAddress
 from ztna.core.addresses import format_address
 from ztna.core.identity import Role
-from ztna.errors import SessionClosedError, UnreachableError
+from ztna.core.ports import Address
+from ztna.errors import LocalProtocolError, RefusedError, SessionClosedError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
+from ztna.net.stream_dialer import StreamDialer
+from ztna.net.tls_stream import TlsStream
 from ztna.pki import Credentials
-from ztna.roles.control_client import PacketHandler, run_control_session
+from ztna.roles.control_client import HANDSHAKE_DEADLINE, PacketHandler, run_control_session
 from ztna.roles.resolve import family_of, resolve
+from ztna.roles.session_race import Race, Runner
 from ztna.roles.signed_policy import SignedPolicy
-from ztna.roles.tree import restart_with_backoff
+from ztna.roles.tree import restart_with_backoff, statistics_registry
 
 log = structlog.get_logger(__name__)
 
 # Our choice: a rival that nobody answers is given up after that, and another one begun; it sends
 # an Initial at least every 0.8 s (`net.session`).
 RIVAL_DEADLINE = 10.0
+# docs/protocol.md section 8: the head start of UDP, and when it is tried again.
+STREAM_DELAY = 1.5
+FIRST_PAUSE, LAST_PAUSE = 30.0, 300.0
+# Our choice: UDP that worked for a shorter time is tried again later than that.
+STEADY_UDP = 60.0
+
+
+class _Cause(enum.Enum):
+    """Why a successor is begun beside a running session."""
+
+    SILENT = "no answer for a second"
+    RENEWING = "certificate or services have changed"
+    STREAM_ENDED = "the TLS connection has ended"
+    UPGRADE = "UDP may work again"
 
 
 @attrs.define(eq=False)
@@ -39,7 +60,7 @@ class ControlKeeper:
     """The control session of one role.
 
     credentials, service_ids, denied_serials: may be set while it runs; they count for the next
-    session, which `renew` begins.
+    session, which `renew` begins. dialer: opens streams; None for UDP alone.
     """
 
     endpoint: Endpoint
@@ -50,44 +71,75 @@ class ControlKeeper:
     handler: PacketHandler
     denied_serials: frozenset[int] = frozenset()
     policy: SignedPolicy | None = None
-    _successor: Session | None = None
+    dialer: StreamDialer | None = None
+    _race: Race | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
+    _network_changed: trio.Event = attrs.Factory(trio.Event)
     _rival_at: float = -math.inf  # when the last rival was begun
+    _nursery: trio.Nursery | None = None
+    _streams: dict[Session, TlsStream] = attrs.Factory(dict)
+    _over_stream: bool = False  # the last session was
+    _udp_silent: bool = False  # it did not answer when it was tried last
+    _udp_since: float = -math.inf
+    _pause: float = FIRST_PAUSE
+    _why: str = ""  # the last session is over a stream
 
     async def run(self) -> NoReturn:
         """Keep a session until cancelled."""
         name = format_address((self.intermediate.host, self.intermediate.port))
-        await restart_with_backoff(f"session with {name}", self._attempt, random.SystemRandom())
+        statistics_registry().register("control", self.statistics)
+        async with trio.open_nursery() as self._nursery:
+            await restart_with_backoff(f"session with {name}", self._attempt, random.SystemRandom())
+        raise LocalProtocolError("what is tried for ever has ended")
 
     def renew(self) -> None:
         """Begin a new session beside the running one, which it replaces."""
         self._renew.set()
 
+    def network_changed(self) -> None:
+        """The machine has another network now: UDP may work there."""
+        self._network_changed.set()
+
+    def statistics(self) -> dict[str, object]:
+        """What the session runs over, and why that is not UDP."""
+        transport = "tls" if self._over_stream else "udp"
+        return {"transport": transport, "why": self._why, "streams": len(self._streams)}
+
     async def _attempt(self, succeeded: Callable[[], None]) -> float:
         """Sessions of which each was begun beside the one before, until one leaves no successor."""
-        session = await self._connect()
-        while True:
-            self._set_successor(None)
-            wait = 0.0
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch, session, nursery.cancel_scope)
-                    wait = await run_control_session(
-                        session,
-                        self.role,
-                        self.service_ids,
-                        self.handler,
-                        succeeded,
-                        self.policy,
-                    )
-                    nursery.cancel_scope.cancel()
-            except* SessionClosedError:
-                if not self._has_successor():
-                    raise
-            successor = self._successor
-            if successor is None:
-                return 0.0 if await self._replaced_by_ourselves(session) else wait
-            session = successor
+        race = self._race = self._begin(HANDSHAKE_DEADLINE)
+        try:
+            while True:
+                session = await race.wait()
+                self._race = None
+                self._note_transport(session)
+                wait = 0.0
+                try:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._watch, session, nursery.cancel_scope)
+                        wait = await run_control_session(
+                            session,
+                            self.role,
+                            self.service_ids,
+                            self.handler,
+                            succeeded,
+                            self.policy,
+                        )
+                        nursery.cancel_scope.cancel()
+                except* SessionClosedError:
+                    if self._successor() is None:
+                        raise
+                successor = self._successor()
+                if successor is None:
+                    return 0.0 if await self._replaced_by_ourselves(session) else wait
+                race = successor
+        finally:
+            if self._race is not None:
+                self._race.stop()
+                self._race = None
+
+    def _successor(self) -> Race | None:
+        return self._race
 
     async def _replaced_by_ourselves(self, session: Session) -> bool:
         """Whether what replaced a session was a rival of ours, which was given up too late: the
@@ -96,17 +148,81 @@ class ControlKeeper:
         recently = trio.current_time() < self._rival_at + 2 * RIVAL_DEADLINE
         return recently and closed.by_peer and closed.code == CloseCode.REPLACED
 
-    def _set_successor(self, session: Session | None) -> None:
-        self._successor = session
+    # --- one race -----------------------------------------------------------------------------
 
-    def _has_successor(self) -> bool:
-        return self._successor is not None
-
-    async def _connect(self) -> Session:
-        family = family_of(self.endpoint.port.local_address)
-        address = await resolve(self.intermediate.host, self.intermediate.port, family)
-        # Here, and not when the session is up: what is set meanwhile counts for the next one.
+    def _begin(self, deadline: float, *, udp_alone: bool = False) -> Race:
+        """Begin a race. Also: what is set from now on counts for the next one."""
         self._renew = trio.Event()
+        self._network_changed = trio.Event()
+        where = format_address((self.intermediate.host, self.intermediate.port))
+        runners = [
+            Runner(
+                self._over_udp,
+                0.0,
+                f"no QUIC handshake with {where} in {deadline:.0f} s; check that the intermediate "
+                "runs there and that no firewall drops UDP",
+            )
+        ]
+        port = self.intermediate.tcp_port
+        if self.dialer is not None and port is not None and not udp_alone:
+            delay = 0.0 if self._over_stream or self._udp_silent else STREAM_DELAY
+            where = format_address((self.intermediate.host, port))
+            silent = f"no session over TLS with {where} in {deadline - delay:g} s"
+            runners.append(Runner(self._over_tls, delay, silent))
+        race = Race(runners, deadline)
+        assert self._nursery is not None
+        self._nursery.start_soon(race.run)
+        return race
+
+    async def _over_udp(self) -> Session:
+        self._udp_silent = True
+        session = self._connect(await self._resolve(self.intermediate.port))
+        try:
+            await session.wait_verified()
+        except BaseException:
+            session.close(CloseCode.GOODBYE, "not needed")
+            raise
+        self._udp_silent = False
+        return session
+
+    async def _over_tls(self) -> Session:
+        port, dialer = self.intermediate.tcp_port, self.dialer
+        assert port is not None
+        assert dialer is not None
+        stream = await dialer.dial(
+            await self._resolve(port),
+            self.credentials,
+            self.intermediate.server_name,
+            lambda: self.denied_serials,
+        )
+        session = self._connect(stream.address)
+        self._streams[session] = stream
+        assert self._nursery is not None
+        self._nursery.start_soon(self._end_stream, session, stream)
+        try:
+            await _first_of(session.wait_verified, stream.closed.wait)
+        except* SessionClosedError:
+            pass  # told below: what is raised here would come out in a group
+        finally:
+            if not session.verified:
+                session.close(CloseCode.GOODBYE, "not needed")
+        if session.closed:
+            raise SessionClosedError((await session.wait_closed()).reason)
+        if not session.verified:
+            raise RefusedError(f"TLS with {format_address(stream.remote)}: {stream.reason}")
+        return session
+
+    async def _end_stream(self, session: Session, stream: TlsStream) -> None:
+        """A stream serves one session."""
+        await session.wait_closed()
+        del self._streams[session]
+        await stream.close()
+
+    async def _resolve(self, port: int) -> Address:
+        family = family_of(self.endpoint.port.local_address)
+        return await resolve(self.intermediate.host, port, family)
+
+    def _connect(self, address: Address) -> Session:
         return self.endpoint.connect(
             address,
             self.credentials,
@@ -115,58 +231,93 @@ class ControlKeeper:
             denied_serials=lambda: self.denied_serials,
         )
 
+    def _note_transport(self, session: Session) -> None:
+        """Say what a new session runs over."""
+        now = trio.current_time()
+        stream = self._streams.get(session)
+        if stream is None:
+            if self._over_stream:
+                log.info("session over UDP again", address=session.where)
+                self._udp_since = now
+            self._over_stream, self._why = False, ""
+            return
+        if not self._over_stream:
+            steady = now - self._udp_since >= STEADY_UDP
+            self._pause = FIRST_PAUSE if steady else min(2 * self._pause, LAST_PAUSE)
+        self._over_stream = True
+        self._why = f"UDP port {self.intermediate.port} gives no answer"
+        log.warning("session over TLS", address=format_address(stream.remote), reason=self._why)
+
+    # --- beside a running session -------------------------------------------------------------
+
     async def _watch(self, session: Session, running: trio.CancelScope) -> None:
         """Begin a successor when there is reason to, and end the running session for it.
 
-        While `_successor` is set, the end of the running session for whatever reason leads to it.
+        While `_race` is set, the end of the running session for whatever reason leads to it.
         """
         ended = False
         try:
             await session.wait_verified()
-            while not self._has_successor():
-                renewing = await _first_of(session.wait_suspect, self._renew.wait) == 1
-                log.info("beginning another session", renewing=renewing)
-                rival = await self._connect_again()
+            while self._successor() is None:
+                cause = await self._wait_cause(session)
+                log.info("beginning another session", reason=cause.value)
+                udp_alone = cause is _Cause.UPGRADE
+                deadline = HANDSHAKE_DEADLINE if udp_alone else RIVAL_DEADLINE
+                renewing = self._renew
+                race = self._race = self._begin(deadline, udp_alone=udp_alone)
                 self._rival_at = trio.current_time()
-                self._set_successor(rival)
-                if not await self._wins(rival, session, renewing=renewing):
-                    self._set_successor(None)
-                    rival.close(CloseCode.GOODBYE, "not needed")
-                    if renewing:
+                if not await self._wins(race, session, cause):
+                    self._race = None
+                    lost = race.over.is_set()
+                    race.stop()
+                    if renewing.is_set():
                         self._renew.set()  # still due
+                    if lost:
+                        log.warning("no other session", reason=race.reason)
+                        await trio.sleep(1)
         except* SessionClosedError:
             ended = True  # the running session, by itself, and it says why
         if not ended:
             running.cancel()
 
-    async def _connect_again(self) -> Session:
-        while True:
-            try:
-                return await self._connect()
-            except UnreachableError as error:
-                log.warning("no other session can be begun", reason=str(error))
-                await trio.sleep(1)
+    async def _wait_cause(self, session: Session) -> _Cause:
+        stream = self._streams.get(session)
+        waits: dict[_Cause, Callable[[], Awaitable[object]]] = {
+            _Cause.SILENT: session.wait_suspect,
+            _Cause.RENEWING: self._renew.wait,
+        }
+        if stream is not None:
+            waits[_Cause.STREAM_ENDED] = stream.closed.wait
+            waits[_Cause.UPGRADE] = self._wait_udp_due
+        return list(waits)[await _first_of(*waits.values())]
 
-    async def _wins(self, rival: Session, session: Session, *, renewing: bool) -> bool:
-        """Whether the rival is up before the silent session answers again."""
+    async def _wait_udp_due(self) -> None:
+        with trio.move_on_after(self._pause):
+            await self._network_changed.wait()
+            self._pause = FIRST_PAUSE
+
+    async def _wins(self, race: Race, session: Session, cause: _Cause) -> bool:
+        """Whether the race gives a session that shall replace the running one."""
 
         async def answered() -> None:
-            if renewing:
-                await trio.sleep_forever()
             await session.wait_suspect(suspect=False)
 
-        with trio.move_on_after(RIVAL_DEADLINE):
-            try:
-                # Both may come in one round. A rival that is verified has told the intermediate,
-                # for which the newer session counts.
-                first = await _first_of(rival.wait_verified, answered)
-                return first == 0 or rival.verified
-            except* SessionClosedError:
-                if session.closed:
-                    raise
-                reason = (await rival.wait_closed()).reason
-                log.warning("the other session was refused", reason=reason)
-                await trio.sleep(1)
+        waits: list[Callable[[], Awaitable[object]]] = [race.over.wait]
+        match cause:
+            case _Cause.SILENT:
+                waits.append(answered)
+            case _Cause.UPGRADE:
+                # There is no hurry: what goes on with the running session comes first.
+                stream = self._streams.get(session)
+                waits += [session.wait_suspect, self._renew.wait]
+                waits += [stream.closed.wait] if stream is not None else []
+        await _first_of(*waits)
+        # Both may come in one round. A rival that is verified has told the intermediate, for which
+        # the newer session counts.
+        if race.winner is not None:
+            return True
+        if cause is _Cause.UPGRADE:
+            self._pause = min(2 * self._pause, LAST_PAUSE)
         return False
 
 

@@ -7,15 +7,16 @@ that the relay names.
 
 import datetime
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 import trio
 
 from ztna.config.model import IntermediateConfig
+from ztna.config.tcp import TcpConfig
 from ztna.core import wire
-from ztna.core.addresses import format_address, packed_pair, twin
+from ztna.core.addresses import format_address, is_virtual, packed_pair, twin
 from ztna.core.allocation import AddressesExhaustedError
 from ztna.core.error_groups import leaves
 from ztna.core.identity import Role
@@ -37,13 +38,17 @@ from ztna.core.relay import Relay
 from ztna.core.stun_server import StunServer
 from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
+from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey, load_reset_key
+from ztna.net.stream_listener import StreamEntrance, StreamListener
+from ztna.net.stream_port import open_stream_port
 from ztna.net.stun import StunAddresses, StunResponder, open_stun_responder
+from ztna.net.tcp_socket import open_tcp_source
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.policy_key import PolicyKeys
@@ -84,13 +89,16 @@ async def run_intermediate_from_config(
             open_address_book(config.state_dir / "intermediate.sqlite", config.tunnel_range)
         )
         reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "reset.key")
-        port = await stack.enter_async_context(
+        udp = await stack.enter_async_context(
             open_udp_port(str(config.bind), config.port, server=True, sorted_by=OUR_IDS)
         )
-        stun = await stack.enter_async_context(open_stun_responder(port, _stun_addresses(config)))
+        stun = await stack.enter_async_context(open_stun_responder(udp, _stun_addresses(config)))
+        entrance = None
+        if config.tcp is not None:
+            entrance = await stack.enter_async_context(_open_entrance(config, config.tcp, udp))
         await run_intermediate(
             config,
-            port,
+            udp,
             files.credentials,
             book,
             reset_key=reset_key,
@@ -99,7 +107,21 @@ async def run_intermediate_from_config(
             read=reader(read_config, Role.INTERMEDIATE),
             policy=files.policy,
             policy_keys=files.policy_keys,
+            entrance=entrance,
         )
+
+
+@asynccontextmanager
+async def _open_entrance(
+    config: IntermediateConfig, tcp: TcpConfig, udp: UdpPort
+) -> AsyncGenerator[StreamEntrance, None]:
+    """Where TLS comes in, beside a UDP port."""
+    async with (
+        open_tcp_source(str(tcp.bind or config.bind), tcp.port) as source,
+        open_stream_port(udp) as port,
+    ):
+        log.info("TLS for networks that block UDP", address=format_address(source.local_address))
+        yield StreamEntrance(port, source)
 
 
 def _stun_addresses(config: IntermediateConfig) -> StunAddresses:
@@ -126,10 +148,14 @@ async def run_intermediate(
     read: ReadFiles[IntermediateConfig] | None = None,
     policy: SignedDocument | None = None,
     policy_keys: PolicyKeys | None = None,
+    entrance: StreamEntrance | None = None,
     task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve clients on one port until cancelled. read: gives the files anew for a reload. policy:
-    the signed one, instead of the configuration's."""
+    """Serve clients on one port until cancelled.
+
+    read: gives the files anew for a reload. policy: the signed one, instead of the configuration's.
+    entrance: where TLS comes in, beside this port.
+    """
     files = NodeFiles(config, credentials, denied_serials, policy_keys, policy)
     registry = Registry(policy_of(files), config.service_range)
     registry.reserved = {
@@ -138,6 +164,8 @@ async def run_intermediate(
         for packed in packed_pair(address)
     }
     intermediate = Intermediate(registry, Relay(registry), addresses, denied_serials=denied_serials)
+    if entrance is not None:
+        port = intermediate.streams = entrance.port
     statistics_registry().register("intermediate", intermediate.statistics)
     statistics_registry().register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
@@ -154,6 +182,16 @@ async def run_intermediate(
             SessionSettings(),
             denied_serials=lambda: intermediate.denied_serials,
         )
+        if entrance is not None:
+            listener = StreamListener(
+                entrance.port,
+                lambda: endpoint.credentials,
+                CLIENT_ROLES,
+                lambda: intermediate.denied_serials,
+                utc_now,
+            )
+            statistics_registry().register("tcp", listener.statistics)
+            nursery.start_soon(listener.run, entrance.source)
         if read is not None:
             apply = functools.partial(apply_files, intermediate, endpoint, nursery)
             nursery.start_soon(keep_reloading, files, read, apply)
@@ -178,7 +216,7 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
     intermediate.relay.add(client)
     intermediate.served[client.key] = served
     with structlog.contextvars.bound_contextvars(client=str(peer.identity)):
-        log.info("client connected", address=format_address(session.remote_address))
+        log.info("client connected", address=intermediate.where(session))
         if replaced is not None:
             _replace(intermediate, replaced)
         try:
@@ -187,6 +225,7 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
                     functools.partial(_receive_datagrams, intermediate, served)
                 )
                 nursery.start_soon(_report_address, session)
+                nursery.start_soon(_end_with_stream, intermediate, session)
                 nursery.start_soon(close_when_expired, session)
                 nursery.start_soon(_settle_later, intermediate, client)
                 nursery.start_soon(_read_control, intermediate, served)
@@ -223,7 +262,7 @@ def _replace(intermediate: Intermediate, replaced: Client) -> None:
     served = intermediate.served.pop(replaced.key, None)
     if served is None:
         return
-    log.warning("replaced by a newer session", old=format_address(served.session.remote_address))
+    log.warning("replaced by a newer session", old=intermediate.where(served.session))
     if replaced.speaks_control:
         served.session.send_control(encode_message(Goodbye("replaced", REPLACED_WAIT)))
     served.session.close(CloseCode.REPLACED, "replaced by a newer session of this identity")
@@ -236,11 +275,21 @@ async def _settle_later(intermediate: Intermediate, client: Client) -> None:
 
 
 async def _report_address(session: Session) -> None:
-    """OBSERVED_ADDRESS, now and on every change."""
+    """OBSERVED_ADDRESS, now and on every change; not over a stream, which shows no UDP mapping."""
     while True:
         address = session.remote_address
-        session.send_datagrams([wire.encode_observed_address(address)])
+        if not is_virtual(address):
+            session.send_datagrams([wire.encode_observed_address(address)])
         await session.wait_address_change(address)
+
+
+async def _end_with_stream(intermediate: Intermediate, session: Session) -> None:
+    """A session whose stream has ended will not be heard of again: its client begins another."""
+    streams = intermediate.streams
+    stream = None if streams is None else streams.stream(session.remote_address)
+    if stream is not None:
+        await stream.closed.wait()
+        session.close(CloseCode.GOODBYE, f"its TLS connection has ended: {stream.reason}")
 
 
 async def _read_control(intermediate: Intermediate, served: Served) -> None:
@@ -290,7 +339,7 @@ async def _receive_hello_untrusted(
     client.features = frozenset(Feature(f) for f in hello.features if f in FEATURES)
     client.speaks_control = True
     intermediate.relay.add(client)
-    host, port = session.remote_address
+    host, port = intermediate.observed(session)
     accepted = Accepted(
         version=VERSION,
         features=tuple(sorted(client.features)),

@@ -4,13 +4,16 @@ from collections import OrderedDict
 
 import attrs
 
+from ztna.core.addresses import format_address
 from ztna.core.identity import Identity
 from ztna.core.limits import TokenBucket
 from ztna.core.messages import Policy, ServiceMap, ServiceNumber, encode_message
 from ztna.core.policy_document import SignedDocument
+from ztna.core.ports import Address
 from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
 from ztna.net.session import Session
+from ztna.net.stream_port import StreamPort
 from ztna.roles.address_book import AddressBook
 from ztna.roles.signed_policy import SignedPolicy
 
@@ -58,6 +61,7 @@ class Intermediate:
     """What all clients share. denied_serials: certificates that are refused although valid.
 
     policy: the signed one, by which the registry then decides; None if the file has a plain one.
+    streams: the port, if TLS streams belong to it.
     """
 
     registry: Registry
@@ -67,6 +71,7 @@ class Intermediate:
     next_key: int = 0
     denied_serials: frozenset[int] = frozenset()
     policy: SignedPolicy | None = None
+    streams: StreamPort | None = None
     refused_arrivals: int = 0
     _arrivals: OrderedDict[Identity, TokenBucket] = attrs.Factory(OrderedDict)
 
@@ -79,6 +84,17 @@ class Intermediate:
         admitted = bucket.take(now)
         self.refused_arrivals += not admitted
         return admitted
+
+    def observed(self, session: Session) -> Address:
+        """Where a session's client is: its address of UDP, or of the TLS stream below."""
+        stream = None if self.streams is None else self.streams.stream(session.remote_address)
+        return session.remote_address if stream is None else stream.remote
+
+    def where(self, session: Session) -> str:
+        """The same in words."""
+        address = self.observed(session)
+        over = " over TLS" if address != session.remote_address else ""
+        return f"{format_address(address)}{over}"
 
     def statistics(self) -> dict[str, object]:
         """Counters of registry and relay, and of each session."""

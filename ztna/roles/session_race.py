@@ -1,0 +1,99 @@
+"""Attempts at one session, over UDP and over TLS: whichever is verified first is used.
+
+A `Race` runs as a task of its own, so that who waits for it may change: the session that it is to
+replace can end meanwhile. What loses is closed.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import attrs
+import trio
+
+from ztna.errors import SessionClosedError, UnreachableError, ZtnaError
+from ztna.net.closing import CloseCode
+from ztna.net.session import Session
+
+
+@attrs.frozen
+class Runner:
+    """One attempt.
+
+    attempt: gives a verified session, and leaves nothing behind when it fails or is cancelled.
+    delay: seconds that it gives the others; it begins sooner when one of them fails.
+    silent: what to say when time is up.
+    """
+
+    attempt: Callable[[], Awaitable[Session]]
+    delay: float
+    silent: str
+
+
+@attrs.define(eq=False)
+class Race:
+    """Runs attempts until the first is there, all have failed, or `deadline` seconds are over.
+
+    winner: None until then, and if there is none.
+    """
+
+    runners: Sequence[Runner]
+    deadline: float
+    winner: Session | None = attrs.field(default=None, init=False)
+    over: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _failures: dict[Runner, ZtnaError] = attrs.field(factory=dict, init=False)
+    _failed: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+
+    async def run(self) -> None:
+        """Run it to its end."""
+        try:
+            with self._scope, trio.move_on_after(self.deadline):
+                async with trio.open_nursery() as nursery:
+                    for runner in self.runners:
+                        nursery.start_soon(self._run, runner, nursery.cancel_scope)
+        finally:
+            self.over.set()
+
+    async def _run(self, runner: Runner, scope: trio.CancelScope) -> None:
+        with trio.move_on_after(runner.delay):
+            await self._failed.wait()
+        try:
+            session = await runner.attempt()
+        except ZtnaError as error:
+            self._failures[runner] = error
+            self._failed.set()
+            if isinstance(error, SessionClosedError):
+                scope.cancel()  # the other side has spoken: it will say the same elsewhere
+            return
+        if self.winner is None:
+            self.winner = session
+            scope.cancel()
+        else:
+            session.close(CloseCode.GOODBYE, "not needed")
+
+    def stop(self) -> None:
+        """End it; the winner, if there is one already, is given up too."""
+        self._scope.cancel()
+        if self.winner is not None:
+            self.winner.close(CloseCode.GOODBYE, "not needed")
+
+    async def wait(self) -> Session:
+        """Wait for the winner. Raises SessionClosedError when the server refused, else
+        UnreachableError; their words tell of every attempt."""
+        await self.over.wait()
+        if self.winner is not None:
+            return self.winner
+        words = self.reason
+        if any(isinstance(error, SessionClosedError) for error in self._failures.values()):
+            raise SessionClosedError(words)
+        raise UnreachableError(words)
+
+    @property
+    def reason(self) -> str:
+        """Why there is no winner."""
+        refused = [e for e in self._failures.values() if isinstance(e, SessionClosedError)]
+        if refused:
+            return str(refused[0])
+        return "; ".join(
+            str(self._failures[runner]) if runner in self._failures else runner.silent
+            for runner in self.runners
+        )
