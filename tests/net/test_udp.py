@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -332,3 +333,17 @@ async def test_server_forgets_peers_beyond_its_bound(monkeypatch: pytest.MonkeyP
                 with trio.fail_after(5):
                     await server.receive()
         assert len(server._local_addresses) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets need root")
+async def test_datagrams_from_port_zero_are_dropped() -> None:
+    """Nobody could answer them, and virtual addresses have this port."""
+    async with open_udp_port("127.0.0.1", 0) as port:
+        host, number = port.local_address
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as raw:
+            for source in (0, 7):
+                header = struct.pack("!HHHH", source, number, 8 + 3, 0)
+                raw.sendto(header + b"abc", (host, 0))
+        (batch,) = await port.receive()
+        assert batch.address == (host, 7)
+        assert port.statistics()["receive_errors"] == 1

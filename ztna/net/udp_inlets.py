@@ -164,7 +164,8 @@ class Inlets:
             counters["receive_calls"] += 1
             if size == 0 or source[1] == 0:
                 # RFC 768: port 0 asks for no answer. Here it could pass for a virtual address.
-                self._counters["receive_errors"] += size > 0
+                counters["receive_errors"] += size > 0
+                inlet.read += 1
                 continue
             segment, arrived_at = size, None
             for level, kind, value in control:
