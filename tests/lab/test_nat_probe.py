@@ -1,9 +1,9 @@
 """The NAT probe and the STUN server against each other and against programs of others, behind NATs.
 
-    host 10.1.0.2 -- NAT of five kinds -- internet -- our intermediate, coturn
+    host 10.1.0.2 -- NAT of six kinds -- internet -- our intermediate, coturn
 
-Our probe asks our intermediate and coturn; Debian's stun-client and pystun3 ask our intermediate.
-Every verdict must be exact.
+Our probe and coturn's own client ask our intermediate and coturn; Debian's stun-client and pystun3
+ask our intermediate. Every verdict must be exact.
 """
 
 import json
@@ -19,6 +19,7 @@ import attrs
 import pytest
 
 from scripts.lab.deployment import ZTNA, Deployment, LoggedProcess, start
+from ztna.core.natclass import FilteringKind, MappingKind
 from ztna.nat.kernel_lab import Gateway, Host, KernelLab, supported
 from ztna.nat.ruleset import ruleset
 from ztna.nat.spec import (
@@ -55,6 +56,14 @@ class Kind:
     stun_client: str = "Independent Mapping, Independent Filter"
     pystun: str = "Full Cone"
 
+    @property
+    def turnutils(self) -> list[str]:
+        """What coturn's client says in its own words, which are RFC 5780's."""
+        return [
+            f"NAT with {kind.title().replace('-', ' ').replace(' And ', ' and ')} {what}!"
+            for kind, what in ((self.mapping, "Mapping"), (self.filtering, "Filtering"))
+        ]
+
 
 KINDS = {
     "full-cone": Kind(FULL_CONE, "full cone NAT"),
@@ -71,6 +80,15 @@ KINDS = {
         filtering="address-and-port-dependent",
         stun_client="Independent Mapping, Port Dependent Filter",
         pystun="Restric Port NAT",
+    ),
+    "by-address": Kind(
+        NatSpec(MappingKind.ADM, FilteringKind.ADF),
+        "symmetric NAT",
+        "address-dependent",
+        "address-dependent",
+        exit_code=10,
+        stun_client="Dependent Mapping",
+        pystun="Symmetric NAT",
     ),
     "symmetric": Kind(
         SYMMETRIC,
@@ -217,6 +235,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             scene.probe("ours", name, OURS[0], *(files if name == home else ()))
             if found("turnserver") is not None:
                 scene.probe("coturn", name, COTURN[0])
+            if (program := found("turnutils_natdiscovery")) is not None:
+                for what, server in (("ours", OURS[0]), ("coturn", COTURN[0])):
+                    flags = ("-m", "-f", "-L", INNER, "-p", str(PORT))
+                    scene.run(f"turnutils {what}", name, program, *flags, server)
             if (program := found("stun")) is not None:
                 scene.run("stun", name, program, f"{OURS[0]}:{PORT}")
             if (program := found("pystun3")) is not None:
@@ -259,6 +281,20 @@ def test_our_probe_asks_coturn(scene: Scene, name: str) -> None:
     found, exit_code = scene.report("coturn", name)
     check(name, found, exit_code)
     assert found["ipv4"]["path_mtu"]["forth"] == 1500
+
+
+@needs("turnutils_natdiscovery")
+@pytest.mark.parametrize("server", ["ours", "coturn"])
+@pytest.mark.parametrize("name", NAMES)
+def test_coturns_client_asks_both(scene: Scene, name: str, server: str) -> None:
+    output, errors, _ = scene.output(f"turnutils {server}", name)
+    said = [line for line in output.splitlines() if line.startswith("NAT with")]
+    mapping, filtering = KINDS[name].turnutils
+    if (name, server) == ("by-address", "ours"):
+        # It takes the OTHER-ADDRESS of the second answer, which came from our second address, for
+        # another port of that; RFC 5780 section 7.4 says that it is the first address's.
+        mapping = "NAT with Address and Port Dependent Mapping!"
+    assert said == [mapping, filtering], output + errors
 
 
 @needs("stun")
