@@ -13,7 +13,6 @@ always again when nothing else does. An attempt that failed is repeated after 30
 a network has changed or a direct path was lost.
 """
 
-import math
 import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -21,46 +20,25 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from ztna.core.addresses import format_address
-from ztna.core.ice.candidate import Candidate, CandidateKind, offered, priority
+from ztna.core.ice.candidate import CandidateKind, priority
 from ztna.core.ice.checklist import FIRST_WAIT, LONGEST_WAIT
 from ztna.core.ice.events import (
     Event,
     GatherWanted,
     IceSettings,
     PathSelected,
-    Phase,
     PortsReleased,
     PortsWanted,
     PunchingDone,
     RelayToo,
 )
 from ztna.core.ice.exchange import Answered, Asked, CheckExchange, Credentials, Keys, PortBatch
-from ztna.core.ice.messages import (
-    CandidateAnswer,
-    CandidateEntry,
-    CandidateOffer,
-    IceMessage,
-    PunchingResult,
-    StartPunching,
-)
+from ztna.core.ice.messages import IceMessage, PunchingResult
+from ztna.core.ice.negotiation import STEP_TIME, Negotiation, Phase
 from ztna.core.ice.paths import Path, PathTable, Use
 from ztna.core.ice.plan import NatView
 from ztna.core.ice.punching import Gathered, PeerSide, Punching
-from ztna.core.limits import TokenBucket
 from ztna.core.ports import Address, Buffer
-
-RETRY_TIME = 30.0
-"""s after an attempt that failed: (seed)."""
-
-# Our choice: for gathering, and for each answer of the other side, which comes by the relay.
-STEP_TIME = 5.0
-# Our choice: attempts that a controlled side takes part in: 4 at once, one in 5 s.
-_OFFER_RATE, _OFFER_BURST = 0.2, 4.0
-# Our choice: between attempts after a loss: at once, then 2 s, doubling while paths are lost within
-# a minute of each other.
-_FIRST_PAUSE, _LOSSES_FORGOTTEN = 2.0, 60.0
-_LEAST_PAUSE = 1.0  # between any two
-_MAX_HALF_TRIP = 0.5  # s that the controlling side waits at most, so that both begin together
 
 
 @attrs.define
@@ -75,76 +53,56 @@ class IceAgent:
     random: random.Random
     settings: IceSettings = attrs.field(factory=IceSettings)
     peer_hosts: frozenset[str] = frozenset()
-    generation: int = attrs.field(default=0, init=False)
-    phase: Phase = attrs.field(default=Phase.IDLE, init=False)
     exchange: CheckExchange = attrs.field(init=False)
     paths: PathTable = attrs.field(init=False)
     punching: Punching | None = attrs.field(default=None, init=False)
-    peer_result: PunchingResult | None = attrs.field(default=None, init=False)
     failure: str = attrs.field(default="not tried yet", init=False)
-    _own: Credentials = attrs.field(init=False)
-    _gathered: Gathered | None = attrs.field(default=None, init=False)
-    _offer: CandidateOffer | None = attrs.field(default=None, init=False)
-    _messages: list[IceMessage] = attrs.field(factory=list, init=False)
+    _talks: Negotiation = attrs.field(init=False)
+    _seen_generation: int = attrs.field(default=0, init=False)
     _events: deque[Event] = attrs.field(factory=deque, init=False)
-    _due: float | None = attrs.field(default=None, init=False)
-    _began_at: float = attrs.field(default=-math.inf, init=False)
-    _offered_at: float = attrs.field(default=0.0, init=False)
     _succeeded: bool = attrs.field(default=False, init=False)
-    _losses: int = attrs.field(default=0, init=False)
-    _lost_at: float = attrs.field(default=-math.inf, init=False)
     _nominate_at: float | None = attrs.field(default=None, init=False)
     _nominate_wait: float = attrs.field(default=FIRST_WAIT, init=False)
     _relay_too: bool = attrs.field(default=False, init=False)
     _extra_ports: set[int] = attrs.field(factory=set, init=False)
-    _offers: TokenBucket = attrs.field(
-        factory=lambda: TokenBucket(_OFFER_RATE, _OFFER_BURST), init=False
-    )
     _counts: Counter[str] = attrs.field(factory=Counter, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.exchange = CheckExchange(self.random, self.controlling)
         self.paths = PathTable(self.random)
-        self._own = Credentials.create(self.random)
+        self._talks = Negotiation(self.controlling, self.random, self.settings.features)
+
+    @property
+    def phase(self) -> Phase:
+        """Where the attempt stands."""
+        return self._talks.phase
+
+    @property
+    def peer_result(self) -> PunchingResult | None:
+        """What the other side said last of its attempt."""
+        return self._talks.peer_result
 
     # --- what the driver tells ----------------------------------------------------------------
 
     def start(self, now: float) -> None:
         """Begin an attempt, if this side is the one that begins; else wait for an offer."""
         if self.controlling:
-            self._begin(self.generation + 1, now)
+            self._talks.begin(self._talks.generation + 1, now)
+            self._follow(now)
 
     def network_changed(self, now: float) -> None:
         """Interfaces or the observed address are other ones: try anew, at once."""
         for path in self.paths:
             path.suspect(now)
-        if not self.controlling:
-            self._tell("changed", "the network has changed")
+        if self.controlling:
+            self._talks.begin_at(now)
         else:
-            self._begin_at(now)
+            self._tell("changed", "the network has changed")
 
     def gathered(self, found: Gathered, now: float) -> None:
         """The answer to `GatherWanted`; later ones are for nobody."""
-        if self.phase is not Phase.GATHERING:
-            return
-        self._gathered = found
-        kind = CandidateOffer if self.controlling else CandidateAnswer
-        self._messages.append(
-            kind(
-                self.generation,
-                self._own.ufrag,
-                self._own.password,
-                tuple(_entry(each) for each in offered(found.candidates)),
-                found.nat.to_entry(),
-                self.settings.features,
-            )
-        )
-        self._due = now + STEP_TIME
-        if self._offer is None:
-            self.phase, self._offered_at = Phase.OFFERED, now
-        else:
-            self.phase = Phase.ANSWERED
-            self._prepare(self._offer, found)
+        self._talks.gathered(found, now)
+        self._follow(now)
 
     def ports_opened(self, ports: Sequence[int], now: float) -> None:
         """The answer to `PortsWanted`: local ports as `PortBatch` will name them."""
@@ -165,30 +123,8 @@ class IceAgent:
 
     def receive_message(self, message: IceMessage, now: float) -> None:
         """A message of the peer. What does not fit is counted and ignored: it was overtaken."""
-        match message:
-            case CandidateOffer() if not self.controlling and message.generation > self.generation:
-                if self._offers.take(now):
-                    self._begin(message.generation, now)
-                    self._offer = message
-                else:
-                    self._counts["offers_too_often"] += 1
-            case CandidateAnswer() if self._is_current(message, Phase.OFFERED):
-                assert self._gathered is not None
-                self._prepare(message, self._gathered)
-                self._messages.append(StartPunching(self.generation))
-                self.phase = Phase.PUNCHING
-                # Half of the way there and back: the other side begins when StartPunching comes.
-                self._due = now + min((now - self._offered_at) / 2, _MAX_HALF_TRIP)
-            case StartPunching() if self._is_current(message, Phase.ANSWERED):
-                self.phase, self._due = Phase.PUNCHING, now
-            case PunchingResult() if 0 < message.generation <= self.generation:
-                self.peer_result = message
-                if self.controlling and message.outcome == "changed":
-                    self._begin_at(now)
-                elif self.controlling and message.outcome == "lost":
-                    self._try_again(now)
-            case _:
-                self._counts["messages_ignored"] += 1
+        self._talks.receive_message(message, now)
+        self._follow(now)
         self.handle_timer(now)
 
     def receive_packet_untrusted(
@@ -213,8 +149,7 @@ class IceAgent:
 
     def messages_to_send(self, now: float) -> list[IceMessage]:  # noqa: ARG002 - one vocabulary
         """For the peer, in order; empties the queue."""
-        messages, self._messages = self._messages, []
-        return messages
+        return self._talks.messages_to_send()
 
     def packets_to_send(self, now: float) -> Sequence[PortBatch]:
         """Checks and answers, each with its local port; empties the queue."""
@@ -223,14 +158,14 @@ class IceAgent:
 
     def get_timer(self) -> float | None:
         """When to call `handle_timer`."""
-        timers = [self._due, self.paths.get_timer(), self._nominate_at]
+        timers = [self._talks.due, self.paths.get_timer(), self._nominate_at]
         if self.punching is not None:
             timers.append(self.punching.get_timer())
         return min((timer for timer in timers if timer is not None), default=None)
 
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
-        if self._due is not None and now >= self._due:
+        if self._talks.due is not None and now >= self._talks.due:
             self._step(now)
         for path in self.paths.handle_timer(now):
             self._check(path, now, nominates=path is self.paths.current)
@@ -238,7 +173,7 @@ class IceAgent:
             if wanted := self.punching.sockets_wanted(now):
                 self._events.append(PortsWanted(wanted))
             self.punching.send_due(now)
-            if self.phase is Phase.PUNCHING and self.punching.over(now):
+            if self.punching.over(now) and self.phase is Phase.PUNCHING:
                 self._end(now)
         self._settle(now)
 
@@ -246,91 +181,70 @@ class IceAgent:
         """Checks, answers, drops by reason, generations, paths."""
         return {
             **self._counts,
+            **self._talks.counts,
             **self.exchange.statistics(),
-            "generation": self.generation,
+            "generation": self._talks.generation,
             "paths": sum(1 for _ in self.paths),
             "extra_ports": len(self._extra_ports),
         }
 
-    # --- generations --------------------------------------------------------------------------
+    # --- attempts -----------------------------------------------------------------------------
 
-    def _begin(self, generation: int, now: float) -> None:
-        self.generation, self.phase, self._began_at = generation, Phase.GATHERING, now
-        self._own = Credentials.create(self.random)
-        self._offer = self._gathered = self.punching = None
-        self._succeeded = False
-        self._due = now + STEP_TIME
-        self._counts["attempts"] += 1
-        self._events.append(GatherWanted(generation))
-
-    def _prepare(self, peer: CandidateOffer | CandidateAnswer, own: Gathered) -> None:
-        keys = Keys(self._own, Credentials(peer.ufrag, peer.password))
+    def _follow(self, now: float) -> None:
+        """Do what was agreed upon: gather for a new generation, make ready where both are known."""
+        talks = self._talks
+        if talks.generation != self._seen_generation:
+            self._seen_generation = talks.generation
+            self.punching, self._succeeded = None, False
+            self._events.append(GatherWanted(talks.generation))
+        if self.punching is not None or talks.peer is None or talks.found is None:
+            return
+        keys = Keys(talks.own, Credentials(talks.peer.ufrag, talks.peer.password))
         self.exchange.use(keys)
         self.paths.newest = keys
-        side = PeerSide(peer.candidates, NatView.from_entry(peer.nat), self.peer_hosts)
-        features = frozenset(peer.features) & frozenset(self.settings.features)
+        nat = NatView.from_entry(talks.peer.nat)
         self.punching = Punching(
             self.exchange,
             keys,
-            own,
-            side,
+            talks.found,
+            PeerSide(talks.peer.candidates, nat, self.peer_hosts),
             self.settings.rules,
             self.settings.birthday,
-            features,
+            frozenset(talks.peer.features) & frozenset(self.settings.features),
             self.random,
         )
-
-    def _is_current(self, message: CandidateAnswer | StartPunching, phase: Phase) -> bool:
-        return message.generation == self.generation and self.phase is phase
+        self._settle(now)
 
     def _step(self, now: float) -> None:
         """The time of a phase is over, or a pause."""
-        self._due = None
-        match self.phase:
-            case Phase.RESTING:
-                self._begin(self.generation + 1, now)
-            case Phase.PUNCHING:
-                assert self.punching is not None
-                self.punching.start(now)
-            case _:
-                self._fail(f"{self.phase.value}: nothing in {STEP_TIME:.0f} s", now)
+        self._talks.due = None
+        if self.phase is Phase.RESTING:
+            self.start(now)
+        elif self.phase is Phase.PUNCHING and self.punching is not None:
+            self.punching.start(now)
+        else:
+            self._fail(f"{self.phase.value}: nothing in {STEP_TIME:.0f} s", now)
 
     def _end(self, now: float) -> None:
         assert self.punching is not None
         if self._succeeded or self.paths.current is not None:
-            self.phase = Phase.RESTING
+            self._talks.rest(now, failed=False)
         else:
             self._fail(self.punching.failure(), now)
 
     def _fail(self, reason: str, now: float) -> None:
-        self.failure, self.phase = reason, Phase.RESTING
-        self._due = now + RETRY_TIME if self.controlling else None
+        self.failure = reason
+        self._talks.rest(now, failed=True)
         self._counts["failed"] += 1
         self._tell("failed", reason)
-        seconds = now - self._began_at
-        self._events.append(PunchingDone(self.generation, "failed", reason, seconds))
+        self._done("failed", reason, now)
 
     def _tell(self, outcome: str, reason: str) -> None:
-        pairs = () if self.punching is None else self.punching.told()
-        if self.generation:
-            self._messages.append(PunchingResult(self.generation, outcome, reason[:300], pairs))
+        self._talks.tell(outcome, reason, () if self.punching is None else self.punching.told())
 
-    def _try_again(self, now: float) -> None:
-        """A path was lost: begin anew at once, later if that happens often."""
-        if now - self._lost_at < _LEAST_PAUSE:
-            return  # both sides tell
-        self._losses = self._losses + 1 if now - self._lost_at < _LOSSES_FORGOTTEN else 0
-        self._lost_at = now
-        pause = _FIRST_PAUSE * 2 ** (self._losses - 1) if self._losses else 0.0
-        self._begin_at(now + min(pause, RETRY_TIME))
-
-    def _begin_at(self, at: float) -> None:
-        """Begin the next attempt then, or earlier if one is planned; what is being agreed upon goes
-        on, as it is new enough."""
-        if self.phase in {Phase.PUNCHING, Phase.RESTING}:
-            planned = self._due if self.phase is Phase.RESTING else None
-            at = max(at, self._began_at + _LEAST_PAUSE)
-            self.phase, self._due = Phase.RESTING, at if planned is None else min(at, planned)
+    def _done(self, outcome: str, reason: str, now: float) -> None:
+        seconds = now - self._talks.began_at
+        self._events.append(PunchingDone(self._talks.generation, outcome, reason, seconds))
 
     # --- checks and paths ---------------------------------------------------------------------
 
@@ -393,15 +307,14 @@ class IceAgent:
             if not self._succeeded:
                 self._succeeded, self.failure = True, ""
                 self._tell("direct", reason)
-                seconds = now - self._began_at
-                self._events.append(PunchingDone(self.generation, "direct", "", seconds))
+                self._done("direct", "", now)
             return
         assert lost is not None, "from the relay to the relay is no change"
         self.failure = f"{format_address(lost.address)}: {lost.reason}"
         self._events.append(PathSelected(None, 0, self.failure))
         self._counts["paths_relay"] += 1
         if self.controlling:
-            self._try_again(now)
+            self._talks.begin_after_loss(now)
         else:
             self._tell("lost", self.failure)
 
@@ -416,8 +329,3 @@ class IceAgent:
         if idle:
             self._extra_ports -= idle
             self._events.append(PortsReleased(tuple(sorted(idle))))
-
-
-def _entry(each: Candidate) -> CandidateEntry:
-    host, port = each.address
-    return CandidateEntry(each.kind.value, host, port, each.priority, each.foundation)

@@ -1,7 +1,5 @@
 """What an `IceAgent` tells its driver, and what an operator may set."""
 
-import enum
-
 import attrs
 
 from ztna.core.ice.birthday import BirthdayBudget
@@ -59,17 +57,6 @@ class PunchingDone:
 
 
 Event = GatherWanted | PortsWanted | PortsReleased | PathSelected | RelayToo | PunchingDone
-
-
-class Phase(enum.Enum):
-    """Of a generation. The value is for people."""
-
-    IDLE = "not begun"
-    GATHERING = "gathering addresses"
-    OFFERED = "waiting for the peer's addresses"
-    ANSWERED = "waiting for the start"
-    PUNCHING = "checking"
-    RESTING = "done"
 
 
 @attrs.frozen

@@ -168,7 +168,7 @@ class Path:
                 self.next_check_at = now + _SUSPECT_INTERVAL
             case PathState.DOWN:
                 self.next_check_at = now + _DOWN_INTERVAL
-            case PathState.UP:
+            case _:
                 self._check_idle(now)
         return True
 

@@ -151,12 +151,8 @@ class Punching:
         check, kind = answered.check, CandidateKind.PEER_REFLEXIVE
         # A guess that was right has no pair yet.
         pair = self.pairs.add(check.port, check.address, kind, (1, 1), self.keys, now)
-        if pair is None:
-            return None
-        if answered.refusal:
-            if pair.open:
-                pair.reason = answered.refusal
-            return None
+        if pair is None or answered.refusal:
+            return None  # a pair that was refused is checked again, perhaps in another role
         pair.succeed(answered.rtt)
         return pair
 
@@ -229,7 +225,7 @@ class Punching:
         """Whether the time to punch has just ended; what is still open is given up then."""
         if self.started_at is None or self.ended or now < self._deadline:
             return False
-        self.ended = True
+        self.ended, self._birthday = True, None
         for pair in self.pairs:
             if pair.open:
                 pair.give_up(now)
