@@ -381,6 +381,18 @@ def test_answers_of_the_service_that_the_message_named(version: int) -> None:
 
 
 @VERSIONS
+def test_no_answers_of_a_service_that_is_refused(version: int) -> None:
+    """A right that was lost while answers were on their way."""
+    found = asked(version)
+    found.refused = {"echo": "no rule"}
+    packet = back(version=version)
+    assert [inbound(found, key, packet) for key in (1, "echo", None)] == [False] * 3
+    assert drops(found) == {"answer_of_refused_service": 3}
+    found.refused = {}
+    assert inbound(found, 1, packet)
+
+
+@VERSIONS
 def test_only_from_services_and_only_for_us(version: int) -> None:
     found = table()
     assert not inbound(found, None, back(FREE, version))

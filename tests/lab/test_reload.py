@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from scripts.lab.deployment import LoggedProcess
+from scripts.lab.deployment import TRUST_DOMAIN, LoggedProcess
 from tests.lab.conftest import DOWNLOAD_BYTES, FILES, WEB, Site, reason_to_skip, wait_for_growth
 from ztna.nat.kernel_lab import Host
 
@@ -187,3 +187,44 @@ def test_denied_agent_is_out_until_it_is_no_longer(site: Site, relay: Node, agen
     relay.reload(relay.original)
     back(10)
     assert fetch(site.agent)
+
+
+def test_signed_policy_takes_a_right_and_spares_the_others(
+    site: Site, relay: Node, tmp_path: Path
+) -> None:
+    """From a plain policy to a signed one, by ztna's own commands; then a newer one is pushed. The
+    guest has pinned the key, and has all addresses and ports from the policy."""
+    original = site.apps.run("sha256sum", site.deployment.folder / "files/download").stdout[:64]
+    ztna, folder = site.deployment.ztna, tmp_path / "policy"
+    draft, public = folder / "policy.json", folder / "policy.pub"
+    guest_file = site.agent_file("visitor")
+    files = [f"--from={file}" for file in (relay.file, guest_file)]
+    ztna("policy", "init", folder, "--trust-domain", TRUST_DOMAIN, *files)
+    ztna("policy", "sign", draft)
+    config = relay.config
+    del config["policy"]
+    config |= {"policy_file": str(folder / "policy.signed"), "policy_key": str(public)}
+    guest_config = json.loads(guest_file.read_text())
+    guest_config |= {"services": [{"id": "web"}, {"id": "files"}], "policy_key": str(public)}
+    guest_file.write_text(json.dumps(guest_config))
+    file = tmp_path / "spared"
+    with download(site.other, file) as spared:
+        wait_for_growth(file, BEGUN)
+        relay.reload(json.dumps(config))
+        guest = site.deployment.run_until_ready(site.guest, "agent", guest_file, services=2)
+        assert fetch(site.guest)
+        policy = json.loads(draft.read_text())
+        policy["rules"] = [r for r in policy["rules"] if r["who"] != "agent/visitor"]
+        draft.write_text(json.dumps(policy))
+        ztna("policy", "sign", draft)
+        start = time.monotonic()
+        relay.reload(json.dumps(config))
+        guest.wait_for("signed policy 2: no rule lets agent/visitor reach web", deadline=1)
+        assert time.monotonic() - start < 1
+        start = time.monotonic()
+        assert not fetch(site.guest)
+        assert time.monotonic() - start < 1, "refused at once, not left to wait"
+        assert fetch(site.other)
+        assert spared.wait(60) == 0
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == original
+    assert guest.stop() == 0
