@@ -23,6 +23,7 @@ from ztna.cli.main import INTERRUPTED
 from ztna.errors import SystemSetupError, UsageError
 from ztna.nat.deployment import PROGRAM
 from ztna.nat.kernel_lab import Host
+from ztna.nat.reaper import cleared_up_after
 from ztna.nat.site import Site
 
 _PREFIX = "ztna-lab-"
@@ -64,7 +65,10 @@ def lab_folder() -> Iterator[Path]:
             owner = int(folder.name.removeprefix(_PREFIX).partition("-")[0])
             if folder.lstat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
                 shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-") as own:
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-") as own,
+        cleared_up_after(folder=own),
+    ):
         yield Path(own)
 
 

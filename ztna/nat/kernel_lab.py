@@ -5,8 +5,8 @@
 Every member is a network namespace, and every link a point-to-point veth to a router (the public
 one, or a gateway), with host routes. So each packet, also between two hosts of one LAN, crosses a
 forward hook, where `block` drops it. All verbs are synchronous, as building takes milliseconds and
-programs run beside us. `nat.kernel_nat` adds gateways by `NatSpec`. Nothing outlives the lab, and
-the next lab removes what a killed one left.
+programs run beside us. `nat.kernel_nat` adds gateways by `NatSpec`. Nothing outlives the lab, also
+when its process is killed (`nat.reaper`); and the next lab removes what is left in spite of that.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from ztna.nat import netns
 from ztna.nat.capture import capture
 from ztna.nat.kernel_port import KernelUdpPort
 from ztna.nat.netns import Namespace, supported
+from ztna.nat.reaper import cleared_up_after
 
 __all__ = ["Gateway", "Host", "KernelLab", "Router", "port_restricted_cone", "supported"]
 
@@ -247,6 +248,7 @@ class KernelLab:
 
     _number: int = attrs.field(factory=lambda: next(_lab_numbers))
     _namespaces: dict[str, Namespace] = attrs.field(factory=dict)
+    _reaper: contextlib.ExitStack = attrs.field(factory=contextlib.ExitStack)
     public: Router = attrs.field(init=False)
 
     def __enter__(self) -> Self:
@@ -254,6 +256,9 @@ class KernelLab:
             raise SystemSetupError(reason)
         netns.cleanup_stale()
         try:
+            self._reaper.enter_context(
+                cleared_up_after(namespaces=netns.new_name(f"{self._number}-"))
+            )
             self.public = Router(self.add_namespace("router"), _PUBLIC_ROUTER)
         except BaseException:
             self.close()
@@ -265,8 +270,11 @@ class KernelLab:
 
     def close(self) -> None:
         """Kill every process of the lab and remove its namespaces."""
-        netns.close_all(self._namespaces.values())
-        self._namespaces.clear()
+        try:
+            netns.close_all(self._namespaces.values())
+        finally:
+            self._namespaces.clear()
+            self._reaper.close()
 
     def public_host(self, name: str, address: str) -> Host:
         """A host with a public address."""
