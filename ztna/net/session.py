@@ -24,6 +24,7 @@ from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import CONTAINED
 from ztna.net.aioquic_private import state as aioquic_state
 from ztna.net.aioquic_private.mutual_tls import MutualQuicConnection
+from ztna.net.aioquic_private.path_change import PathBook
 from ztna.net.batches import batches_of
 from ztna.net.closing import (
     CloseCode,
@@ -36,7 +37,7 @@ from ztna.net.closing import (
 from ztna.net.datagram_sender import DatagramSender
 from ztna.net.fastpath import FastPath
 from ztna.net.session_owner import SessionOwner
-from ztna.net.session_queues import SessionQueues, SessionSettings
+from ztna.net.session_queues import PathChange, SessionQueues, SessionSettings
 from ztna.net.stateless_reset import is_reset
 
 __all__ = ["CloseCode", "CloseInfo", "Session", "SessionOwner", "SessionSettings"]
@@ -77,6 +78,7 @@ class Session(SessionQueues):
     _stirred: bool = attrs.field(default=True, init=False, repr=False)
     _broken: bool = attrs.field(default=False, init=False, repr=False)
     _farewell: Farewell = attrs.field(factory=Farewell, init=False, repr=False)
+    _paths: PathBook = attrs.field(factory=PathBook, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._fast = FastPath(self._connection)
@@ -205,6 +207,8 @@ class Session(SessionQueues):
         if timer is not None and timer <= now:
             connection.handle_timer(now=now)
             self._stirred = True
+        if self._path_wanted is not None and self._peer is not None:
+            self._change_path(self._path_wanted, now)
         if self._close_info is not None:
             self._drain_events()
             self._finished = aioquic_state.finished(connection)
@@ -219,6 +223,18 @@ class Session(SessionQueues):
             self._heartbeat.sent(now)
         self._notice_end(batches)
         return batches
+
+    def _change_path(self, wanted: PathChange, now: float) -> None:
+        self._path_wanted = None
+        size = wanted.max_udp_payload or self.settings.max_udp_payload
+        self._paths.change(
+            self._connection, wanted.path, now, max_datagram_size=size, rtt=wanted.rtt
+        )
+        self._set_max_datagram(aioquic_state.largest_datagram(self._connection, size))
+        # What the old path left unanswered says nothing of the peer.
+        self._watch = AnswerWatch(self.settings.patience)
+        self._set_suspect(suspect=False)
+        self._stirred = True
 
     def _feed(self, now: float) -> None:
         inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
@@ -329,7 +345,7 @@ class Session(SessionQueues):
         batches: list[UdpBatch] = []
         if self._outgoing and self._peer is not None:
             self._heartbeat.used(now)
-            overhead = self.settings.max_udp_payload - self.max_datagram_data
+            overhead = aioquic_state.udp_payload(self._connection) - self.max_datagram_data
             sent = self._sender.send(self._outgoing, overhead, self.remote_address, now)
             batches = sent.batches
             self._counters["sent_datagrams"] += sent.count

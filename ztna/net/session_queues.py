@@ -5,7 +5,7 @@ here change a queue or a flag and wake the pump; they never touch the connection
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import attrs
 import trio
@@ -83,6 +83,15 @@ class SessionSettings:
         )
 
 
+@attrs.frozen
+class PathChange:
+    """path: a name of the new one. max_udp_payload: bytes; 0 for the settings'. rtt: s."""
+
+    path: Hashable
+    max_udp_payload: int
+    rtt: float | None
+
+
 @attrs.define(eq=False)
 class SessionQueues:
     """What a role sees of a session.
@@ -101,6 +110,7 @@ class SessionQueues:
     _peer: VerifiedPeer | None = attrs.field(default=None, init=False)
     _close_info: CloseInfo | None = attrs.field(default=None, init=False)
     _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)
+    _path_wanted: PathChange | None = attrs.field(default=None, init=False, repr=False)
     _outgoing: deque[bytes] = attrs.field(factory=deque, init=False, repr=False)
     _incoming: list[bytes] = attrs.field(factory=list, init=False, repr=False)
     _receiver: Receiver | None = attrs.field(default=None, init=False, repr=False)
@@ -261,6 +271,14 @@ class SessionQueues:
             self._close_wanted = (code, reason)
             self._kick()
 
+    def path_changed(
+        self, path: Hashable, *, max_udp_payload: int = 0, rtt: float | None = None
+    ) -> None:
+        """What is sent from now on takes another path: what is in flight is given up, windows and
+        times are the new path's, and a PING goes at once (`aioquic_private.path_change`)."""
+        self._path_wanted = PathChange(path, max_udp_payload, rtt)
+        self._kick()
+
     def _raise_if_closed(self) -> None:
         if self._close_info is not None:
             raise SessionClosedError(self._close_info.reason)
@@ -307,6 +325,15 @@ class SessionQueues:
         self._peer = peer
         self.max_datagram_data = max_datagram_data
         self._changed.unpark_all()
+
+    def _set_max_datagram(self, limit: int) -> None:
+        """Another limit; what is queued and too large for it is dropped."""
+        self.max_datagram_data = limit
+        fitting = [data for data in self._outgoing if len(data) <= limit]
+        if len(fitting) < len(self._outgoing):
+            self._counters["drop_too_large"] += len(self._outgoing) - len(fitting)
+            self._outgoing.clear()
+            self._outgoing.extend(fitting)
 
     def _set_suspect(self, *, suspect: bool) -> None:
         self.suspect = suspect

@@ -59,6 +59,9 @@ _CONNECTION_NAMES = (
     "_local_max_streams_uni",
     "_loss",
     "_max_datagram_size",
+    # path_change.py, and of `_loss` what `one_rtt.available` names
+    "_configuration",
+    "_pacing_at",
     "_peer_cid",
     "_remote_max_datagram_frame_size",
     "_state",

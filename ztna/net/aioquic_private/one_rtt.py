@@ -223,7 +223,9 @@ _SPACE_NAMES = (
     "largest_received_packet largest_received_time received_packets sent_packets"
 )
 _RECOVERY_NAMES = (
-    "_in_persistent_congestion _rtt_first_sample_time _rtt_initialized bytes_in_flight "
+    "_cc _on_packets_lost _pacer _pto_count _rtt_initial _rtt_latest _rtt_min _rtt_smoothed "
+    "_rtt_variance _in_persistent_congestion _rtt_first_sample_time _rtt_initialized "
+    "bytes_in_flight "
     "congestion_window get_probe_timeout on_ack_received on_packet_sent reschedule_data spaces"
 )
 _PAIR_NAMES = "_update_key _update_key_requested decrypt_packet encrypt_packet recv send teardown"

@@ -137,6 +137,11 @@ def largest_datagram(connection: QuicConnection, max_udp_payload: int) -> int:
     return max(0, min(room, frame_limit - 3))
 
 
+def udp_payload(connection: QuicConnection) -> int:
+    """Bytes of the largest UDP payload that is sent now."""
+    return int(connection._max_datagram_size)
+
+
 def take_back_datagrams(connection: QuicConnection) -> list[bytes]:
     """Empty aioquic's DATAGRAM queue, which pacing or the window held back."""
     waiting = list(connection._datagrams_pending)
