@@ -42,6 +42,12 @@ class UnreachableError(ZtnaError):
     exit_code = 6
 
 
+class LimitError(ZtnaError):
+    """A bound of ours was reached; the message says which."""
+
+    exit_code = 9
+
+
 class SystemSetupError(ZtnaError):
     """The machine lacks something: a privilege, a device, a free port, a kernel feature."""
 

@@ -149,13 +149,29 @@ CONTROL = [
             1,
             ("short",),
             "spiffe://example.net/agent/laptop",
-            messages.HostPort(*CLIENT),
             datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC).isoformat(),
+            messages.HostPort(*CLIENT),
             "10.100.64.7",
             "fd7a::1",
         ),
         messages.ServiceMap((messages.ServiceNumber(1, "web"), messages.ServiceNumber(2, "db"))),
         messages.Denied("web", "no rule"),
+        messages.OpenSession(
+            ("web",), (messages.KnownSession("0" * 16, "spiffe://example.net/connector/home"),)
+        ),
+        messages.RelayChannel(
+            "0" * 16, "1" * 16, "spiffe://example.net/connector/home", ("web", "db")
+        ),
+        messages.RelayChannel(
+            "2" * 16,
+            "3" * 16,
+            "spiffe://example.net/agent/laptop",
+            ("web",),
+            "10.100.64.7",
+            "fd7a:746e:6100::a64:4007",
+        ),
+        messages.ChannelClosed("0" * 16, "gone"),
+        messages.Unavailable("web", "no connector"),
         messages.Policy("e30=", "AAAA"),
         messages.Withdraw(("web", "db")),
         messages.Goodbye("leaving", 3.5),

@@ -8,7 +8,6 @@ not reached by any. Beside the one error that a parser may raise, some targets c
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import attrs
 
@@ -33,6 +32,13 @@ from scripts.fuzzing.examples import (
     turned,
 )
 from scripts.fuzzing.ice import ice_checks, ice_messages
+from scripts.fuzzing.peers import (
+    agent_peer,
+    agent_signals,
+    connector_peer,
+    connector_signals,
+    far_end,
+)
 from scripts.fuzzing.tables import Parser, make_flows, make_outbound, make_routes, relay_maker
 from ztna import authority
 from ztna.core import messages, wire
@@ -66,7 +72,6 @@ from ztna.core.tcp.segment import segment_from_packet_untrusted
 from ztna.core.vnet import parse_vnet_header_untrusted
 from ztna.errors import RemoteProtocolError
 from ztna.net.demux import LongHeader, initial_token_untrusted
-from ztna.net.session import Session
 from ztna.net.strangers import Doorkeeper
 from ztna.roles import control_client
 from ztna.roles.control_client import ControlLink, PacketHandler
@@ -209,13 +214,15 @@ class _NoHandler:
 
     def packets_received(self, link: ControlLink, packets: object) -> None: ...
 
+    def signal_received(self, link: ControlLink, message: object) -> None: ...
+
     def session_down(self, link: ControlLink) -> None: ...
 
 
 def _client_link() -> tuple[ControlLink, PacketHandler]:
     registrar = Registrar.of(wire.AGENT_WANTS, ["web"])
     # Nothing that comes in makes the link use its session.
-    link = ControlLink(cast(Session, None), registrar, Encapsulator(1170))
+    link = ControlLink(far_end(), registrar, Encapsulator(1170))
     return link, _NoHandler()
 
 
@@ -355,6 +362,10 @@ TARGETS: Mapping[str, Target] = {
     "control-frames": Target(_frames, CONTROL),
     "control-json": Target(lambda: messages.parse_message_untrusted, [c[4:] for c in CONTROL]),
     "client-messages": Target(_client_messages, [c[4:] for c in CONTROL]),
+    "agent-signals": Target(agent_signals, [c[4:] for c in CONTROL], renew_after=500),
+    "connector-signals": Target(connector_signals, [c[4:] for c in CONTROL], renew_after=500),
+    "agent-peer": Target(agent_peer, [c[4:] for c in CONTROL], renew_after=500),
+    "connector-peer": Target(connector_peer, [c[4:] for c in CONTROL], renew_after=500),
     "client-dialogue": Target(_client_dialogue, [*SERVICE_MESSAGES, *OBSERVED]),
     "registration": Target(_registrar, SERVICE_MESSAGES),
     "stun": Target(lambda: parse_stun, STUN),

@@ -127,14 +127,14 @@ def test_intermediate_example() -> None:
         service_range=IPv4Network("10.100.0.0/24"),
         tunnel_range=IPv4Network("10.100.64.0/18"),
         state_dir=Path("/s"),
-        plain_relay=True,
+        plain_relay=False,
     )
 
 
 def test_defaults() -> None:
     config = read(Role.INTERMEDIATE, {"identity": IDENTITY})
     assert (str(config.bind), config.port, config.external_ip) == ("0.0.0.0", 4433, None)
-    assert (config.policy, config.plain_relay) == ((), True)
+    assert (config.policy, config.plain_relay) == ((), False)
     agent = {key: AGENT[key] for key in ("intermediate", "identity", "services")}
     assert read(Role.AGENT, agent).tun == TunConfig("utun", 1280, None)
     assert read(Role.AGENT, {**agent, "tun": {}}).tun == TunConfig("utun", 1280, None)
@@ -477,7 +477,7 @@ def test_schema_bounds_defaults_and_required_keys() -> None:
     assert service["required"] == ["id"]
     policy: Any = config_schema(Role.INTERMEDIATE)["properties"]
     assert "default" not in policy["policy"]
-    assert policy["plain_relay"]["default"] is True
+    assert policy["plain_relay"]["default"] is False
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -21,15 +21,20 @@ from ztna.core.messages import (
     MAX_FRAME,
     MAX_MAP_SIZE,
     Accepted,
+    ChannelClosed,
     Denied,
     FrameReader,
     Goodbye,
     Hello,
     HostPort,
+    KnownSession,
     Message,
+    OpenSession,
     ProtocolError,
+    RelayChannel,
     ServiceMap,
     ServiceNumber,
+    Unavailable,
     encode_message,
     parse_message_untrusted,
     service_entry_size,
@@ -69,8 +74,8 @@ MESSAGES: list[tuple[Message, dict[str, object]]] = [
             1,
             ("short",),
             "spiffe://example.net/agent/laptop",
-            HostPort("203.0.113.7", 4434),
             "2026-01-01T00:00:00+00:00",
+            HostPort("203.0.113.7", 4434),
             "10.100.64.7",
             None,
         ),
@@ -89,6 +94,29 @@ MESSAGES: list[tuple[Message, dict[str, object]]] = [
         {"services": [{"number": 1, "id": "web"}, {"number": 65535, "id": "ssh"}]},
     ),
     (Denied("web", "no rule"), {"service": "web", "reason": "no rule"}),
+    (
+        OpenSession(("web", "db"), (KnownSession("00000000deadbeef", "spiffe://a/connector/b"),)),
+        {
+            "services": ["web", "db"],
+            "sessions": [{"session": "00000000deadbeef", "peer": "spiffe://a/connector/b"}],
+        },
+    ),
+    (
+        RelayChannel("00000000deadbeef", "0123456789abcdef", "spiffe://a/agent/b", ("web",)),
+        {
+            "session": "00000000deadbeef",
+            "channel": "0123456789abcdef",
+            "peer": "spiffe://a/agent/b",
+            "services": ["web"],
+            "tunnel_address": None,
+            "tunnel_address6": None,
+        },
+    ),
+    (
+        ChannelClosed("00000000deadbeef", "gone", withdrawn=True),
+        {"session": "00000000deadbeef", "reason": "gone", "withdrawn": True},
+    ),
+    (Unavailable("web", "no connector"), {"service": "web", "reason": "no connector"}),
     (Goodbye("replaced", 30.0), {"reason": "replaced", "wait": 30.0}),
     (ProtocolError("a second Hello"), {"reason": "a second Hello"}),
     (
@@ -159,7 +187,14 @@ def test_bytes_of_a_frame() -> None:
 @EACH
 def test_every_field_is_judged(message: Message, fields: dict[str, object]) -> None:
     """A wrong type in any field, and any field without a default missing, is malformed."""
-    optional = {"tunnel_address", "tunnel_address6", "wait"}
+    optional = {
+        "observed_address",
+        "sessions",
+        "tunnel_address",
+        "tunnel_address6",
+        "wait",
+        "withdrawn",
+    }
     for name, value in fields.items():
         wrong: list[object] = [True, ["x"], {"a": 1}, {}, [[]], 1.5, "5" if value != "5" else 5]
         if isinstance(value, str):
@@ -168,7 +203,9 @@ def test_every_field_is_judged(message: Message, fields: dict[str, object]) -> N
             wrong.remove("5")
         if isinstance(value, float):
             wrong.remove(1.5)
-        if isinstance(value, list) and isinstance(value[0], str):
+        if isinstance(value, bool):
+            wrong.remove(True)
+        if isinstance(value, list) and value and isinstance(value[0], str):
             wrong.remove(["x"])
         for bad in wrong:
             with pytest.raises(RemoteProtocolError, match=f"malformed {type(message).__name__}"):
@@ -262,7 +299,7 @@ def test_ports(port: int, valid: bool) -> None:
     if valid:
         accepted = parse(body)
         assert isinstance(accepted, Accepted)
-        assert accepted.observed_address.port == port
+        assert accepted.observed_address == HostPort("::1", port)
     else:
         with pytest.raises(RemoteProtocolError):
             parse(body)
@@ -300,8 +337,16 @@ def test_malformed(body: bytes) -> None:
 
 
 def test_unknown_types_are_ignored() -> None:
-    assert parse({"type": "RelayChannel", "id": "ff"}) is None
+    assert parse({"type": "News", "id": "ff"}) is None
     assert parse({"type": "dict"}) is None
+
+
+@pytest.mark.parametrize("text", ["", "00", "0123456789ABCDEF", "0123456789abcdefa", "g" * 16])
+@pytest.mark.parametrize("field", ["session", "channel"])
+def test_ids_are_sixteen_hex_digits(field: str, text: str) -> None:
+    message = next(message for message, _ in MESSAGES if isinstance(message, RelayChannel))
+    with pytest.raises(RemoteProtocolError):
+        parse(body_of(message, **{field: text}))
 
 
 def test_reasons_stay_short() -> None:

@@ -54,7 +54,7 @@ class Scene:
 async def open_scene() -> AsyncIterator[Scene]:
     """A good agent and a good connector whose echo runs during the block; afterwards every request
     has its answer, and nothing else has come."""
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
         await world.start_intermediate()
         await world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])

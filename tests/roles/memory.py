@@ -164,6 +164,7 @@ class World:
     policy: list[PolicyRule]
     book: AddressBook
     relay_host: MemoryHost
+    plain: bool = False
     reset_key: ResetKey = attrs.Factory(lambda: ResetKey(bytes(32)))
     intermediate: Intermediate | None = None
     hosts: dict[str, MemoryHost] = attrs.Factory(dict)
@@ -174,7 +175,7 @@ class World:
 
     async def start_intermediate(self) -> None:
         """Start, or start again after `stop('intermediate')`."""
-        config = IntermediateConfig(NO_FILES, policy=tuple(self.policy))
+        config = IntermediateConfig(NO_FILES, policy=tuple(self.policy), plain_relay=self.plain)
         self.files["intermediate"] = NodeFiles(
             config,
             self.deployment.intermediate,
@@ -211,7 +212,10 @@ class World:
     ) -> None:
         """A connector with these services."""
         config = ConnectorConfig(
-            IntermediateAddress(RELAY, server_name="127.0.0.1"), NO_FILES, tuple(services)
+            IntermediateAddress(RELAY, server_name="127.0.0.1"),
+            NO_FILES,
+            tuple(services),
+            plain_relay=self.plain,
         )
         credentials = make_connector(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
@@ -227,6 +231,7 @@ class World:
                         port,
                         credentials,
                         self.dialer,
+                        reset_key=self.reset_key,
                         read=functools.partial(self._read, name),
                         policy=policy,
                         task_status=task_status,
@@ -244,7 +249,10 @@ class World:
     ) -> "AgentHost":
         """An agent that wants these services; waits until its tunnel address is known."""
         config = AgentConfig(
-            IntermediateAddress(RELAY, server_name="127.0.0.1"), NO_FILES, tuple(services)
+            IntermediateAddress(RELAY, server_name="127.0.0.1"),
+            NO_FILES,
+            tuple(services),
+            plain_relay=self.plain,
         )
         credentials = credentials or make_agent(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
@@ -318,9 +326,12 @@ class AgentHost:
 
 @asynccontextmanager
 async def open_world(
-    policy: Sequence[PolicyRule], link: LinkSpec | None = None
+    policy: Sequence[PolicyRule], link: LinkSpec | None = None, *, plain: bool = False
 ) -> AsyncIterator[World]:
-    """Network, CA and address book; roles are started by the test and end with it."""
+    """Network, CA and address book; roles are started by the test and end with it.
+
+    plain: users' packets go through the control sessions, in place of peer sessions.
+    """
     network = MemoryNetwork(seed=7, default=link or LinkSpec(delay=0.01))
     async with trio.open_nursery() as nursery:
         yield World(
@@ -331,5 +342,6 @@ async def open_world(
             list(policy),
             AddressBook(ipaddress.IPv4Network("10.100.64.0/18")),
             network.host(RELAY),
+            plain,
         )
         nursery.cancel_scope.cancel()

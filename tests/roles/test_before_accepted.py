@@ -33,7 +33,7 @@ async def start(world: World) -> AgentHost:
 
 
 async def test_silent_intermediate_gets_no_packet(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         with structlog.testing.capture_logs() as logs:
             await start(world)
             with trio.fail_after(60):
@@ -53,7 +53,7 @@ async def test_silent_intermediate_gets_no_packet(autojump_clock: MockClock) -> 
 
 
 async def test_absent_intermediate_is_named_as_such(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world:
+    async with open_world([], plain=True) as world:
         with structlog.testing.capture_logs() as logs:
             await start(world)
             await trio.sleep(HANDSHAKE_DEADLINE + 0.1)
@@ -66,7 +66,7 @@ async def test_absent_intermediate_is_named_as_such(autojump_clock: MockClock) -
 
 
 async def test_seed_intermediate_gets_the_seed_messages_alone(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         await start(world)
         with trio.fail_after(60):
             served = await sessions.receive()
@@ -88,7 +88,7 @@ async def test_seed_intermediate_gets_the_seed_messages_alone(autojump_clock: Mo
 
 async def test_answers_without_accepted_set_nothing_free(autojump_clock: MockClock) -> None:
     """0x12, a map and a refusal, but no Accepted, and not yet two seconds."""
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         await start(world)
         with trio.fail_after(60):
             # A first session that is accepted, so that there are flows to go on with.
@@ -112,7 +112,7 @@ async def test_answers_without_accepted_set_nothing_free(autojump_clock: MockClo
 
 
 async def test_late_accepted_raises_a_seed_session(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         agent = await start(world)
         with trio.fail_after(60):
             served = await sessions.receive()
@@ -164,7 +164,7 @@ async def test_breach_ends_the_session_and_is_tried_again(
 ) -> None:
     """With a pause that grows, however far the session had come before the breach."""
     begun = []
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         with structlog.testing.capture_logs() as logs:
             await start(world)
             with trio.fail_after(60):
@@ -209,7 +209,7 @@ async def test_breach_ends_the_session_and_is_tried_again(
 async def test_malformed_datagrams_change_nothing(
     message: bytes, autojump_clock: MockClock
 ) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         agent = await start(world)
         with trio.fail_after(60):
             served = await sessions.receive()
@@ -228,7 +228,7 @@ async def test_malformed_datagrams_change_nothing(
 async def test_pause_grows_unless_the_session_was_steady(
     lasts: float, grows: bool, autojump_clock: MockClock
 ) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         await start(world)
         pauses = []
         with trio.fail_after(200):
@@ -264,7 +264,7 @@ def goodbye_for_ever(served: Served) -> None:
 async def test_goodbye_is_respected(
     end: Callable[[Served], None], wait: float, autojump_clock: MockClock
 ) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         await start(world)
         with trio.fail_after(600):
             served = await sessions.receive()

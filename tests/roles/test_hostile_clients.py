@@ -14,6 +14,7 @@ from tests.roles.hostile import open_evil, open_mallory, open_scene
 from tests.roles.memory import ECHO_IP, RELAY, WEB_IP
 from tests.roles.peers import Served, frame, open_endpoint
 from ztna.core import wire
+from ztna.core.channels import ChannelTable
 from ztna.core.identity import Identity, Role
 from ztna.core.packet.fragments import fragment
 from ztna.core.packet.udp import build_udp_packet
@@ -23,6 +24,7 @@ from ztna.core.reassembly import MAX_BYTES, MAX_MESSAGES
 from ztna.core.reassembly import fragment as fragment_message
 from ztna.core.registry import Registry
 from ztna.core.relay import Relay
+from ztna.core.rendezvous import Rendezvous
 from ztna.nat.link import WireBatch
 from ztna.net.closing import CloseCode, CloseInfo
 from ztna.roles.address_book import AddressBook
@@ -344,7 +346,9 @@ async def test_memory_stays_flat_under_garbage(autojump_clock: MockClock) -> Non
 def test_arrivals_that_are_remembered_are_bounded() -> None:
     policy = Policy.of("example.net", [])
     book = AddressBook(ipaddress.IPv4Network("10.100.64.0/18"))
-    intermediate = Intermediate(Registry(policy), Relay(Registry(policy)), book)
+    registry = Registry(policy)
+    rendezvous = Rendezvous(registry, ChannelTable())
+    intermediate = Intermediate(registry, Relay(registry), rendezvous, book)
     for number in range(MAX_ARRIVALS + 5):
         assert intermediate.admits(Identity("example.net", Role.AGENT, f"a{number}"), 0.0)
     assert len(intermediate._arrivals) == MAX_ARRIVALS == 16_384

@@ -28,6 +28,7 @@ from ztna.config.model import AgentService, ConnectorService
 from ztna.core.packet.ip import UDP, parse_ip_untrusted
 from ztna.core.packet.udp import parse_udp_untrusted
 from ztna.core.policy import PolicyRule
+from ztna.core.wire import FEATURES
 from ztna.roles.reload import reload_requests
 
 HOURS = 24
@@ -47,7 +48,7 @@ POLICY = [
 UDP_BACKEND, TCP_BACKEND = ("10.2.0.20", 9999), ("10.2.0.21", 80)
 OFFERED = [ConnectorService("echo", UDP_BACKEND, ECHO_IP), ConnectorService("web", TCP_BACKEND)]
 WANTED = [AgentService("echo", ECHO_IP), AgentService("web", WEB_IP)]
-SLACK = 4
+SLACK = len(FEATURES)  # of one session
 # As long as what happened to be sent in the recent past.
 WINDOWS = "in ztna.core.bbr.Bbr."
 SIZES = (dict, list, set, frozenset, deque, bytearray)

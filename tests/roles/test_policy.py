@@ -136,7 +136,7 @@ async def test_forged_source_address_gets_nowhere(autojump_clock: MockClock) -> 
         received.append(datagram)
         return [(b"answer", 0)]
 
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         world.dialer.datagrams[BACKEND] = server
         await world.start_intermediate()
         await world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])
@@ -176,7 +176,7 @@ async def test_forged_source_address_gets_nowhere(autojump_clock: MockClock) -> 
 
 
 async def test_answers_that_nobody_asked_for_are_dropped(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         ca, now = world.deployment.ca, world.deployment.now
         laptop = await world.start_agent([AgentService("echo", ECHO_IP)])

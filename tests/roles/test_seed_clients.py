@@ -61,7 +61,7 @@ async def raw_connector(
 
 
 async def test_observed_address(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         credentials = make_agent(world.deployment.ca, world.deployment.now, "laptop")
         async with open_raw_client(world, credentials, "203.0.113.1") as client:
@@ -80,7 +80,7 @@ async def test_observed_address(autojump_clock: MockClock) -> None:
 
 
 async def test_seed_agent_and_our_connector(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
         await world.start_intermediate()
         await world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])
@@ -97,7 +97,7 @@ async def test_seed_agent_and_our_connector(autojump_clock: MockClock) -> None:
 
 
 async def test_our_agent_and_seed_connector(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         async with raw_connector(world, b"echo") as connector:
             agent = await world.start_agent([AgentService("echo", ECHO_IP)])
@@ -119,7 +119,7 @@ async def test_our_agent_and_seed_connector(autojump_clock: MockClock) -> None:
 
 
 async def test_seed_on_both_ends(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         async with raw_connector(world, b"echo") as connector, raw_agent(world) as agent:
             sent = packet(OWN, ECHO_IP, bytes(1100))
@@ -132,7 +132,7 @@ async def test_seed_on_both_ends(autojump_clock: MockClock) -> None:
 
 
 async def test_connector_of_two_services_gets_them_labelled(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         async with (
             raw_connector(world, b"echo", b"web") as connector,
@@ -157,7 +157,7 @@ async def test_connector_of_two_services_gets_them_labelled(autojump_clock: Mock
 
 
 async def test_first_source_address_binds(autojump_clock: MockClock) -> None:
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         # An identity that has an address, though it is not connected now.
         agent = await world.start_agent([AgentService("echo", ECHO_IP)], "tablet", "203.0.113.3")
@@ -203,7 +203,7 @@ async def test_first_source_address_binds(autojump_clock: MockClock) -> None:
 
 async def test_given_address_goes_before_a_bound_one(autojump_clock: MockClock) -> None:
     """A seed client sits on what the intermediate gives to another identity afterwards."""
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
         await world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])

@@ -372,7 +372,7 @@ async def test_bug_that_a_client_reaches_ends_its_session_alone(
         return original(relay, client, messages, now)
 
     monkeypatch.setattr(Relay, "receive_messages", fail_for_one)
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await open_all(world)
         agent = await world.start_agent(AGENT)
         unlucky = make_agent(world.deployment.ca, world.deployment.now, "unlucky")
@@ -391,7 +391,7 @@ async def test_bug_that_a_client_reaches_ends_its_session_alone(
 
 async def test_connector_of_a_replaced_session_serves_nobody(autojump_clock: MockClock) -> None:
     """What a replaced connector still has in its queue must not come to life again."""
-    async with open_world(POLICY) as world:
+    async with open_world(POLICY, plain=True) as world:
         await world.start_intermediate()
         credentials = make_connector(world.deployment.ca, world.deployment.now, "home")
         agent = await world.start_agent([AgentService("echo", ECHO_IP)])

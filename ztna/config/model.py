@@ -202,6 +202,13 @@ class AgentConfig:
         ),
         default=None,
     )
+    plain_relay: Flag = attrs.field(
+        metadata=means(
+            "Send packets through the intermediate without encryption end to end, in place of "
+            "sessions with the connectors."
+        ),
+        default=False,
+    )
 
 
 @attrs.frozen
@@ -265,6 +272,10 @@ class ConnectorConfig:
             "it has signed; relative to this file's folder."
         ),
         default=None,
+    )
+    plain_relay: Flag = attrs.field(
+        metadata=means("Whether to serve agents without encryption end to end, too."),
+        default=False,
     )
 
 
@@ -336,8 +347,8 @@ class IntermediateConfig:
         default=None,
     )
     plain_relay: Flag = attrs.field(
-        metadata=means("Whether packets that are not encrypted end to end are relayed."),
-        default=True,
+        metadata=means("Whether packets that are not encrypted end to end are relayed, too."),
+        default=False,
     )
     tcp: TcpConfig | None = attrs.field(
         metadata=means(

@@ -26,6 +26,10 @@ def _between(low: int, high: int) -> Any:
     return attrs.validators.and_(attrs.validators.ge(low), attrs.validators.le(high))
 
 
+_HEX64 = attrs.validators.matches_re(r"[0-9a-f]{16}")
+"""A 64-bit id: JSON's numbers are not exact so far up."""
+
+
 @attrs.frozen
 class Hello:
     """The client's first frame: what it is and what it can."""
@@ -51,8 +55,8 @@ class Accepted:
     version: int
     features: tuple[str, ...]
     identity: str
-    observed_address: HostPort
     time: str
+    observed_address: HostPort | None = None
     tunnel_address: str | None = None
     tunnel_address6: str | None = None
 
@@ -96,6 +100,58 @@ class Withdraw:
 
 
 @attrs.frozen
+class KnownSession:
+    """A peer session that an agent has already, and wants to keep."""
+
+    session: str = attrs.field(validator=_HEX64)
+    peer: str
+
+
+@attrs.frozen
+class OpenSession:
+    """An agent wants peer sessions with the connectors that provide these services, and no others.
+    sessions: those that it has."""
+
+    services: tuple[str, ...]
+    sessions: tuple[KnownSession, ...] = ()
+
+
+@attrs.frozen
+class RelayChannel:
+    """A peer session may run through the raw relay, or goes on through it. Idempotent.
+
+    session: what both ends and the intermediate call it. channel: of the receiver's leg. peer: the
+    other end's SPIFFE ID. services: what the session is to carry, all of it. The tunnel addresses
+    are the agent's, for the connector.
+    """
+
+    session: str = attrs.field(validator=_HEX64)
+    channel: str = attrs.field(validator=_HEX64)
+    peer: str
+    services: tuple[str, ...]
+    tunnel_address: str | None = None
+    tunnel_address6: str | None = None
+
+
+@attrs.frozen
+class ChannelClosed:
+    """A peer session's channel is gone. withdrawn: the right to the session is gone, too; else
+    only the way through the relay, as when the other end lost its control session."""
+
+    session: str = attrs.field(validator=_HEX64)
+    reason: str
+    withdrawn: bool = False
+
+
+@attrs.frozen
+class Unavailable:
+    """No connector serves this now; `RelayChannel` follows when one does."""
+
+    service: str
+    reason: str
+
+
+@attrs.frozen
 class Goodbye:
     """The sender ends the session in order; come back after `wait` seconds at the earliest."""
 
@@ -120,6 +176,10 @@ Message = (
     | Denied
     | Policy
     | Withdraw
+    | OpenSession
+    | RelayChannel
+    | ChannelClosed
+    | Unavailable
     | Goodbye
     | ProtocolError
     | IceMessage
@@ -156,7 +216,7 @@ def _is_tuple(kind: Any) -> bool:
 
 
 _converter = cattrs.Converter()
-for _kind in (int, str, float):
+for _kind in (int, str, float, bool):
     _converter.register_structure_hook(_kind, _strict)
 _converter.register_structure_hook_func(_is_tuple, _strict_list)
 

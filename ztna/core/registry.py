@@ -47,6 +47,7 @@ class Client:
     speaks_control: whether it said Hello.
     addresses: source addresses that its packets may carry, packed.
     awaited: services that the session before it provided, until this one has registered its own.
+    settled: it had time to say what it is; a Hello may come behind the first registrations.
     """
 
     key: int
@@ -60,6 +61,7 @@ class Client:
     provides: dict[str, int] = attrs.Factory(dict)
     serves: int = 0
     awaited: frozenset[str] = frozenset()
+    settled: bool = False
 
     @property
     def is_agent(self) -> bool:
@@ -232,6 +234,17 @@ class Registry:
             if self._awaited.get(service_id) is client:
                 del self._awaited[service_id]
         client.awaited = frozenset()
+
+    def prefer(self, route: AgentRoute, identity: str) -> bool:
+        """Let the connector with this SPIFFE ID serve a route that has none yet; whether it does.
+
+        The agent has a peer session with it already, perhaps from before this node's restart."""
+        if route.provider is None:
+            for client in self._providers.get(route.service_id, ()):
+                if client.identity.uri == identity:
+                    route.provider = client
+                    client.serves += 1
+        return route.provider is not None and route.provider.identity.uri == identity
 
     def provider_for(self, route: AgentRoute) -> Client | None:
         """The connector that serves a route: the same one while it is there, so that flows stay;

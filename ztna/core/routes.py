@@ -75,6 +75,9 @@ class RouteTable:
     largest_packet: bytes of the largest plain packet that the session carries; 0 if it cuts
     messages by itself.
 
+    labels: services that a session carries now. refused: reasons of the policy, by service.
+    unavailable: services that nobody provides now.
+
     hop_addresses: where the answer to a packet comes from whose hops end here, IPv4 and IPv6. Not
     our own address: a kernel takes no packet from itself. Without one it is the destination.
     """
@@ -83,6 +86,7 @@ class RouteTable:
     own_addresses: frozenset[bytes] = frozenset()
     labels: dict[str, ServiceLabel] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
+    unavailable: Collection[str] = ()
     mss_limits: tuple[int, int] = mss_limits(1170)
     hop_addresses: tuple[bytes, bytes] | None = None
     largest_packet: int = 0
@@ -243,13 +247,16 @@ class RouteTable:
     def _answer_unregistered(
         self, route: ServiceRoute, data: bytes, answers: list[IpPacket]
     ) -> None:
-        """No session knows the service: prohibited if it was refused, else silence, so that the
-        users' TCP tries again until the session is back."""
+        """No session knows the service: prohibited if it was refused, unreachable if there is no
+        connector; else silence, so that the users' TCP tries again until the session is back."""
+        source = packed_pair(route.virtual_ip)[data[0] >> 4 == 6]
         if route.id in self.refused:
             self.dropped["refused_by_policy"] += 1
-            family = 0 if data[0] >> 4 == 4 else 1
-            answer = icmp.build_prohibited(data, source=packed_pair(route.virtual_ip)[family])
+            answer = icmp.build_prohibited(data, source=source)
             _append(answers, answer)
+        elif route.id in self.unavailable:
+            self.dropped["no_connector"] += 1
+            _append(answers, icmp.build_unreachable(data, source=source))
         else:
             self.dropped["service_not_registered"] += 1
 

@@ -49,12 +49,13 @@ class Refusal(enum.IntEnum):
 
 
 class Feature(enum.StrEnum):
-    """Message forms that `Hello` and `Accepted` agree on."""
+    """Message forms, and peer sessions, that `Hello` and `Accepted` agree on."""
 
     SHORT = "short"
     CONTAINER = "container"
     SLICE = "slice"
     FRAGMENT = "fragment"
+    PEER = "peer"
 
 
 FEATURES: frozenset[Feature] = frozenset(Feature)

@@ -1,10 +1,11 @@
 """All sessions of a process on one UDP port, as client and as server.
 
 The packet's way in: `UdpPort.receive` -> a buffer whose segments all carry one connection id goes
-to its session as it is -> other buffers are cut: the rest of QUIC by its long header, a client's
-first Initial to a new session, an unknown version to Version Negotiation, STUN to its handler;
-everything else is dropped and counted. Each session's pump sends by itself. Nothing here waits for
-a session, and nothing that the network sends ends the loop.
+to its session as it is, one of raw relayed packets to the relay, or unpacked and sorted again ->
+other buffers are cut: the rest of QUIC by its long header, a client's first Initial to a new
+session, an unknown version to Version Negotiation, STUN to its handler; everything else is dropped
+and counted. Each session's pump sends by itself. Nothing here waits for a session, and nothing that
+the network sends ends the loop.
 """
 
 import datetime
@@ -17,6 +18,7 @@ import structlog
 import trio
 
 from ztna.core.addresses import format_address, is_virtual
+from ztna.core.channels import RAW, uniform_channel
 from ztna.core.identity import Role
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
@@ -39,6 +41,7 @@ from ztna.net.demux import (
     segments,
     uniform_connection_id,
 )
+from ztna.net.peer_path import PathTable, RoutedPort
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.session_table import SessionTable
@@ -51,6 +54,9 @@ log = structlog.get_logger()
 StunHandler = Callable[[Buffer, Address, float], Sequence[UdpBatch]]
 """Takes one STUN message from a stranger's address at a time (s); gives what to send from the port
 that it came to."""
+
+RelayHandler = Callable[[bytes, UdpBatch, float], UdpBatch | None]
+"""Takes a buffer of raw relayed packets of one channel at a time (s); gives what to send on."""
 
 
 @attrs.frozen
@@ -82,6 +88,7 @@ _COUNTERS = (
     "drop_greeting_rate",
     "drop_handshake_rate",
     "drop_bad_token",
+    "drop_wrong_path",
     "stun_received",
     "version_negotiations",
     "retries_sent",
@@ -102,7 +109,8 @@ class Endpoint:
 
     clock: the wall clock that certificates are judged by. reset_key: to reset clients of sessions
     that a restart has forgotten; a server gives one that outlives it. stun: what answers STUN
-    (RFC 9443); without it such messages are dropped.
+    (RFC 9443); without it such messages are dropped. relay: what forwards raw relayed packets; an
+    endpoint without it takes those of its own peer paths. paths: the peers' virtual addresses.
     """
 
     port: UdpPort
@@ -110,6 +118,9 @@ class Endpoint:
     clock: Callable[[], datetime.datetime] = utc_now
     reset_key: ResetKey | None = attrs.field(default=None, repr=False)
     stun: StunHandler | None = attrs.field(default=None, repr=False)
+    relay: RelayHandler | None = attrs.field(default=None, repr=False)
+    paths: PathTable = attrs.field(factory=PathTable, repr=False)
+    _routed: RoutedPort = attrs.field(init=False, repr=False)
     _doorkeeper: Doorkeeper = attrs.field(init=False, repr=False)
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False, repr=False)
     _listener: Listener | None = attrs.field(default=None, init=False, repr=False)
@@ -121,6 +132,7 @@ class Endpoint:
 
     def __attrs_post_init__(self) -> None:
         self._doorkeeper = Doorkeeper(self.reset_key, self.settings.resets)
+        self._routed = RoutedPort(self.port, self.paths)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive, and pump all sessions, until cancelled; then close them all."""
@@ -168,7 +180,7 @@ class Endpoint:
             is_client=True,
             remote_address=(str(ipaddress.ip_address(address[0])), address[1]),
             connection=connection,
-            port=self.port,
+            port=self._routed,
             owner=self,
         )
         self._table.add(session, connection.host_cid)
@@ -183,8 +195,11 @@ class Endpoint:
         settings: SessionSettings | None = None,
         *,
         denied_serials: Callable[[], Set[int]] = nothing_denied,
+        peers_only: bool = False,
     ) -> trio.MemoryReceiveChannel[Session]:
-        """Take sessions from clients of these roles; gives those whose certificate is good."""
+        """Take sessions from clients of these roles; gives those whose certificate is good.
+
+        peers_only: only such as come by a peer path, so no stranger can begin one."""
         if self._listener is not None:
             raise LocalProtocolError("this endpoint listens already")
         accepted, sessions = trio.open_memory_channel[Session](self.settings.accept_queue)
@@ -194,6 +209,7 @@ class Endpoint:
             settings or SessionSettings(),
             denied_serials,
             accepted,
+            peers_only,
         )
         return sessions
 
@@ -221,6 +237,7 @@ class Endpoint:
             **self._counters,
             "log_lines_suppressed": self._log_gate.suppressed,
             **self._table.statistics(),
+            **self.paths.statistics(),
         }
 
     async def _receive(self) -> None:
@@ -233,7 +250,10 @@ class Endpoint:
             self._in_round = True
             try:
                 for batch in batches:
-                    self._sort(batch, answers)
+                    if batch.address in self.paths:
+                        self._counters["drop_wrong_path"] += 1  # a forged source address
+                    else:
+                        self._sort(batch, answers)
                 while self._due:
                     session = next(iter(self._due))
                     del self._due[session]
@@ -241,18 +261,23 @@ class Endpoint:
             finally:
                 self._in_round = False
             if answers:
-                rest = self.port.send_nowait(answers)
+                rest = self._routed.send_nowait(answers)
                 if rest:
                     await self.port.send(rest)
 
     def _sort(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
+        if batch.data[0] == RAW:
+            channel = uniform_channel(batch)
+            if channel is not None:
+                self._sort_relayed(channel, batch, answers)
+                return
         connection_id = uniform_connection_id(batch)
         if connection_id is not None:
             session = self._table.by_id.get(connection_id)
             if session is None:
                 self._meet_unknown(connection_id, batch, answers)
             else:
-                session.take_batch(batch)
+                self._hand_over(session, batch)
             return
         for data in segments(batch):
             self._sort_single(UdpBatch(data, len(data), batch.address), answers)
@@ -263,16 +288,40 @@ class Endpoint:
                 connection_id = bytes(batch.data[1 : 1 + CONNECTION_ID_LENGTH])
                 session = self._table.by_id.get(connection_id)
                 if session is not None and len(batch.data) >= MIN_SHORT:
-                    session.take_batch(batch)
+                    self._hand_over(session, batch)
                 else:
                     self._meet_unknown(connection_id, batch, answers)
             case Kind.QUIC_LONG:
                 self._sort_long(batch, answers)
+            case Kind.RELAYED if (channel := uniform_channel(batch)) is not None:
+                self._sort_relayed(channel, batch, answers)
             case Kind.STUN if self.stun is not None and not is_virtual(batch.address):
                 self._counters["stun_received"] += 1
                 answers += self.stun(batch.data, batch.address, trio.current_time())
             case kind:
                 self._counters[f"drop_{kind.value}"] += 1
+
+    def _sort_relayed(self, channel: bytes, batch: UdpBatch, answers: list[UdpBatch]) -> None:
+        if batch.address in self.paths:
+            self._counters["drop_wrong_path"] += 1  # relayed within relayed
+        elif self.relay is not None:
+            forwarded = self.relay(channel, batch, trio.current_time())
+            if forwarded is not None:
+                answers.append(forwarded)
+        elif (inner := self.paths.unpack(channel, batch)) is not None:
+            self._sort(inner, answers)
+
+    def _hand_over(self, session: Session, batch: UdpBatch) -> None:
+        """A peer session sees its virtual address alone, and what comes by a peer path is for that
+        path's sessions alone: a session must not follow the one to the other."""
+        address = session.remote_address
+        if batch.address != address and self.paths:
+            if batch.address in self.paths:
+                self._counters["drop_wrong_path"] += 1
+                return
+            if address in self.paths:
+                batch = self.paths.arrived(address, batch)
+        session.take_batch(batch)
 
     def _sort_long(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
         try:
@@ -282,8 +331,8 @@ class Endpoint:
             return
         session = self._table.by_id.get(header.destination_cid)
         if session is not None:
-            session.take_batch(batch)
-        elif self._listener is None:
+            self._hand_over(session, batch)
+        elif self._listener is None or not self._may_answer(batch.address):
             self._counters["drop_not_listening"] += 1
         elif header.version == 0:
             self._counters["drop_unknown_connection"] += 1
@@ -309,11 +358,16 @@ class Endpoint:
                 return
         self._counters["drop_unknown_connection"] += 1
         now = trio.current_time()
-        if self._listener is not None and (
+        if self._may_answer(batch.address) and (
             reset := self._doorkeeper.reset(connection_id, len(packet), batch.address, now)
         ):
             self._counters["resets_sent"] += 1
             answers.append(reset)
+
+    def _may_answer(self, address: Address) -> bool:
+        """Whether a stranger at this address may learn that we listen."""
+        listener = self._listener
+        return listener is not None and (not listener.peers_only or address in self.paths)
 
     def _meet_client(
         self, header: LongHeader, batch: UdpBatch, listener: Listener, answers: list[UdpBatch]
@@ -354,7 +408,7 @@ class Endpoint:
             is_client=False,
             remote_address=batch.address,
             connection=connection,
-            port=self.port,
+            port=self._routed,
             owner=self,
         )
         self._table.half_open.add(session)
@@ -410,4 +464,4 @@ class Endpoint:
             self._table.forget(session)
         if self._listener is not None:
             self._listener.accepted.close()
-        await self.port.send(batches)
+        await self._routed.send(batches)

@@ -164,3 +164,4 @@ class Listener:
     settings: SessionSettings
     denied_serials: Callable[[], Set[int]]
     accepted: trio.MemorySendChannel[Session]
+    peers_only: bool = False

@@ -22,6 +22,7 @@ from ztna.core.encapsulation import ServiceKey
 from ztna.core.flow import FlowKey, OfferedService
 from ztna.core.flows import FlowTable
 from ztna.core.identity import Identity, Role
+from ztna.core.messages import Message
 from ztna.core.mss import mss_limits
 from ztna.core.packet.ip import TCP, UDP
 from ztna.core.ports import IpPacket, UdpPort
@@ -31,14 +32,17 @@ from ztna.errors import SessionClosedError
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
+from ztna.roles.connector_peers import ConnectorPeers
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.granted import Granted, grant
+from ztna.roles.peer_link import PEER_SETTINGS
 from ztna.roles.reload import (
     NodeFiles,
     ReadFiles,
@@ -71,6 +75,7 @@ async def run_connector_from_config(
     read_config: reads the configuration again, for a reload.
     """
     files = read_files(config, Role.CONNECTOR)
+    reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "connector.key")
     server = await resolve(config.intermediate.host, config.intermediate.port)
     async with AsyncExitStack() as stack:
         udp = await stack.enter_async_context(
@@ -82,6 +87,7 @@ async def run_connector_from_config(
             port,
             files.credentials,
             SocketDialer(),
+            reset_key=reset_key,
             denied_serials=files.denied_serials,
             read=reader(read_config, Role.CONNECTOR),
             policy=load_policy(files),
@@ -95,6 +101,7 @@ async def run_connector(
     credentials: Credentials,
     dialer: Dialer,
     *,
+    reset_key: ResetKey | None = None,
     denied_serials: frozenset[int] = frozenset(),
     read: ReadFiles[ConnectorConfig] | None = None,
     policy: SignedPolicy | None = None,
@@ -103,28 +110,46 @@ async def run_connector(
 ) -> None:
     """Provide services over one UDP port until cancelled.
 
-    read: gives the files for a reload. policy: judges beside the intermediate; None if no policy
-    key is pinned. streams: opens TLS streams of this port, for networks that block UDP.
+    reset_key: by which agents learn that a restart has forgotten their sessions. read: gives the
+    files for a reload. policy: judges beside the intermediate; None if no policy key is pinned.
+    streams: opens TLS streams of this port, for networks that block UDP.
     """
-    table = FlowTable(
-        {},
-        config.service_range,
-        _tcp_config,
-        functools.partial(_initial_numbers, os.urandom(16)),
-        packet_size=DATAGRAM_DATA - SHORT_HEADER,
-    )
-    terminator = Terminator(table, {}, dialer)
-    connector = _Connector(terminator, config, credentials.identity, policy)
-    connector.grant_services()
+    secret = os.urandom(16)
+
+    def new_terminator() -> Terminator:
+        table = FlowTable(
+            {},
+            config.service_range,
+            _tcp_config,
+            functools.partial(_initial_numbers, secret),
+            packet_size=DATAGRAM_DATA - SHORT_HEADER,
+        )
+        return Terminator(table, {}, dialer)
+
+    terminator = new_terminator()
     registry = statistics_registry()
-    registry.register("flows", table.statistics)
     registry.register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
-        endpoint = Endpoint(port)
+        endpoint = Endpoint(port, reset_key=reset_key)
         await nursery.start(endpoint.run)
         registry.register("endpoint", endpoint.statistics)
-        await nursery.start(terminator.run)
-        nursery.start_soon(connector.send_answers)
+        sessions = endpoint.listen(
+            credentials,
+            [Role.AGENT],
+            PEER_SETTINGS,
+            denied_serials=lambda: keeper.denied_serials,
+            peers_only=True,
+        )
+        judge = None if policy is None else policy.may_reach
+        peers = ConnectorPeers(endpoint, sessions, new_terminator, judge)
+        registry.register("peers", peers.statistics)
+        await nursery.start(peers.run)
+        connector = _Connector(terminator, peers, config, credentials.identity, policy)
+        connector.grant_services()
+        if config.plain_relay:
+            registry.register("flows", terminator.table.statistics)
+            await nursery.start(terminator.run)
+            nursery.start_soon(connector.send_answers)
         keeper = ControlKeeper(
             endpoint,
             config.intermediate,
@@ -142,7 +167,7 @@ async def run_connector(
             nursery.start_soon(policy.run)
         if read is not None:
             files = NodeFiles(config, credentials, denied_serials)
-            apply = functools.partial(connector.apply, keeper, nursery)
+            apply = functools.partial(connector.apply, keeper, endpoint, nursery)
             nursery.start_soon(keep_reloading, files, read, apply)
         task_status.started()
         await keeper.run()
@@ -150,12 +175,14 @@ async def run_connector(
 
 @attrs.define(eq=False)
 class _Connector:
-    """Between the control session and the terminator; a `PacketHandler`.
+    """Between the control session and the flows; a `PacketHandler`.
 
-    granted: what the file and the signed policy give together.
+    terminator: of those agents that come through the plain relay, if it is configured. peers: of
+    all others. granted: what the file and the signed policy give together.
     """
 
     terminator: Terminator
+    peers: ConnectorPeers
     config: ConnectorConfig
     identity: Identity
     policy: SignedPolicy | None = None
@@ -187,6 +214,10 @@ class _Connector:
                 self.unlabelled += 1
         self.terminator.receive_packets(named)
 
+    def signal_received(self, link: ControlLink, message: Message) -> None:
+        if link is self.link:
+            self.peers.receive_signal_untrusted(link, message, trio.current_time())
+
     def session_down(self, link: ControlLink) -> None:
         if self.link is link:
             self.link = None
@@ -208,10 +239,11 @@ class _Connector:
         else:
             self.granted = Granted(config.services)
         offered = [s for s in self.granted.services if s.id not in self.granted.refused]
-        self.terminator.set_services(
-            {service.id: _offer(service) for service in offered},
-            {service.id: service.backend for service in offered},
-        )
+        offers = {service.id: _offer(service) for service in offered}
+        backends = {service.id: service.backend for service in offered}
+        if config.plain_relay:
+            self.terminator.set_services(offers, backends)
+        self.peers.set_services(offers, backends)
 
     def judge_again(self, keeper: ControlKeeper, nursery: trio.Nursery) -> None:
         """Another policy, or another file: what lost its right ends now."""
@@ -222,6 +254,7 @@ class _Connector:
     def apply(
         self,
         keeper: ControlKeeper,
+        endpoint: Endpoint,
         nursery: trio.Nursery,
         old: NodeFiles[ConnectorConfig],
         new: NodeFiles[ConnectorConfig],
@@ -230,6 +263,7 @@ class _Connector:
         for service_id, change in changed_services(old, new).items():
             log.info("service reloaded", service=service_id, change=change)
         self.config = attrs.evolve(self.config, services=new.config.services)
+        endpoint.credentials = new.credentials
         apply_to_session(keeper, self.link, old, new)
         self.judge_again(keeper, nursery)
 

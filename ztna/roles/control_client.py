@@ -23,6 +23,7 @@ from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceKey, Serv
 from ztna.core.identity import Role
 from ztna.core.messages import (
     Accepted,
+    ChannelClosed,
     Denied,
     FrameReader,
     Goodbye,
@@ -30,7 +31,9 @@ from ztna.core.messages import (
     Message,
     Policy,
     ProtocolError,
+    RelayChannel,
     ServiceMap,
+    Unavailable,
     Withdraw,
     encode_message,
 )
@@ -75,6 +78,9 @@ class PacketHandler(Protocol):
         self, link: "ControlLink", packets: Sequence[tuple[ServiceKey, IpPacket]]
     ) -> None:
         """Users' packets came in."""
+
+    def signal_received(self, link: "ControlLink", message: Message) -> None:
+        """The intermediate says something about peer sessions. Raises RemoteProtocolError."""
 
     def session_down(self, link: "ControlLink") -> None:
         """The session is gone; its link must not be used any more."""
@@ -253,6 +259,8 @@ def _receive_message_untrusted(link: ControlLink, message: Message, handler: Pac
         case Policy():
             if link.policy is not None:
                 link.policy.receive(message)
+        case RelayChannel() | ChannelClosed() | Unavailable() if link.up.is_set():
+            handler.signal_received(link, message)
         case Goodbye():
             link.goodbye_wait = max(0.0, min(message.wait, 300.0))
             log.info("goodbye", reason=message.reason, wait=link.goodbye_wait)
@@ -280,7 +288,8 @@ def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
     link.encapsulator.features = FEATURES & {
         Feature(name) for name in accepted.features if name in FEATURES
     }
-    if not is_virtual(link.session.remote_address):  # else: that of a TCP connection
+    over_udp = not is_virtual(link.session.remote_address)  # else: that of a TCP connection
+    if accepted.observed_address is not None and over_udp:
         link.observed_address = (accepted.observed_address.host, accepted.observed_address.port)
 
 

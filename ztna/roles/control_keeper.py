@@ -33,6 +33,7 @@ from ztna.roles.resolve import family_of, resolve
 from ztna.roles.session_race import Race, Runner
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import restart_with_backoff, statistics_registry
+from ztna.roles.waits import first_of
 
 log = structlog.get_logger(__name__)
 
@@ -200,7 +201,7 @@ class ControlKeeper:
         assert self._nursery is not None
         self._nursery.start_soon(self._end_stream, session, stream)
         try:
-            await _first_of(session.wait_verified, stream.closed.wait)
+            await first_of(session.wait_verified, stream.closed.wait)
         except* SessionClosedError:
             pass  # told below: what is raised here would come out in a group
         finally:
@@ -289,7 +290,7 @@ class ControlKeeper:
         if stream is not None:
             waits[_Cause.STREAM_ENDED] = stream.closed.wait
             waits[_Cause.UPGRADE] = self._wait_udp_due
-        return list(waits)[await _first_of(*waits.values())]
+        return list(waits)[await first_of(*waits.values())]
 
     async def _wait_udp_due(self) -> None:
         with trio.move_on_after(self._pause):
@@ -311,7 +312,7 @@ class ControlKeeper:
                 stream = self._streams.get(session)
                 waits += [session.wait_suspect, self._renew.wait]
                 waits += [stream.closed.wait] if stream is not None else []
-        await _first_of(*waits)
+        await first_of(*waits)
         # Both may come in one round. A rival that is verified has told the intermediate, for which
         # the newer session counts.
         if race.winner is not None:
@@ -319,18 +320,3 @@ class ControlKeeper:
         if cause is _Cause.UPGRADE:
             self._pause = min(2 * self._pause, LAST_PAUSE)
         return False
-
-
-async def _first_of(*waits: Callable[[], Awaitable[object]]) -> int:
-    """Wait for the first of several; return its index. Errors come in a group."""
-    first: list[int] = []
-    async with trio.open_nursery() as nursery:
-
-        async def wait(index: int) -> None:
-            await waits[index]()
-            first.append(index)
-            nursery.cancel_scope.cancel()
-
-        for index in range(len(waits)):
-            nursery.start_soon(wait, index)
-    return first[0]

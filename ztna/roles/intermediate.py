@@ -7,6 +7,7 @@ that the relay names.
 
 import datetime
 import functools
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -18,6 +19,7 @@ from ztna.config.tcp import TcpConfig
 from ztna.core import wire
 from ztna.core.addresses import format_address, is_virtual, packed_pair, twin
 from ztna.core.allocation import AddressesExhaustedError
+from ztna.core.channels import ChannelTable
 from ztna.core.error_groups import leaves
 from ztna.core.identity import Role
 from ztna.core.messages import (
@@ -27,6 +29,7 @@ from ztna.core.messages import (
     Goodbye,
     Hello,
     HostPort,
+    OpenSession,
     ProtocolError,
     Withdraw,
     encode_message,
@@ -35,13 +38,14 @@ from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import UdpPort
 from ztna.core.registry import MAX_SERVICES, Client, Registration, Registry
 from ztna.core.relay import Relay
+from ztna.core.rendezvous import Rendezvous
 from ztna.core.stun_server import StunServer
 from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
-from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.keyed_ids import OUR_IDS, Given
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.stateless_reset import ResetKey, load_reset_key
@@ -163,7 +167,15 @@ async def run_intermediate(
         for identity, address in addresses.by_identity.items()
         for packed in packed_pair(address)
     }
-    intermediate = Intermediate(registry, Relay(registry), addresses, denied_serials=denied_serials)
+    rendezvous = Rendezvous(registry, ChannelTable(new_channel=_new_channel))
+    intermediate = Intermediate(
+        registry,
+        Relay(registry),
+        rendezvous,
+        addresses,
+        denied_serials=denied_serials,
+        plain_relay=config.plain_relay,
+    )
     if entrance is not None:
         port = intermediate.streams = entrance.port
     statistics_registry().register("intermediate", intermediate.statistics)
@@ -173,7 +185,9 @@ async def run_intermediate(
         stun = stun or StunResponder(StunServer(port.local_address), port)
         statistics_registry().register("stun", stun.statistics)
         nursery.start_soon(stun.run)
-        endpoint = Endpoint(port, reset_key=reset_key, stun=stun.answer)
+        endpoint = Endpoint(
+            port, reset_key=reset_key, stun=stun.answer, relay=rendezvous.channels.forward
+        )
         await nursery.start(endpoint.run)
         statistics_registry().register("endpoint", endpoint.statistics)
         sessions = endpoint.listen(
@@ -182,6 +196,7 @@ async def run_intermediate(
             SessionSettings(),
             denied_serials=lambda: intermediate.denied_serials,
         )
+        nursery.start_soon(_keep_time, intermediate)
         if entrance is not None:
             listener = StreamListener(
                 entrance.port,
@@ -203,6 +218,23 @@ async def run_intermediate(
             nursery.start_soon(_serve_client, intermediate, session)
 
 
+def _new_channel() -> bytes:
+    """Of a form that the kernel tells from made-up ones (`net.keyed_ids`)."""
+    return OUR_IDS.make(Given.TO_PEERS)
+
+
+async def _keep_time(intermediate: Intermediate) -> None:
+    """Run the timer of the rendezvous."""
+    while True:
+        intermediate.introduced = trio.Event()
+        due = intermediate.rendezvous.get_timer()
+        with trio.move_on_at(math.inf if due is None else due) as timer:
+            await intermediate.introduced.wait()
+        if timer.cancelled_caught:
+            intermediate.rendezvous.handle_timer(trio.current_time())
+            intermediate.introduce()
+
+
 async def _serve_client(intermediate: Intermediate, session: Session) -> None:
     """One verified client, from its first message to the end of its session."""
     peer = session.peer
@@ -212,19 +244,22 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
     intermediate.next_key += 1
     client = Client(intermediate.next_key, peer.identity, session.max_datagram_data)
     served = Served(client, session)
+    channels = intermediate.rendezvous.channels
+    channels.set_address(client.key, session.remote_address)
     replaced = intermediate.registry.add(client)
     intermediate.relay.add(client)
     intermediate.served[client.key] = served
     with structlog.contextvars.bound_contextvars(client=str(peer.identity)):
         log.info("client connected", address=intermediate.where(session))
         if replaced is not None:
+            intermediate.rendezvous.replaced(replaced, client)
             _replace(intermediate, replaced)
         try:
             async with trio.open_nursery() as nursery:
                 session.deliver_datagrams(
                     functools.partial(_receive_datagrams, intermediate, served)
                 )
-                nursery.start_soon(_report_address, session)
+                nursery.start_soon(_report_address, intermediate, served)
                 nursery.start_soon(_end_with_stream, intermediate, session)
                 nursery.start_soon(close_when_expired, session)
                 nursery.start_soon(_settle_later, intermediate, client)
@@ -248,6 +283,8 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
             intermediate.registry.remove(client)
             intermediate.relay.remove(client)
             intermediate.served.pop(client.key, None)
+            intermediate.rendezvous.gone(client, trio.current_time())
+            intermediate.introduce()
         closed = await session.wait_closed()
         log.info("client gone", reason=closed.reason, by_peer=closed.by_peer)
 
@@ -271,13 +308,20 @@ def _replace(intermediate: Intermediate, replaced: Client) -> None:
 async def _settle_later(intermediate: Intermediate, client: Client) -> None:
     """Whoever registers nothing anew must not keep others waiting."""
     await trio.sleep(REGISTRATION_PATIENCE)
+    client.settled = True
+    awaited = list(client.awaited)
     intermediate.registry.settle(client)
+    if not client.is_agent:
+        _reconcile(intermediate, client, [*client.provides, *awaited])
 
 
-async def _report_address(session: Session) -> None:
-    """OBSERVED_ADDRESS, now and on every change; not over a stream, which shows no UDP mapping."""
+async def _report_address(intermediate: Intermediate, served: Served) -> None:
+    """OBSERVED_ADDRESS, now and on every change; not over a stream, which shows no UDP mapping. The
+    relay's channels move with the session."""
+    session = served.session
     while True:
         address = session.remote_address
+        intermediate.rendezvous.channels.set_address(served.client.key, address)
         if not is_virtual(address):
             session.send_datagrams([wire.encode_observed_address(address)])
         await session.wait_address_change(address)
@@ -306,6 +350,9 @@ async def _read_control(intermediate: Intermediate, served: Served) -> None:
             match message:
                 case Hello():
                     await _receive_hello_untrusted(intermediate, served, message)
+                case OpenSession() if served.client.is_agent and served.client.speaks_control:
+                    intermediate.rendezvous.open(served.client, message, now)
+                    intermediate.introduce()
                 case Withdraw():
                     _receive_withdraw(intermediate, served, message)
                 case Goodbye():
@@ -355,15 +402,28 @@ async def _receive_hello_untrusted(
     for service_id, why in served.refused.items():
         session.send_control(encode_message(Denied(service_id, why)))
     served.refused.clear()
+    client.settled = True
+    _reconcile(intermediate, client, [*client.provides])
 
 
 def _receive_withdraw(intermediate: Intermediate, served: Served, message: Withdraw) -> None:
     for service_id in message.services:
         intermediate.registry.withdraw(served.client, service_id)
         served.unauthorised.discard(service_id)
+    _reconcile(intermediate, served.client, list(message.services))
     if served.client.speaks_control:
         log.info("withdrawn by the client", services=len(message.services))
         send_service_map(served)
+
+
+def _reconcile(intermediate: Intermediate, client: Client, service_ids: list[str]) -> None:
+    """Peer sessions follow what a client registered or withdrew."""
+    now = trio.current_time()
+    if client.is_agent:
+        intermediate.rendezvous.reconcile(client, now)
+    else:
+        intermediate.rendezvous.provided(service_ids, now)
+    intermediate.introduce()
 
 
 def _receive_datagrams(intermediate: Intermediate, served: Served, messages: list[bytes]) -> None:
@@ -375,6 +435,10 @@ def _receive_datagrams(intermediate: Intermediate, served: Served, messages: lis
         dialogue = [message for message in messages if message[:1] < b"\x20"]
         _receive_dialogue(intermediate, served, dialogue)
         messages = [message for message in messages if message[:1] >= b"\x20"]
+    if messages and not intermediate.plain_relay:
+        # A node that sends its users' packets so has no peer session, and says why by itself.
+        served.plain_refused += len(messages)
+        return
     outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
     for target, batch in outgoing.items():
         sessions[target.key].session.send_datagrams(batch)
@@ -419,6 +483,7 @@ def _receive_dialogue(
     session.send_datagrams(answers)
     if map_changed:
         intermediate.registry.settle(client)
+        _reconcile(intermediate, client, [*client.provides])
     if map_changed and client.speaks_control:
         send_service_map(served)  # once for all: it holds the whole map
 

@@ -89,6 +89,8 @@ def apply_files(
         else:
             send_policy(intermediate, served)
             _judge_services(intermediate, served)
+    intermediate.rendezvous.reconcile_all(trio.current_time())
+    intermediate.introduce()
 
 
 def _expel(intermediate: Intermediate, served: Served, reason: str) -> None:
@@ -97,6 +99,7 @@ def _expel(intermediate: Intermediate, served: Served, reason: str) -> None:
     # Its packets end here and now; the session itself with the next round of its pump.
     intermediate.registry.remove(client)
     intermediate.relay.remove(client)
+    intermediate.rendezvous.gone(client, trio.current_time())
     intermediate.served.pop(client.key, None)
     served.session.close(CloseCode.EXPIRED, reason)
 

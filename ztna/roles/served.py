@@ -3,6 +3,7 @@
 from collections import OrderedDict
 
 import attrs
+import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.identity import Identity
@@ -12,6 +13,7 @@ from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address
 from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
+from ztna.core.rendezvous import Rendezvous
 from ztna.net.session import Session
 from ztna.net.stream_port import StreamPort
 from ztna.roles.address_book import AddressBook
@@ -51,6 +53,7 @@ class Served:
     malformed: int = 0
     answered: int = 0
     dialogue_dropped: int = 0
+    plain_refused: int = 0
     dialogue: TokenBucket = attrs.Factory(lambda: TokenBucket(DIALOGUE_RATE, DIALOGUE_BURST))
     frames: TokenBucket = attrs.Factory(lambda: TokenBucket(FRAME_RATE, FRAME_BURST))
     control: TokenBucket = attrs.Factory(lambda: TokenBucket(CONTROL_RATE, CONTROL_BURST))
@@ -62,10 +65,12 @@ class Intermediate:
 
     policy: the signed one, by which the registry then decides; None if the file has a plain one.
     streams: the port, if TLS streams belong to it.
+    plain_relay: whether users' packets may pass without end-to-end encryption.
     """
 
     registry: Registry
     relay: Relay
+    rendezvous: Rendezvous
     addresses: AddressBook
     served: dict[int, Served] = attrs.Factory(dict)
     next_key: int = 0
@@ -73,7 +78,19 @@ class Intermediate:
     policy: SignedPolicy | None = None
     streams: StreamPort | None = None
     refused_arrivals: int = 0
+    plain_relay: bool = False
     _arrivals: OrderedDict[Identity, TokenBucket] = attrs.Factory(OrderedDict)
+    # Set when the rendezvous may have another timer.
+    introduced: trio.Event = attrs.Factory(trio.Event)
+
+    def introduce(self) -> None:
+        """Tell clients what the rendezvous has decided."""
+        while (event := self.rendezvous.next_event()) is not None:
+            client, message = event
+            served = self.served.get(client.key)
+            if served is not None and client.speaks_control:
+                served.session.send_control(encode_message(message))
+        self.introduced.set()
 
     def admits(self, identity: Identity, now: float) -> bool:
         """Whether an identity may begin one more session at `now` (s)."""
@@ -102,12 +119,14 @@ class Intermediate:
             f"{served.client.identity}": {
                 **served.session.statistics(),
                 "drop_dialogue_rate": served.dialogue_dropped,
+                "drop_plain_relay": served.plain_refused,
             }
             for served in self.served.values()
         }
         return {
             **self.registry.statistics(),
             **self.relay.statistics(),
+            **self.rendezvous.statistics(),
             "refused_arrivals": self.refused_arrivals,
             "sessions": sessions,
         }

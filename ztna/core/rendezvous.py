@@ -1,0 +1,235 @@
+"""Which agent and which connector may hold a peer session, and by which relay channels.
+
+An agent says with `OpenSession` which services it wants to use; that stands for as long as its
+control session. From these wishes and the registry follows what there is to be: one peer session
+for each pair of an agent and the connector that serves it, with the services that it is to carry.
+`reconcile` compares with what was told, and says the difference to both ends: `RelayChannel`,
+`ChannelClosed` or `Unavailable`. It is called after everything that may change the answer, and
+changes nothing when nothing did.
+
+Signalling belongs to (agent, session id): an id that an agent names is looked up among its own.
+"""
+
+import ipaddress
+import secrets
+from collections import deque
+
+import attrs
+
+from ztna.core.channels import ChannelTable, Leg
+from ztna.core.identity import Identity
+from ztna.core.messages import ChannelClosed, Message, OpenSession, RelayChannel, Unavailable
+from ztna.core.registry import MAX_SERVICES, AgentRoute, Client, Registry
+from ztna.core.wire import Feature
+from ztna.errors import LimitError
+
+# Seconds, our choice: what both ends of a peer session that lives on need to register again after
+# a new control session. Until then it keeps its services, and no other connector is chosen.
+PATIENCE = 3.0
+# Our choice: connectors that one agent has peer sessions with; more than services makes no sense.
+MAX_KNOWN = MAX_SERVICES
+
+
+@attrs.define(eq=False)
+class _Wishes:
+    """What an agent asked for. sessions: ids that it has, by the peer's SPIFFE ID. until: how long
+    what it has waits for registrations. told: the last `Unavailable`, by service."""
+
+    services: tuple[str, ...]
+    sessions: dict[str, str]
+    until: float
+    told: dict[str, str] = attrs.Factory(dict)
+
+
+@attrs.define(eq=False)
+class _Pair:
+    """A peer session, as both ends were told of it. told: services, by the client's key."""
+
+    session: str
+    agent: Client
+    connector: Client
+    agent_leg: Leg
+    connector_leg: Leg
+    services: tuple[str, ...] = ()
+    told: dict[int, tuple[str, ...]] = attrs.Factory(dict)
+
+
+@attrs.define
+class Rendezvous:
+    """All peer sessions of one intermediate."""
+
+    registry: Registry
+    channels: ChannelTable
+    _wishes: dict[Client, _Wishes] = attrs.Factory(dict)
+    _pairs: dict[Identity, dict[Identity, _Pair]] = attrs.Factory(dict)
+    _events: deque[tuple[Client, Message]] = attrs.Factory(deque)
+
+    def next_event(self) -> tuple[Client, Message] | None:
+        """What to tell whom next, or None."""
+        return self._events.popleft() if self._events else None
+
+    def open(self, agent: Client, message: OpenSession, now: float) -> None:
+        """An agent says what it wants, instead of what it wanted before."""
+        known = message.sessions[:MAX_KNOWN]
+        self._wishes[agent] = _Wishes(
+            tuple(dict.fromkeys(message.services))[:MAX_SERVICES],
+            {each.peer: each.session for each in known},
+            now + PATIENCE,
+        )
+        # Who asks again is told again: it may have forgotten.
+        for pair in self._pairs.get(agent.identity, {}).values():
+            pair.told.pop(agent.key, None)
+        self.reconcile(agent, now)
+
+    def provided(self, service_ids: list[str], now: float) -> None:
+        """A connector has begun or ceased to provide these."""
+        changed = set(service_ids)
+        for agent, wishes in list(self._wishes.items()):
+            if not changed.isdisjoint(wishes.services):
+                self.reconcile(agent, now)
+
+    def reconcile_all(self, now: float) -> None:
+        """Rights have changed."""
+        for agent in list(self._wishes):
+            self.reconcile(agent, now)
+
+    def replaced(self, old: Client, new: Client) -> None:
+        """A newer session of the same identity takes over what the older one had."""
+        self.channels.pass_on(old.key, new.key)
+        self._wishes.pop(old, None)
+        for pair in self._pairs_of(old):
+            if pair.agent is old:
+                pair.agent = new
+            else:
+                pair.connector = new
+
+    def gone(self, client: Client, now: float) -> None:
+        """A client's session has ended, and no newer one is there."""
+        self._wishes.pop(client, None)
+        pairs = self._pairs_of(client)
+        for pair in pairs:
+            self._close(pair, f"{client.identity} is gone", withdrawn=False)
+        self.channels.forget(client.key)
+        for pair in pairs:
+            self.reconcile(pair.agent, now)
+
+    def get_timer(self) -> float | None:
+        """When `handle_timer` is due."""
+        waiting = (wishes.until for wishes in self._wishes.values())
+        return min((until for until in waiting if until < float("inf")), default=None)
+
+    def handle_timer(self, now: float) -> None:
+        """Give up waiting for registrations that did not come."""
+        for agent, wishes in list(self._wishes.items()):
+            if wishes.until <= now:
+                wishes.until = float("inf")
+                wishes.sessions.clear()
+                self.reconcile(agent, now)
+
+    def reconcile(self, agent: Client, now: float) -> None:
+        """Bring an agent's peer sessions in line with its wishes, rights and connectors."""
+        wishes = self._wishes.get(agent)
+        if wishes is None:
+            return
+        waits = now < wishes.until < float("inf")
+        wanted: dict[Client, list[str]] = {}
+        pairs = self._pairs.get(agent.identity, {})
+        for service_id in wishes.services:
+            route = agent.routes.get(service_id)
+            found = self._connector_for(wishes, route, waits=waits) if route else None
+            if route is None and not waits:
+                continue  # not registered: the right is gone, and `Denied` says why
+            if isinstance(found, str):
+                if wishes.told.get(service_id) != found:
+                    wishes.told[service_id] = found
+                    self._events.append((agent, Unavailable(service_id, found)))
+            elif found is None:
+                # Who served it is about to come back: what there is goes on.
+                for pair in pairs.values():
+                    if service_id in pair.services:
+                        wanted.setdefault(pair.connector, []).append(service_id)
+            else:
+                wanted.setdefault(found, []).append(service_id)
+                wishes.told.pop(service_id, None)
+        for pair in list(pairs.values()):
+            if pair.connector not in wanted:
+                self._close(pair, "no service is left that it may carry", withdrawn=True)
+        for connector, services in wanted.items():
+            self._grant(agent, connector, tuple(services), wishes)
+
+    def statistics(self) -> dict[str, int]:
+        """Sizes of the tables."""
+        return {
+            "wishes": len(self._wishes),
+            "peer_sessions": sum(map(len, self._pairs.values())),
+            **self.channels.statistics(),
+        }
+
+    def _connector_for(
+        self, wishes: _Wishes, route: AgentRoute, *, waits: bool
+    ) -> Client | str | None:
+        """The connector that serves a route; None while it is waited for; or why there is none."""
+        preferred = any(self.registry.prefer(route, peer) for peer in wishes.sessions)
+        provider = None
+        if preferred or not (waits and wishes.sessions):
+            provider = self.registry.provider_for(route)
+        if provider is None:
+            if (waits and wishes.sessions) or self.registry.awaits(route.service_id):
+                return None
+            return f"no connector provides {route.service_id} now"
+        if Feature.PEER not in provider.features and not provider.settled:
+            return None
+        if Feature.PEER not in provider.features:
+            return f"{provider.identity} speaks no peer sessions"
+        return provider
+
+    def _grant(
+        self, agent: Client, connector: Client, services: tuple[str, ...], wishes: _Wishes
+    ) -> None:
+        pair = self._pairs.get(agent.identity, {}).get(connector.identity)
+        if pair is None:
+            try:
+                legs = self.channels.join(agent.key, connector.key)
+            except LimitError as error:
+                self._events += [(agent, Unavailable(each, str(error))) for each in services]
+                return
+            session = wishes.sessions.get(connector.identity.uri) or secrets.token_hex(8)
+            if session in {each.session for each in self._pairs.get(agent.identity, {}).values()}:
+                session = secrets.token_hex(8)  # an agent that gives one id to two
+            pair = _Pair(session, agent, connector, *legs)
+            self._pairs.setdefault(agent.identity, {})[connector.identity] = pair
+        pair.services = services
+        self._tell(pair, agent, pair.agent_leg, connector.identity, ())
+        self._tell(pair, connector, pair.connector_leg, agent.identity, _addresses(agent))
+
+    def _tell(
+        self, pair: _Pair, client: Client, leg: Leg, peer: Identity, addresses: tuple[str, ...]
+    ) -> None:
+        # Who has not said Hello yet is told when it has.
+        if client.speaks_control and pair.told.get(client.key) != pair.services:
+            pair.told[client.key] = pair.services
+            channel = leg.channel.hex()
+            message = RelayChannel(pair.session, channel, peer.uri, pair.services, *addresses)
+            self._events.append((client, message))
+
+    def _close(self, pair: _Pair, reason: str, *, withdrawn: bool) -> None:
+        of_agent = self._pairs[pair.agent.identity]
+        del of_agent[pair.connector.identity]
+        if not of_agent:
+            del self._pairs[pair.agent.identity]
+        self.channels.close(pair.agent_leg)
+        message = ChannelClosed(pair.session, reason, withdrawn)
+        self._events += [(pair.agent, message), (pair.connector, message)]
+
+    def _pairs_of(self, client: Client) -> list[_Pair]:
+        if client.is_agent:
+            pairs = list(self._pairs.get(client.identity, {}).values())
+        else:
+            found = [of_agent.get(client.identity) for of_agent in self._pairs.values()]
+            pairs = [pair for pair in found if pair is not None]
+        return [pair for pair in pairs if client in (pair.agent, pair.connector)]
+
+
+def _addresses(agent: Client) -> tuple[str, ...]:
+    """The agent's tunnel addresses in text, IPv4 first."""
+    return tuple(str(ipaddress.ip_address(a)) for a in sorted(agent.addresses, key=len))

@@ -1,0 +1,148 @@
+"""Virtual peer addresses: a peer session keeps one address, whatever way its packets go.
+
+Out: a session sends to its peer's virtual address -> `RoutedPort` -> `PeerPath.route` turns each
+batch into what really leaves: a raw relayed packet to the intermediate, or the same payloads to the
+peer's own address. In: the endpoint unpacks what came through the relay (`PathTable.unpack`), or
+finds the session of what came directly by its connection id; either way the session sees its
+virtual address. aioquic would take another address for a migration, and has no call to begin one.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from ztna.core.addresses import VirtualKind, virtual_address
+from ztna.core.channels import pack, unpack
+from ztna.core.ports import Address, UdpBatch, UdpPort
+
+# Our choice: peers of one process at once; an agent of each for a connector, or the reverse.
+MAX_PATHS = 4096
+
+
+@attrs.define(eq=False)
+class PeerPath:
+    """Where the packets of one peer session go.
+
+    address: the virtual one. channel: of our leg to the relay; relay: the intermediate's address;
+    None while it gives us none. direct: the peer's own address, where one was found.
+    """
+
+    address: Address
+    channel: bytes | None = attrs.field(default=None)
+    relay: Address | None = None
+    direct: Address | None = None
+    counters: Counter[str] = attrs.Factory(Counter)
+
+    def route(self, batch: UdpBatch) -> list[UdpBatch]:
+        """What leaves for a batch to the virtual address; nothing while there is no way."""
+        size = len(batch.data)
+        if self.direct is not None:
+            self.counters["sent_direct_bytes"] += size
+            return [UdpBatch(batch.data, batch.segment_size, self.direct)]
+        if self.channel is not None and self.relay is not None:
+            self.counters["sent_relay_bytes"] += size
+            return [pack(batch, self.channel, self.relay)]
+        self.counters["drop_no_path"] += 1
+        return []
+
+
+@attrs.define(eq=False)
+class PathTable:
+    """All peer paths of one endpoint."""
+
+    counters: Counter[str] = attrs.Factory(Counter)
+    _by_address: dict[Address, PeerPath] = attrs.Factory(dict)
+    _by_channel: dict[bytes, PeerPath] = attrs.Factory(dict)
+    _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count, repr=False)
+
+    def __contains__(self, address: Address) -> bool:
+        return address in self._by_address
+
+    def __len__(self) -> int:
+        return len(self._by_address)
+
+    def open(self) -> PeerPath:
+        """A new virtual address, without a way so far."""
+        path = PeerPath(virtual_address(VirtualKind.PEER_SESSION, next(self._numbers)))
+        self._by_address[path.address] = path
+        return path
+
+    def close(self, path: PeerPath) -> None:
+        """Forget a path; no effect on one that is gone."""
+        self.set_relay(path, None, None)
+        self._by_address.pop(path.address, None)
+
+    def set_relay(self, path: PeerPath, channel: bytes | None, relay: Address | None) -> None:
+        """The intermediate gave a channel, or none is there any more."""
+        if path.channel is not None and self._by_channel.get(path.channel) is path:
+            del self._by_channel[path.channel]
+        path.channel, path.relay = channel, relay
+        if channel is not None:
+            self._by_channel[channel] = path
+
+    def route(self, batches: Sequence[UdpBatch]) -> Sequence[UdpBatch]:
+        """What leaves for batches to addresses of both kinds."""
+        if not self._by_address:
+            return batches
+        leaving: list[UdpBatch] = []
+        for batch in batches:
+            path = self._by_address.get(batch.address)
+            if path is None:
+                leaving.append(batch)
+            else:
+                leaving += path.route(batch)
+        return leaving
+
+    def unpack(self, channel: bytes, batch: UdpBatch) -> UdpBatch | None:
+        """A peer's payloads out of a buffer from the relay, as from its virtual address; None if
+        the channel is not ours, or they come from anywhere but our intermediate."""
+        path = self._by_channel.get(channel)
+        if path is None:
+            self.counters["drop_unknown_channel"] += 1
+            return None
+        if batch.address != path.relay:
+            self.counters["drop_channel_address"] += 1
+            return None
+        path.counters["received_relay_bytes"] += len(batch.data)
+        return unpack(batch, path.address)
+
+    def arrived(self, address: Address, batch: UdpBatch) -> UdpBatch:
+        """What came directly for the session of a virtual address, as from that address."""
+        path = self._by_address[address]
+        path.counters["received_direct_bytes"] += len(batch.data)
+        return UdpBatch(batch.data, batch.segment_size, address)
+
+    def statistics(self) -> dict[str, int]:
+        """Paths, and what was dropped by reason."""
+        return {"peer_paths": len(self._by_address), **self.counters}
+
+
+@attrs.frozen(eq=False)
+class RoutedPort:
+    """A `UdpPort` that knows virtual peer addresses as well."""
+
+    port: UdpPort
+    paths: PathTable
+
+    @property
+    def local_address(self) -> Address:
+        """The bound address."""
+        return self.port.local_address
+
+    async def receive(self) -> list[UdpBatch]:
+        """As the port below."""
+        return await self.port.receive()
+
+    async def send(self, batches: Sequence[UdpBatch]) -> None:
+        """Send all, each by its way."""
+        await self.port.send(self.paths.route(batches))
+
+    def send_nowait(self, batches: Sequence[UdpBatch]) -> Sequence[UdpBatch]:
+        """Send what goes; the rest comes back with real addresses."""
+        return self.port.send_nowait(self.paths.route(batches))
+
+    def statistics(self) -> Mapping[str, int]:
+        """Of the port below."""
+        return self.port.statistics()

@@ -1,0 +1,386 @@
+"""The agent's peer sessions: one with each connector that serves it, held for as long as needed.
+
+The intermediate says by `RelayChannel` which connector serves which services, and by which channel
+it is reached; a session is begun through the relay, end to end, with the connector's own
+certificate. A new control session brings new channels, and a peer session goes on over them. It is
+begun anew when it breaks, and a second one beside it when the connector leaves it unanswered.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NoReturn, Protocol
+
+import attrs
+import structlog
+import trio
+
+from ztna.core.identity import Identity, Role
+from ztna.core.messages import (
+    Accepted,
+    ChannelClosed,
+    Hello,
+    KnownSession,
+    Message,
+    OpenSession,
+    RelayChannel,
+    ServiceMap,
+    Unavailable,
+    encode_message,
+)
+from ztna.core.policy import Decision
+from ztna.core.ports import Address, IpPacket
+from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError
+from ztna.net.closing import CloseCode
+from ztna.net.endpoint import Endpoint
+from ztna.net.peer_path import PeerPath
+from ztna.net.session import Session
+from ztna.pki import Credentials, connector_dns_name
+from ztna.roles.control_client import ControlLink
+from ztna.roles.expiry import close_when_expired
+from ztna.roles.peer_link import (
+    PACKET_FEATURES,
+    PEER_SETTINGS,
+    VERSION,
+    PeerLink,
+    agreed_features,
+    new_link,
+)
+from ztna.roles.tree import restart_with_backoff
+from ztna.roles.waits import first_of
+
+log = structlog.get_logger(__name__)
+
+# Our choice: connectors that one agent deals with at once.
+MAX_PEERS = 256
+# Seconds, our choices: a handshake through the relay takes two round trips and one signature; a
+# connector that accepts nothing after it is not worth waiting for; a session that ends sooner than
+# `STEADY_AFTER` counts as a failed attempt.
+HANDSHAKE_DEADLINE = 5.0
+UP_DEADLINE = 5.0
+STEADY_AFTER = 5.0
+
+
+class PeerHandler(Protocol):
+    """What the agent does with its peer sessions."""
+
+    def peers_changed(self) -> None:
+        """Other services can be reached, or by another session."""
+
+    def peer_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
+        """Packets of services came in, each with the service's id."""
+
+
+@attrs.define(eq=False)
+class Peer:
+    """One connector. offered: services that it is to carry, by the intermediate's word. granted: of
+    these, those that we want and that it may answer for.
+
+    session_id: what this peer session is called in signalling. link: the session in use.
+    """
+
+    identity: Identity
+    path: PeerPath
+    session_id: str
+    offered: Sequence[str] = ()
+    granted: frozenset[str] = frozenset()
+    link: PeerLink | None = None
+    failure: str = ""
+    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    reachable: trio.Event = attrs.Factory(trio.Event)
+
+    def carries(self, service_id: str) -> bool:
+        """Whether packets for a service may go to this peer now."""
+        link = self.link
+        return link is not None and service_id in self.granted and service_id in link.labels
+
+
+@attrs.define(eq=False)
+class AgentPeers:
+    """All peer sessions of an agent.
+
+    credentials, denied_serials: may be set while it runs; they count for the next session.
+    may_provide: whether a connector may answer for a service, by what this agent knows itself.
+    """
+
+    endpoint: Endpoint
+    nursery: trio.Nursery
+    credentials: Credentials
+    handler: PeerHandler
+    denied_serials: frozenset[int] = frozenset()
+    may_provide: Callable[[Identity, str], Decision] | None = None
+    unavailable: dict[str, str] = attrs.Factory(dict)
+    _services: tuple[str, ...] = ()
+    _control: ControlLink | None = None
+    _peers: dict[Identity, Peer] = attrs.Factory(dict)
+    refused_peers: int = 0
+
+    @property
+    def peers(self) -> Iterable[Peer]:
+        """All connectors that the intermediate has named and not taken back."""
+        return list(self._peers.values())
+
+    def link_for(self, service_id: str) -> PeerLink | None:
+        """The session that carries a service now."""
+        for peer in self._peers.values():
+            if peer.carries(service_id):
+                return peer.link
+        return None
+
+    def carried(self) -> dict[str, PeerLink]:
+        """All services that can be reached now, each with its session."""
+        return {
+            service_id: peer.link
+            for peer in self._peers.values()
+            if peer.link is not None
+            for service_id in peer.link.labels
+            if peer.carries(service_id)
+        }
+
+    def control_up(self, link: ControlLink, service_ids: Sequence[str]) -> None:
+        """A control session is up: ask for peer sessions, and name those that there are."""
+        self._control = link
+        self._services = ()
+        self.set_services(service_ids)
+
+    def control_down(self, link: ControlLink) -> None:
+        """It is gone. What goes through the relay may still: who knows how it was lost."""
+        if self._control is link:
+            self._control = None
+
+    def set_services(self, service_ids: Sequence[str]) -> None:
+        """Want these services, and no others, from now on."""
+        if tuple(service_ids) == self._services or self._control is None:
+            return
+        self._services = tuple(service_ids)
+        self.unavailable = {k: v for k, v in self.unavailable.items() if k in self._services}
+        known = tuple(
+            KnownSession(peer.session_id, peer.identity.uri) for peer in self._peers.values()
+        )
+        self._control.session.send_control(encode_message(OpenSession(self._services, known)))
+
+    def judge_again(self, service_ids: Sequence[str]) -> None:
+        """Want these services, and believe of each connector no more than it may now provide."""
+        self.set_services(service_ids)
+        for peer in self._peers.values():
+            peer.granted = self._allowed(peer.identity, peer.offered)
+        self.handler.peers_changed()
+
+    def receive_signal_untrusted(self, link: ControlLink, message: Message) -> None:
+        """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
+        if link is not self._control:
+            return
+        match message:
+            case RelayChannel():
+                self._receive_channel_untrusted(message, link.session.remote_address)
+            case ChannelClosed():
+                self._receive_closed(message)
+            case Unavailable():
+                self.unavailable[message.service[:64]] = message.reason[:200]
+                log.warning("service unavailable", service=message.service, why=message.reason)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} is not for an agent")
+        self.handler.peers_changed()
+
+    def close_all(self, code: int, reason: str) -> None:
+        """End all sessions; they are begun anew where they may."""
+        for peer in self._peers.values():
+            if peer.link is not None:
+                peer.link.session.close(code, reason)
+
+    def statistics(self) -> Mapping[str, object]:
+        """Of each session, by the connector's name."""
+        sessions = {
+            str(peer.identity): {**peer.link.statistics(), **peer.path.counters}
+            for peer in self._peers.values()
+            if peer.link is not None
+        }
+        return {"peers": len(self._peers), "refused_peers": self.refused_peers, **sessions}
+
+    def _receive_channel_untrusted(self, message: RelayChannel, relay: Address) -> None:
+        identity = Identity.parse_untrusted(message.peer)
+        if identity.role is not Role.CONNECTOR:
+            raise RemoteProtocolError(f"a peer session with {identity}, which is no connector")
+        peer = self._peers.get(identity)
+        if peer is None:
+            if len(self._peers) >= MAX_PEERS:
+                self.refused_peers += 1
+                return
+            peer = Peer(identity, self.endpoint.paths.open(), message.session)
+            self._peers[identity] = peer
+            self.nursery.start_soon(self._keep, peer)
+        peer.offered = message.services
+        peer.granted = self._allowed(identity, message.services)
+        for service_id in peer.granted:
+            self.unavailable.pop(service_id, None)
+        peer.session_id = message.session
+        self.endpoint.paths.set_relay(peer.path, bytes.fromhex(message.channel), relay)
+        peer.reachable.set()
+        log.info("relay channel", peer=str(identity), services=sorted(peer.granted))
+
+    def _allowed(self, connector: Identity, service_ids: Sequence[str]) -> frozenset[str]:
+        """Of these services, those that we want and that the connector may answer for."""
+        judge = self.may_provide
+        return frozenset(
+            each
+            for each in service_ids
+            if each in self._services and (judge is None or judge(connector, each).allowed)
+        )
+
+    def _receive_closed(self, message: ChannelClosed) -> None:
+        for peer in list(self._peers.values()):
+            if peer.session_id != message.session:
+                continue
+            self.endpoint.paths.set_relay(peer.path, None, None)
+            peer.reachable = trio.Event()
+            peer.failure = message.reason[:200]
+            log.info("relay channel closed", peer=str(peer.identity), reason=message.reason[:200])
+            if message.withdrawn:
+                self._peers.pop(peer.identity)
+                if peer.link is not None:
+                    peer.link.session.close(CloseCode.GOODBYE, "no longer needed")
+                peer.scope.cancel()
+
+    async def _keep(self, peer: Peer) -> None:
+        try:
+            with peer.scope:
+                await self._keep_session(peer)
+        finally:
+            self.endpoint.paths.close(peer.path)
+            if self._peers.get(peer.identity) is peer:
+                del self._peers[peer.identity]
+            self.handler.peers_changed()
+
+    async def _keep_session(self, peer: Peer) -> NoReturn:
+        attempt = functools.partial(self._attempt, peer)
+        name = f"peer session with {peer.identity}"
+        await restart_with_backoff(name, attempt, random.SystemRandom())
+
+    def _connect(self, peer: Peer) -> Session:
+        return self.endpoint.connect(
+            peer.path.address,
+            self.credentials,
+            connector_dns_name(peer.identity),
+            [Role.CONNECTOR],
+            PEER_SETTINGS,
+            denied_serials=lambda: self.denied_serials,
+        )
+
+    async def _attempt(self, peer: Peer, succeeded: Callable[[], None]) -> float:
+        """Sessions of which each was begun beside the one before, until one leaves no successor."""
+        await peer.reachable.wait()
+        session: Session | None = self._connect(peer)
+        while session is not None:
+            successor: list[Session] = []
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, peer, session, successor, nursery.cancel_scope)
+                    await self._serve(peer, session, succeeded)
+            except* (SessionClosedError, RemoteProtocolError) as group:
+                if not successor:
+                    peer.failure = str(group.exceptions[0])
+                    raise
+            session = successor[0] if successor else None
+        return 0.0
+
+    async def _watch(
+        self,
+        peer: Peer,
+        session: Session,
+        successor: list[Session],
+        running: trio.CancelScope,
+    ) -> None:
+        """Begin another session while the peer leaves this one unanswered; whichever answers first
+        is used."""
+        try:
+            await session.wait_verified()
+            while True:
+                await session.wait_suspect()
+                rival = self._connect(peer)
+                successor.append(rival)  # from here on it follows, however the running one ends
+                with trio.move_on_after(2 * HANDSHAKE_DEADLINE):
+                    await first_of(
+                        rival.wait_verified, functools.partial(session.wait_suspect, suspect=False)
+                    )
+                if rival.verified:
+                    running.cancel()
+                    return
+                successor.clear()
+                rival.close(CloseCode.GOODBYE, "not needed")
+        except* SessionClosedError:
+            pass  # the running session's end is told by `_serve`
+
+    async def _serve(self, peer: Peer, session: Session, succeeded: Callable[[], None]) -> None:
+        """One session from its handshake to its end. Raises UnreachableError, SessionClosedError
+        or RemoteProtocolError, whatever ended it."""
+        link: PeerLink | None = None
+        try:
+            link = await self._open(peer, session)
+            async with trio.open_nursery() as nursery:
+                accepted = trio.Event()
+                receive = functools.partial(self._receive_untrusted, peer, link, accepted)
+                session.deliver_datagrams(functools.partial(self._receive_datagrams, peer, link))
+                nursery.start_soon(link.read_control, receive)
+                nursery.start_soon(close_when_expired, session)
+                with trio.move_on_after(UP_DEADLINE):
+                    await accepted.wait()
+                if not accepted.is_set():
+                    raise SessionClosedError(f"{peer.identity} does not accept us")
+                with trio.move_on_after(STEADY_AFTER):
+                    await session.wait_closed()
+                if not session.closed:
+                    succeeded()
+                closed = await session.wait_closed()
+                raise SessionClosedError(f"session ended: {closed.reason}")
+        finally:
+            session.close(CloseCode.GOODBYE, "")
+            if link is not None and peer.link is link:
+                peer.link = None
+                self.handler.peers_changed()
+
+    async def _open(self, peer: Peer, session: Session) -> PeerLink:
+        with trio.move_on_after(HANDSHAKE_DEADLINE):
+            await session.wait_verified()
+        if not session.verified:
+            raise UnreachableError(
+                f"{peer.identity} does not answer through the relay in {HANDSHAKE_DEADLINE:g} s"
+            )
+        if session.peer.identity != peer.identity:
+            raise SessionClosedError(
+                f"{session.peer.identity} answers in place of {peer.identity}: refused"
+            )
+        link = new_link(session)
+        hello = Hello(
+            (VERSION,), tuple(sorted(PACKET_FEATURES)), Role.AGENT, session.max_datagram_data
+        )
+        link.send(hello)
+        return link
+
+    def _receive_untrusted(
+        self, peer: Peer, link: PeerLink, accepted: trio.Event, message: Message
+    ) -> None:
+        match message:
+            case Accepted() if not link.up:
+                if message.version != VERSION:
+                    raise RemoteProtocolError(f"the peer chose version {message.version}")
+                link.encapsulator.features = agreed_features(message.features)
+                link.up = True
+                peer.link, peer.failure = link, ""
+                accepted.set()
+                log.info("peer session up", peer=str(peer.identity))
+            case ServiceMap() if link.up:
+                link.set_services({entry.number: entry.id for entry in message.services})
+            case _ if link.up and link.receive_signal is not None:
+                link.receive_signal(message)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} is out of place")
+        self.handler.peers_changed()
+
+    def _receive_datagrams(self, peer: Peer, link: PeerLink, messages: list[bytes]) -> None:
+        packets = [
+            (service_id, packet)
+            for service_id, packet in link.receive_messages(messages, trio.current_time())
+            if service_id in peer.granted
+        ]
+        if packets and peer.link is link:
+            self.handler.peer_packets(packets)

@@ -1,0 +1,353 @@
+"""The connector's peer sessions: one with each agent, and flows that are that agent's alone.
+
+The intermediate says by `RelayChannel` which agent may come, for which services and from which
+tunnel addresses; the agent then proves by its own certificate that it is the one. Each agent has a
+`Terminator` of its own, so that no user's flows, limits or pace touch another's; it outlives the
+session, so that connections go on when the agent comes back.
+"""
+
+import datetime
+import functools
+import ipaddress
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+import structlog
+import trio
+
+from ztna.backend.terminator import Terminator
+from ztna.core.addresses import source_and_destination
+from ztna.core.error_groups import leaves
+from ztna.core.flow import OfferedService
+from ztna.core.identity import Identity, Role
+from ztna.core.messages import (
+    Accepted,
+    ChannelClosed,
+    Goodbye,
+    Hello,
+    Message,
+    RelayChannel,
+    ServiceMap,
+    ServiceNumber,
+)
+from ztna.core.policy import Decision
+from ztna.core.ports import Address
+from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError
+from ztna.net.closing import CloseCode
+from ztna.net.endpoint import Endpoint
+from ztna.net.peer_path import PeerPath
+from ztna.net.session import Session
+from ztna.roles.control_client import ControlLink
+from ztna.roles.expiry import close_when_expired
+from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
+
+log = structlog.get_logger(__name__)
+
+# Our choice: agents that one connector deals with at once.
+MAX_AGENTS = 1024
+# Bytes taken from the flows at a time: a few super-packets, so that flows take turns often.
+SEND_BATCH = 192 * 1024
+# Seconds, our choices: an agent that proves who it is says Hello at once; and how long flows of an
+# agent that is gone are kept, some longer than TCP's and UDP's own patience of 120 s.
+HELLO_DEADLINE = 5.0
+KEPT = 180.0
+# Seconds; our choice: several round trips of the pump, little for who waits for a new service.
+LAST_WORDS = 0.1
+
+Offers = Mapping[str, OfferedService]
+Backends = Mapping[str, Address]
+
+
+@attrs.define(eq=False)
+class AgentSide:
+    """What a connector keeps for one agent.
+
+    granted: services by the intermediate's word. addresses: tunnel addresses that the agent's
+    packets may come from, packed. link: its session, while there is one. left_at: when it went.
+    """
+
+    identity: Identity
+    path: PeerPath
+    terminator: Terminator
+    session_id: str = ""
+    granted: frozenset[str] = frozenset()
+    addresses: frozenset[bytes] = frozenset()
+    link: PeerLink | None = None
+    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    left_at: float = math.inf
+    wrong_source: int = 0
+
+
+@attrs.define(eq=False)
+class ConnectorPeers:
+    """All agents of a connector. `run` must run while it is used.
+
+    offers, backends: what this connector's file says; set them by `set_services`.
+    new_terminator: makes one for an agent, without services.
+    may_reach: whether an agent may use a service, by what this connector knows itself.
+    """
+
+    endpoint: Endpoint
+    sessions: trio.MemoryReceiveChannel[Session]
+    new_terminator: Callable[[], Terminator]
+    may_reach: Callable[[Identity, str], Decision] | None = None
+    offers: Offers = attrs.Factory(dict)
+    backends: Backends = attrs.Factory(dict)
+    strangers: int = 0
+    refused_agents: int = 0
+    _numbers: dict[str, int] = attrs.Factory(dict)
+    _agents: dict[Identity, AgentSide] = attrs.Factory(dict)
+    _nursery: trio.Nursery | None = None
+
+    @property
+    def agents(self) -> list[AgentSide]:
+        """Agents that may come, and those that are here."""
+        return list(self._agents.values())
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve agents until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._forget_idle)
+            task_status.started()
+            async for session in self.sessions:
+                nursery.start_soon(self._serve, session)
+
+    def receive_signal_untrusted(self, link: ControlLink, message: Message, now: float) -> None:
+        """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
+        match message:
+            case RelayChannel():
+                self._receive_channel_untrusted(message, link.session.remote_address)
+            case ChannelClosed():
+                self._receive_closed(message, now)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} is not for a connector")
+
+    def set_services(self, offers: Offers, backends: Backends) -> None:
+        """Offer these from now on, to those who may have them."""
+        self.offers, self.backends = offers, backends
+        self.judge_again()
+
+    def judge_again(self) -> None:
+        """Rights or services have changed: who lost one loses its flows at once."""
+        for side in self.agents:
+            self._settle(side)
+
+    def statistics(self) -> Mapping[str, object]:
+        """Of each agent, by its name."""
+        agents = {
+            str(side.identity): {
+                **(side.link.statistics() if side.link is not None else {}),
+                **side.path.counters,
+                **side.terminator.table.statistics(),
+                "drop_wrong_source": side.wrong_source,
+            }
+            for side in self.agents
+        }
+        return {
+            "agents": len(self._agents),
+            "strangers": self.strangers,
+            "refused_agents": self.refused_agents,
+            **agents,
+        }
+
+    def _receive_channel_untrusted(self, message: RelayChannel, relay: Address) -> None:
+        identity = Identity.parse_untrusted(message.peer)
+        if identity.role is not Role.AGENT:
+            raise RemoteProtocolError(f"a peer session with {identity}, which is no agent")
+        side = self._agents.get(identity) or self._new_side(identity)
+        if side is None:
+            self.refused_agents += 1
+            return
+        side.session_id = message.session
+        side.granted = frozenset(message.services)
+        side.addresses = _packed_untrusted(message.tunnel_address, message.tunnel_address6)
+        self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
+        self._settle(side)
+        log.info("relay channel", peer=str(identity), services=sorted(side.granted)[:16])
+
+    def _receive_closed(self, message: ChannelClosed, now: float) -> None:
+        for side in self.agents:
+            if side.session_id != message.session:
+                continue
+            self.endpoint.paths.set_relay(side.path, None, None)
+            if side.link is None:
+                side.left_at = now
+            log.info("relay channel closed", peer=str(side.identity), reason=message.reason[:200])
+            if message.withdrawn:
+                side.granted = frozenset()
+                self._settle(side)
+                if side.link is not None:
+                    side.link.session.close(CloseCode.EXPIRED, "the right to this session is gone")
+
+    def _new_side(self, identity: Identity) -> AgentSide | None:
+        if len(self._agents) >= MAX_AGENTS or self._nursery is None:
+            return None
+        side = AgentSide(identity, self.endpoint.paths.open(), self.new_terminator())
+        self._agents[identity] = side
+        self._nursery.start_soon(self._run_side, side)
+        return side
+
+    async def _run_side(self, side: AgentSide) -> None:
+        with side.scope:
+            await side.terminator.run()
+        self.endpoint.paths.close(side.path)
+
+    def _settle(self, side: AgentSide) -> None:
+        """Offer an agent what it may have: flows of anything else are reset."""
+        allowed = self.may_reach
+        ids = [
+            service_id
+            for service_id in self.offers
+            if service_id in side.granted
+            and (allowed is None or allowed(side.identity, service_id).allowed)
+        ]
+        side.terminator.set_services(
+            {each: self.offers[each] for each in ids}, {each: self.backends[each] for each in ids}
+        )
+        link = side.link
+        if link is None or self._nursery is None:
+            return
+        services = {self._number(each): each for each in ids}
+        lost = link.services.keys() - services.keys()
+        self._set_services(link, {**{n: link.services[n] for n in lost}, **services})
+        if lost:
+            self._nursery.start_soon(self._end_services, side, link)
+
+    @staticmethod
+    def _set_services(link: PeerLink, services: Mapping[int, str]) -> None:
+        if link.services != services:
+            link.set_services(services)
+            link.send(_service_map(link))
+
+    async def _end_services(self, side: AgentSide, link: PeerLink) -> None:
+        """A little later, so that the agent hears the last words of flows that are over."""
+        await trio.sleep(LAST_WORDS)
+        offered = side.terminator.table.services
+        kept = {number: each for number, each in link.services.items() if each in offered}
+        if side.link is link:
+            self._set_services(link, kept)
+
+    def _number(self, service_id: str) -> int:
+        """One number for each service that this connector ever offered."""
+        return self._numbers.setdefault(service_id, len(self._numbers) + 1)
+
+    async def _forget_idle(self) -> None:
+        """Agents that have been gone for long, with all that was kept for them."""
+        while True:
+            await trio.sleep(KEPT / 4)
+            now = trio.current_time()
+            for side in self.agents:
+                unused = side.link is None and side.path.channel is None
+                if unused and side.left_at + KEPT <= now:
+                    del self._agents[side.identity]
+                    side.scope.cancel()
+
+    async def _serve(self, session: Session) -> None:
+        """One session of an agent, from its verified handshake to its end."""
+        identity = session.peer.identity
+        side = self._agents.get(identity)
+        if side is None or side.path.address != session.remote_address:
+            # Verified, and yet not the agent that this channel was given for.
+            self.strangers += 1
+            log.warning("another agent than announced", agent=str(identity))
+            session.close(CloseCode.REFUSED, "this channel was given for another identity")
+            return
+        link = new_link(session)
+        try:
+            async with trio.open_nursery() as nursery:
+                receive = functools.partial(self._receive_untrusted, side, link, nursery)
+                session.deliver_datagrams(functools.partial(self._receive_datagrams, side, link))
+                nursery.start_soon(link.read_control, receive)
+                nursery.start_soon(close_when_expired, session)
+                with trio.move_on_after(HELLO_DEADLINE):
+                    while not link.up and not session.closed:
+                        await link.said_hello.wait()
+                if not link.up:
+                    session.close(CloseCode.PROTOCOL_ERROR, "no Hello")
+                await session.wait_closed()
+                nursery.cancel_scope.cancel()
+        except* SessionClosedError:
+            pass
+        except* RemoteProtocolError as group:
+            words = "; ".join(str(error) for error in leaves(group))
+            log.warning("the agent breaks the protocol", agent=str(identity), error=words)
+        except* CONTAINED:
+            # A bug that one agent can reach must not end the sessions of the others.
+            log.exception("internal error in a peer session", agent=str(identity))
+            session.close(CloseCode.GOODBYE, "internal error of the connector")
+        finally:
+            if side.link is link:
+                side.link = None
+                side.left_at = trio.current_time()
+        closed = await session.wait_closed()
+        log.info("peer session ended", agent=str(identity), reason=closed.reason)
+
+    def _receive_untrusted(
+        self, side: AgentSide, link: PeerLink, nursery: trio.Nursery, message: Message
+    ) -> None:
+        match message:
+            case Hello() if not link.up:
+                self._receive_hello_untrusted(side, link, message)
+                nursery.start_soon(self._send_answers, side, link)
+            case _ if link.up and link.receive_signal is not None:
+                link.receive_signal(message)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} is out of place")
+
+    def _receive_hello_untrusted(self, side: AgentSide, link: PeerLink, hello: Hello) -> None:
+        if VERSION not in hello.versions:
+            raise RemoteProtocolError(f"no common version: we speak {VERSION} alone")
+        if hello.role != Role.AGENT:
+            raise RemoteProtocolError(f"Hello says {hello.role[:20]!r}, the certificate says agent")
+        features = agreed_features(hello.features)
+        link.encapsulator.features = features
+        link.up = True
+        older, side.link = side.link, link
+        if older is not None:
+            older.send(Goodbye("replaced"))
+            older.session.close(CloseCode.REPLACED, "replaced by a newer session of this agent")
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        link.send(Accepted(VERSION, tuple(sorted(features)), side.identity.uri, now))
+        self._settle(side)
+        if not link.services:
+            link.send(_service_map(link))
+        log.info("peer session up", agent=str(side.identity), services=len(link.services))
+        link.said_hello.set()
+
+    def _receive_datagrams(self, side: AgentSide, link: PeerLink, messages: list[bytes]) -> None:
+        if side.link is not link:
+            return
+        packets = []
+        for service_id, packet in link.receive_messages(messages, trio.current_time()):
+            addresses = source_and_destination(bytes(packet.data[:40]))
+            if addresses is not None and addresses[0] in side.addresses:
+                packets.append((service_id, packet))
+            else:
+                side.wrong_source += 1
+        if packets:
+            side.terminator.receive_packets(packets)
+
+    async def _send_answers(self, side: AgentSide, link: PeerLink) -> None:
+        """Take what the agent's flows have to say to its session, no faster than it goes out."""
+        while True:
+            await link.session.wait_datagram_room()
+            packets = await side.terminator.packets_to_send(SEND_BATCH)
+            labels = link.labels
+            await link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
+
+
+def _service_map(link: PeerLink) -> ServiceMap:
+    return ServiceMap(tuple(ServiceNumber(n, each) for n, each in link.services.items()))
+
+
+def _packed_untrusted(address4: str | None, address6: str | None) -> frozenset[bytes]:
+    try:
+        packed = [
+            *([] if address4 is None else [ipaddress.IPv4Address(address4).packed]),
+            *([] if address6 is None else [ipaddress.IPv6Address(address6).packed]),
+        ]
+    except ValueError as error:
+        raise RemoteProtocolError(f"malformed tunnel address: {error}") from error
+    return frozenset(packed)

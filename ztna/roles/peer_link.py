@@ -1,0 +1,123 @@
+"""A peer session as both of its ends see it: users' packets, and what the two say about it.
+
+Agent and connector say `Hello` and `Accepted` on it as on a control session, and the connector
+names its services by `ServiceMap`. Nothing of a user is sent or taken before `Accepted`.
+What else the two say to each other (`core.messages`) is handed to `receive_signal`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+import structlog
+import trio
+
+from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceLabel
+from ztna.core.identity import Identity
+from ztna.core.messages import FrameReader, Goodbye, Message, ProtocolError, encode_message
+from ztna.core.ports import IpPacket
+from ztna.core.wire import FEATURES, Feature
+from ztna.errors import RemoteProtocolError
+from ztna.net.closing import CloseCode
+from ztna.net.session import Session
+from ztna.net.session_queues import SessionSettings
+
+log = structlog.get_logger(__name__)
+
+VERSION = 1
+# docs/protocol.md section 10. The control session holds the NAT's mapping, so that this one may be
+# silent for longer.
+PEER_SETTINGS = SessionSettings(alpn="ztna-peer-1", idle_timeout=120.0, keepalive=25.0)
+# Forms of packets that both ends of a peer session know.
+PACKET_FEATURES = FEATURES - {Feature.PEER}
+
+
+@attrs.define(eq=False)
+class PeerLink:
+    """One peer session. peer: who the other end is, verified.
+
+    services: id of each service, by the number that packets carry. up: whether packets may flow.
+    """
+
+    session: Session
+    peer: Identity
+    encapsulator: Encapsulator
+    decapsulator: Decapsulator = attrs.Factory(Decapsulator)
+    reader: FrameReader = attrs.Factory(FrameReader)
+    services: dict[int, str] = attrs.Factory(dict)
+    labels: dict[str, ServiceLabel] = attrs.Factory(dict)
+    up: bool = False
+    goodbye: str = ""
+    unnamed: int = 0
+    said_hello: trio.Event = attrs.Factory(trio.Event)
+    receive_signal: Callable[[Message], None] | None = None
+
+    def set_services(self, services: Mapping[int, str]) -> None:
+        """The services that this session carries, by number."""
+        self.services = dict(services)
+        self.labels = {each: ServiceLabel(each, number) for number, each in services.items()}
+
+    def send(self, message: Message) -> None:
+        """Write to the control stream."""
+        self.session.send_control(encode_message(message))
+
+    async def send_packets(self, packets: Sequence[tuple[ServiceLabel, IpPacket]]) -> None:
+        """Send users' packets; what the session has no room for is dropped and counted there."""
+        await self.session.send_datagrams_now(self.encapsulator.encapsulate(packets))
+
+    def receive_messages(self, messages: Sequence[bytes], now: float) -> list[tuple[str, IpPacket]]:
+        """Users' packets of a batch of DATAGRAMs, each with its service; none before `up`."""
+        if not self.up:
+            return []
+        packets = []
+        for key, packet in self.decapsulator.decapsulate(messages, now):
+            service_id = self.services.get(key) if isinstance(key, int) else None
+            if service_id is None:
+                self.unnamed += 1
+            else:
+                packets.append((service_id, packet))
+        return packets
+
+    async def read_control(self, receive: Callable[[Message], None]) -> None:
+        """Hand over what comes on the control stream, until it ends.
+
+        receive may raise RemoteProtocolError: the session then closes with these words, and the
+        error goes on. Raises SessionClosedError.
+        """
+        while data := await self.session.receive_control():
+            try:
+                for message in self.reader.receive_bytes_untrusted(data):
+                    match message:
+                        case Goodbye():
+                            self.goodbye = message.reason[:80]
+                        case ProtocolError():
+                            log.error(
+                                "the peer calls us in breach of the protocol",
+                                peer=str(self.peer),
+                                reason=message.reason[:200],
+                            )
+                        case _:
+                            receive(message)
+            except RemoteProtocolError as error:
+                self.send(ProtocolError(str(error)))
+                self.session.close(CloseCode.PROTOCOL_ERROR, str(error))
+                raise
+
+    def statistics(self) -> Mapping[str, object]:
+        """Counters of the session and of both directions."""
+        return {
+            **self.session.statistics(),
+            **self.decapsulator.statistics(),
+            "too_large": self.encapsulator.too_large,
+            "unnamed": self.unnamed,
+        }
+
+
+def new_link(session: Session) -> PeerLink:
+    """A link for a session whose peer is verified."""
+    encapsulator = Encapsulator(session.max_datagram_data)
+    return PeerLink(session, session.peer.identity, encapsulator)
+
+
+def agreed_features(names: Sequence[str]) -> frozenset[Feature]:
+    """The forms that both ends know."""
+    return PACKET_FEATURES & {Feature(name) for name in names if name in FEATURES}
