@@ -6,19 +6,22 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import IPv4Network, ip_interface, ip_network
+from ipaddress import IPv4Network, IPv6Address, ip_interface, ip_network
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
+import structlog.testing
 import trio
 
 from tests.tun.namespace import drop_privileges, end_by_itself, in_namespace, run_in_child
 from ztna.errors import ConfigError, SystemSetupError
-from ztna.tun import journal
+from ztna.tun import journal, link
 from ztna.tun.device import open_tun
 from ztna.tun.netlink import check_outside, find_conflict, repair, tun_network
 from ztna.tun.networks import Interface, Network, Occupied
+from ztna.tun.own_routes import watched_own_routes
 
 ADDRESSES: list[Interface] = [ip_interface("10.100.64.5/18"), ip_interface("fd7a::5/128")]
 ROUTES: list[Network] = [ip_network("10.100.0.0/24"), ip_network("fd7a::/96")]
@@ -109,6 +112,60 @@ async def test_set_and_taken_back_exactly() -> None:
             assert snapshot() == before
             assert os.listdir(state_dir) == []
         assert run("ip route", "ip rule", "ip -4 addr") == outside
+
+
+@in_namespace
+def test_addresses_receive_from_the_first_moment() -> None:
+    """Many times: without waiting for the kernel, one in seven came too early on a busy machine."""
+    make = link.bring_up
+
+    def checked(socket: Any, record: journal.Record, mtu: int) -> None:
+        make(socket, record, mtu)
+        # Without another program or thread, which would take time.
+        assert "fd7a0000000000000000000000000005 80" in own_routes()
+
+    link.bring_up = checked  # in this child alone
+
+    async def many() -> None:
+        with folder() as state_dir:
+            for _ in range(60):
+                async with (
+                    open_tun("utun", MTU) as tun,
+                    tun_network(tun.name, MTU, ADDRESSES, ROUTES, state_dir=state_dir),
+                ):
+                    pass
+
+    trio.run(many)
+
+
+def own_routes() -> list[str]:
+    """Those of the kernel's local IPv6 table: address and length in hex (RTF_LOCAL)."""
+    lines = [line.split() for line in Path("/proc/net/ipv6_route").read_text().splitlines()]
+    return [f"{words[0]} {words[1]}" for words in lines if int(words[8], 16) & 0x8000_0000]
+
+
+@in_namespace
+async def test_own_route_that_comes_late() -> None:
+    own, route = IPv6Address("fd7a::5"), "local fd7a::5 dev utun0 table local"
+    with folder() as state_dir:
+        async with (
+            open_tun("utun", MTU) as tun,
+            tun_network(tun.name, MTU, ADDRESSES, ROUTES, state_dir=state_dir),
+        ):
+            for patience in (30.0, 0.01):
+                run(f"ip -6 route del {route}")
+                with (
+                    structlog.testing.capture_logs() as logs,
+                    link.open_socket() as socket,
+                    watched_own_routes(socket, patience) as wait,
+                ):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(trio.to_thread.run_sync, wait, [own])
+                        if patience > 1:
+                            run(f"ip -6 route add {route}")
+                assert [entry["event"] for entry in logs] == (
+                    [] if patience > 1 else ["IPv6 address receives nothing yet"]
+                )
 
 
 @in_namespace

@@ -25,6 +25,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from ztna.errors import SystemSetupError
 from ztna.tun.journal import LinkSettings, Record
 from ztna.tun.networks import Interface, Network, Occupied, parse_interface, parse_network
+from ztna.tun.own_routes import watched_own_routes
 
 log = structlog.get_logger()
 
@@ -149,7 +150,8 @@ def _routes(socket: Socket) -> list[tuple[int | None, Network]]:
 
 
 def bring_up(socket: Socket, record: Record, mtu: int) -> None:
-    """Make the changes of a record, and set MTU, queue and GSO size."""
+    """Make the changes of a record, and set MTU, queue and GSO size. Then every address receives
+    what is sent to it."""
     index, before = record.index, record.before
     try:
         socket.link("set", index=index, mtu=mtu)
@@ -165,18 +167,20 @@ def bring_up(socket: Socket, record: Record, mtu: int) -> None:
         _optional(socket, record, **_addr_gen_mode(_ADDR_GEN_MODE_NONE))
     _write_sysctls(record, {key: _SILENT[key] for key in before.sysctls})
     socket.link("set", index=index, state="up")
-    for text in record.addresses:
-        address = parse_interface(text)
-        flags = _IFA_F_NOPREFIXROUTE | (_IFA_F_NODAD if address.version == 6 else 0)
-        socket.addr(
-            "add",
-            index=index,
-            address=str(address.ip),
-            prefixlen=address.network.prefixlen,
-            flags=flags,
-        )
-    for text in record.routes:
-        _route(socket, "add", index, parse_network(text))
+    addresses = [parse_interface(text) for text in record.addresses]
+    with watched_own_routes(socket) as wait_for_own_routes:
+        for address in addresses:
+            flags = _IFA_F_NOPREFIXROUTE | (_IFA_F_NODAD if address.version == 6 else 0)
+            socket.addr(
+                "add",
+                index=index,
+                address=str(address.ip),
+                prefixlen=address.network.prefixlen,
+                flags=flags,
+            )
+        for text in record.routes:
+            _route(socket, "add", index, parse_network(text))
+        wait_for_own_routes(address.ip for address in addresses if address.version == 6)
 
 
 def undo(socket: Socket, record: Record) -> None:
