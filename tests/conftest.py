@@ -1,8 +1,31 @@
 """Settings of the whole test suite."""
 
+import random
+
+import pytest
+import trio
 from hypothesis import settings
 
 # The same examples in every run: a failure seen once is seen again. No deadline an example: a busy
 # machine is no defect of the code.
 settings.register_profile("ztna", derandomize=True, deadline=None)
 settings.load_profile("ztna")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--task-order N: other orders of trio's tasks than those of every day."""
+    parser.addoption(
+        "--task-order",
+        type=int,
+        default=0,
+        metavar="N",
+        help="in which order trio runs tasks that are ready at once: any number is another one",
+    )
+
+
+@pytest.fixture(autouse=True)
+def task_order(request: pytest.FixtureRequest) -> None:
+    """trio shuffles the tasks that are ready; here the same way in every run of a test."""
+    order = request.config.getoption("--task-order")
+    scheduler: random.Random = trio._core._run._r
+    scheduler.seed(f"{order} {request.node.nodeid}")
