@@ -180,6 +180,7 @@ class IceNode:
                             )
                         else:
                             self.other.append((payload, index))
+                            self.note_change()
                 self.wake.set()
 
 
@@ -200,12 +201,13 @@ async def punching(
     settings: IceSettings | None = None,
     *,
     seed: int = 1,
-    start: bool = True,
+    server_host: LabHost | None = None,
 ) -> AsyncIterator[tuple[IceNode, IceNode]]:
     """Agent and connector, on port 4433 and 4434 of their hosts."""
     version = ipaddress.ip_address(hosts[0].address).version
     async with trio.open_nursery() as nursery:
-        async with lab.host(ip_version=version).open_udp_port(3478) as server:
+        server_host = server_host or lab.host(ip_version=version)
+        async with server_host.open_udp_port(3478) as server:
             nursery.start_soon(tell_addresses, server)
             nodes = []
             for number, (host, behaviour) in enumerate(zip(hosts, behaviours, strict=True)):
@@ -217,9 +219,8 @@ async def punching(
             nodes[0].peer, nodes[1].peer = nodes[1], nodes[0]
             for node in nodes:
                 nursery.start_soon(node.run)
-            if start:
-                nodes[0].agent.start(trio.current_time())
-                nodes[0].wake.set()
+            nodes[0].agent.start(trio.current_time())
+            nodes[0].wake.set()
             yield nodes[0], nodes[1]
         for node in nodes:
             for port in list(node.ports.values()):
