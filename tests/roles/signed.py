@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Callable
 
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -9,7 +10,9 @@ from tests.roles.memory import ECHO_IP, WEB_IP, AgentHost, World
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.policy_document import SignedDocument, format_time
 from ztna.policy_key import PolicyKeys, sign_policy
-from ztna.roles.signed_policy import PolicyStore, SignedPolicy
+from ztna.roles.signed_policy import PolicyStore, SignedPolicy, utc_now
+
+Clock = Callable[[], datetime.datetime]
 
 KEY = ed25519.Ed25519PrivateKey.generate()
 OTHER_KEY = ed25519.Ed25519PrivateKey.generate()
@@ -43,14 +46,16 @@ def signed(
     return sign_policy(key, json.dumps(fields).encode())
 
 
-def make_policy(store: PolicyStore | None = None) -> SignedPolicy:
+def make_policy(store: PolicyStore | None = None, clock: Clock = utc_now) -> SignedPolicy:
     """The holder of a client that has pinned the key."""
     if store is None:
-        return SignedPolicy("example.net", KEYS)
+        return SignedPolicy("example.net", KEYS, clock=clock)
     return SignedPolicy.load("example.net", KEYS, store)
 
 
-async def start_all(world: World, first: SignedDocument) -> tuple[AgentHost, AgentHost]:
+async def start_all(
+    world: World, first: SignedDocument, clock: Clock = utc_now
+) -> tuple[AgentHost, AgentHost]:
     """A deployment by this policy: intermediate, connector, laptop and phone. Only the policy knows
     addresses, ports and protocols."""
     world.dialer.datagrams[ECHO_BACKEND] = lambda datagram: [datagram]
@@ -58,9 +63,9 @@ async def start_all(world: World, first: SignedDocument) -> tuple[AgentHost, Age
     await world.start_intermediate()
     await world.start_connector(
         [ConnectorService("echo", ECHO_BACKEND), ConnectorService("web", WEB_BACKEND)],
-        policy=make_policy(),
+        policy=make_policy(clock=clock),
     )
-    laptop = await world.start_agent([AgentService("echo")], policy=make_policy())
+    laptop = await world.start_agent([AgentService("echo")], policy=make_policy(clock=clock))
     # It names no service, and gets what the policy gives it.
-    phone = await world.start_agent([], "phone", "203.0.113.2", policy=make_policy())
+    phone = await world.start_agent([], "phone", "203.0.113.2", policy=make_policy(clock=clock))
     return laptop, phone

@@ -1,5 +1,6 @@
 """A whole deployment by a signed policy: services come from it, and rights end with it."""
 
+import datetime
 import ipaddress
 
 import attrs
@@ -30,7 +31,7 @@ from ztna.config.model import AgentService, ConnectorService
 from ztna.core.packet.icmp import Unreachable
 from ztna.core.packet.ip import ICMP, UDP, parse_ip_untrusted
 from ztna.core.policy import PolicyRule
-from ztna.core.policy_document import SignedDocument
+from ztna.core.policy_document import SignedDocument, format_time
 from ztna.policy_key import PolicyKeys
 from ztna.roles.reload import NodeFiles
 
@@ -324,3 +325,44 @@ async def test_client_without_a_key_goes_by_the_intermediate(
             push(world, signed(2, PHONE, HOME))
             await trio.sleep(1)
             assert laptop.silence > 0.9
+
+
+async def test_expiry_ends_everything_within_a_second(autojump_clock: MockClock) -> None:
+    """At agent, connector and intermediate, each by its own clock."""
+    start = datetime.datetime.now(datetime.UTC)
+
+    def clock() -> datetime.datetime:
+        return start + datetime.timedelta(seconds=trio.current_time())
+
+    end = start + datetime.timedelta(seconds=10)
+    short = signed(1, LAPTOP, PHONE, HOME, expires=format_time(end))
+    async with open_world([]) as world:
+        ended = trio.Event()
+
+        async def serve(stream: trio.abc.HalfCloseableStream) -> None:
+            try:
+                while await stream.receive_some():
+                    pass
+            finally:
+                ended.set()
+
+        hosts = await start_all(world, short, clock)
+        world.dialer.streams[WEB_BACKEND] = serve
+        assert world.intermediate is not None
+        assert world.intermediate.policy is not None
+        world.intermediate.policy.clock = clock
+        async with pinging(hosts[0]) as laptop, UserHost.open(hosts[1]) as phone:
+            connection = await phone.connect(WEB_IP)
+            await connection.send_all(b"hello")
+            await trio.sleep_until(9)
+            assert laptop.silence < 0.1
+            assert not ended.is_set()
+            await trio.sleep(2)
+            assert laptop.silence > 0.9
+            assert ended.is_set()
+            assert is_prohibited(laptop.user.packets[-1])
+            clients = [served.client for served in world.intermediate.served.values()]
+            assert [(client.routes, client.provides) for client in clients] == [({}, {})] * 3
+            push(world, signed(2, LAPTOP, PHONE, HOME))
+            await trio.sleep(1)
+            assert laptop.silence < 0.2

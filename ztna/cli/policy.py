@@ -222,10 +222,12 @@ def _read(file: Path, key: Path | None) -> tuple[PolicyDocument, Path | None]:
             raise IdentityError(f"{file} is not signed (ztna policy sign does it)") from None
         return _parse(file, data), None
     public = key or file.parent / "policy.pub"
-    if key is None and not public.exists():
-        raise UsageError(f"there is no {public}: name the public key by --key")
     try:
         read_policy_keys(public).verify(signed)
+    except IdentityError as error:
+        if key is None and isinstance(error.__cause__, FileNotFoundError):
+            raise UsageError(f"{error}: name the public key by --key") from error
+        raise
     except NotSignedError:
         words = f"is not signed by the key in {public}, or was changed since"
         raise IdentityError(f"{file} {words}") from None
@@ -241,15 +243,16 @@ def _parse(file: Path, data: bytes) -> PolicyDocument:
 
 def _serial_of_before(file: Path) -> int:
     """The serial of the signed policy that is about to be replaced; 0 if there is none."""
-    if not file.exists():
-        return 0
     try:
         signed = SignedDocument.parse_untrusted(read_file(file, limit=MAX_SIGNED_FILE))
         return parse_policy_untrusted(signed.document).serial
+    except IdentityError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return 0
+        raise
     except RemoteProtocolError as error:
-        raise IdentityError(
-            f"{file} is there and is no signed policy: name another --out ({error})"
-        ) from error
+        words = "is there and is no signed policy: name another --out"
+        raise IdentityError(f"{file} {words} ({error})") from error
 
 
 def _title(policy: PolicyDocument, until: str = "until") -> str:

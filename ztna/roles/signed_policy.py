@@ -56,11 +56,11 @@ class PolicyFile:
 
     def load(self) -> SignedDocument | None:
         """What was saved last; None, and a line in the log, if it cannot be read."""
-        if not self.path.exists():
-            return None
         try:
             return read_signed_policy(self.path)
         except IdentityError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
             log.warning("the policy of before is lost", error=str(error))
             return None
 
