@@ -38,7 +38,8 @@ def test_names_are_read_and_written(name: str) -> None:
 
 @pytest.mark.parametrize("nat", EVERY_NAT, ids=lambda nat: nat.words)
 def test_words_are_read_back(nat: NatSpec) -> None:
-    for other in (nat, attrs.evolve(nat, mapping_timeout=30.5, ip_version=6, above=CGNAT)):
+    others = (attrs.evolve(nat, mapping_timeout=30.5, above=CGNAT), attrs.evolve(nat, ip_version=6))
+    for other in (nat, *others):
         assert parse_nat(other.words) == other
 
 
@@ -51,14 +52,15 @@ def test_words_of_firewalls_and_blocks(filtering: FilteringKind) -> None:
 
 
 def test_options_and_what_is_above() -> None:
-    nat = parse_nat(" EIM/APDF+random+hairpin+timeout=30@symmetric+ipv6 ")
+    nat = parse_nat(" EIM/APDF+random+hairpin+ipv6+timeout=30@symmetric+ipv6 ")
     assert nat == NatSpec(
         ports=PortKind.RANDOM,
         hairpin=True,
         mapping_timeout=30,
+        ip_version=6,
         above=attrs.evolve(SYMMETRIC, ip_version=6),
     )
-    assert nat.words == "eim/apdf+random+hairpin+timeout=30@symmetric+ipv6"
+    assert nat.words == "eim/apdf+random+hairpin+ipv6+timeout=30@symmetric+ipv6"
     assert PORT_RESTRICTED.words == "port-restricted"
 
 
@@ -74,6 +76,7 @@ def test_options_and_what_is_above() -> None:
         ("symmetric+timeout=-1", "the option 'timeout=-1' is not known"),
         ("symmetric+timeout=inf", "the option 'timeout=inf' is not known"),
         ("symmetric@round", "'round' is not known"),
+        ("symmetric@symmetric+ipv6", r"symmetric@symmetric\+ipv6: behind symmetric\+ipv6 it needs"),
     ],
 )
 def test_wrong_words(text: str, message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests.nat.refusals import refusals
 from tests.nat.scenarios import (
     OF_EVERY_NAT,
     AnyLab,
@@ -365,5 +366,6 @@ OF_EVERY_LAB: tuple[OfLab, ...] = (
     blocks_and_cables,
     uplinks,
     duplicates,
+    refusals,
     addresses,
 )

@@ -21,7 +21,7 @@ from ztna.errors import SystemSetupError
 from ztna.nat.kernel_lab import Host, KernelLab, Router
 from ztna.nat.kernel_link import LinkShaper
 from ztna.nat.kernel_settle import flush_backlogs
-from ztna.nat.lab import PUBLIC, AddressPool, LanPlan
+from ztna.nat.lab import PUBLIC, AddressPool, LanPlan, check_link
 from ztna.nat.link import LinkSpec
 from ztna.nat.netns import Namespace, supported
 from ztna.nat.ruleset import (
@@ -31,7 +31,7 @@ from ztna.nat.ruleset import (
     hairpin_routes,
     ruleset,
 )
-from ztna.nat.spec import GatewayKind, NatSpec
+from ztna.nat.spec import GatewayKind, NatSpec, check_nat
 
 __all__ = ["KernelGateway", "KernelNatLab", "open_kernel_lab", "supported"]
 
@@ -147,6 +147,7 @@ class KernelNatLab:
         behind: KernelGateway | None = None,
     ) -> KernelGateway:
         """A gateway, and what is above it. Raises NotExpressibleError."""
+        check_nat(nat)
         return self._gateway(nat, address, lan, behind, carrier=False)
 
     def change_uplink(
@@ -161,7 +162,9 @@ class KernelNatLab:
         host.move(router, pool.take(address))
 
     def set_link(self, member: Host | KernelGateway, spec: LinkSpec) -> None:
-        """What the link between a member and its router does. Raises NotExpressibleError."""
+        """What the link between a member and its router does. Raises UsageError, and
+        NotExpressibleError."""
+        check_link(spec)
         self._links.shape(member.outside if isinstance(member, KernelGateway) else member, spec)
 
     async def settle(self) -> None:

@@ -11,6 +11,7 @@ function runs on a host by the UDP ports that the host hands out.
 import contextlib
 import ipaddress
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import Protocol, Self, TypeVar
 import attrs
 
 from ztna.core.ports import UdpPort
-from ztna.errors import LocalProtocolError
+from ztna.errors import LocalProtocolError, UsageError
 from ztna.nat.link import LinkSpec
 from ztna.nat.spec import GatewayKind, NatSpec
 
@@ -115,7 +116,8 @@ class Lab(Protocol[HostT, GatewayT]):
         behind: GatewayT | None = None,
     ) -> GatewayT:
         """A gateway, and what is above it. address: its outer one; lan: the network inside. By
-        default all NATs have the same LAN, as at home; only those behind each other differ."""
+        default all NATs have the same LAN, as at home; only those behind each other differ.
+        Raises UsageError for what no laboratory can build."""
 
     def change_uplink(
         self, host: HostT, *, behind: GatewayT | None = None, address: str | None = None
@@ -124,7 +126,8 @@ class Lab(Protocol[HostT, GatewayT]):
         the old address is lost."""
 
     def set_link(self, member: HostT | GatewayT, spec: LinkSpec) -> None:
-        """What the link between a member and its router does, in both directions."""
+        """What the link between a member and its router does, in both directions. Raises
+        UsageError for what no laboratory can do."""
 
     async def settle(self) -> None:
         """Wait until everything that was sent has arrived or is lost."""
@@ -171,6 +174,33 @@ class AddressPool:
     def release(self, address: str) -> None:
         """The address is free again."""
         self._used.discard(address)
+
+
+# RFC 791 section 3.2: what every link carries. And what a veth does, unless it is told otherwise.
+_SMALLEST_MTU, _LARGEST_MTU = 68, 1_500
+
+
+def check_link(spec: LinkSpec) -> None:
+    """Refuse what no laboratory can do. Raises UsageError."""
+    shares = {"loss": spec.loss, "reorder": spec.reorder, "duplicate": spec.duplicate}
+    times = {
+        "delay": spec.delay,
+        "jitter": spec.jitter,
+        "reorder_delay": spec.reorder_delay,
+        "queue_delay": spec.queue_delay,
+    }
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UsageError(f"a link's {name} is a share from 0 to 1, not {share:g}")
+    for name, seconds in times.items():
+        if not 0 <= seconds < math.inf:
+            raise UsageError(f"a link's {name} is a time in seconds, not {seconds:g}")
+    if spec.bandwidth is not None and not 1 <= spec.bandwidth < math.inf:
+        raise UsageError(f"a link's bandwidth is 1 bit/s or more, not {spec.bandwidth:g}")
+    if not _SMALLEST_MTU <= spec.mtu <= _LARGEST_MTU:
+        raise UsageError(
+            f"a link's mtu is from {_SMALLEST_MTU} to {_LARGEST_MTU} bytes, not {spec.mtu}"
+        )
 
 
 # RFC 5737 and RFC 3849: addresses for documentation, so never on a machine's own networks.

@@ -17,10 +17,10 @@ import attrs
 import trio
 
 from ztna.nat.gateway import Gateway, Side
-from ztna.nat.lab import PUBLIC, AddressPool, IpNetwork, LanPlan
+from ztna.nat.lab import PUBLIC, AddressPool, IpNetwork, LanPlan, check_link
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork, WireBatch
 from ztna.nat.pcap import PcapWriter
-from ztna.nat.spec import GatewayKind, NatSpec
+from ztna.nat.spec import GatewayKind, NatSpec, check_nat
 
 
 @attrs.define(eq=False)
@@ -252,6 +252,7 @@ class MemoryLab:
         behind: MemoryGateway | None = None,
     ) -> MemoryGateway:
         """A gateway, and what is above it."""
+        check_nat(nat)
         return self._gateway(nat, address, lan, behind, carrier=False)
 
     def change_uplink(
@@ -268,6 +269,7 @@ class MemoryLab:
 
     def set_link(self, member: MemoryLabHost | MemoryGateway, spec: LinkSpec) -> None:
         """What the link between a member and its router does, in both directions."""
+        check_link(spec)
         host = member.outside if isinstance(member, MemoryGateway) else member
         host.router.set_link(host, host.router.hub, spec)
 

@@ -161,6 +161,7 @@ NAMES: Mapping[str, NatSpec] = MappingProxyType(
 
 CLASSIC_NATS = (FULL_CONE, ADDRESS_RESTRICTED, PORT_RESTRICTED, SYMMETRIC, SYMMETRIC_SEQUENTIAL)
 
+_IP_VERSIONS = (4, 6)
 _PORT_WORDS = {
     PortKind.PRESERVED: "preserve",
     PortKind.SEQUENTIAL: "sequential",
@@ -175,6 +176,30 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     **{kind.name.lower(): {"mapping": kind} for kind in MappingKind},
     **{kind.name.lower(): {"filtering": kind} for kind in FilteringKind},
 }
+
+
+def check_nat(nat: NatSpec) -> None:
+    """Refuse what no laboratory can build. Raises UsageError."""
+    problem = ""
+    hosts = [mapping.inner[0] for mapping in nat.port_mappings]
+    outer_ports = [mapping.outer_port for mapping in nat.port_mappings]
+    ports = [*outer_ports, *(mapping.inner[1] for mapping in nat.port_mappings)]
+    if nat.ip_version not in _IP_VERSIONS:
+        problem = f"there is no IP version {nat.ip_version}; choose 4 or 6"
+    elif not 0 < nat.mapping_timeout < math.inf:
+        problem = f"a mapping cannot live for {nat.mapping_timeout:g} s; choose more than 0"
+    elif any((":" in host) != (nat.ip_version == _IP_VERSIONS[1]) for host in hosts):
+        problem = f"a port mapping leads to {', '.join(hosts)}: not all are IPv{nat.ip_version}"
+    elif len(set(outer_ports)) < len(outer_ports):
+        problem = "two port mappings have the same outer port; leave one"
+    elif not all(0 < port < 1 << 16 for port in ports):
+        problem = f"a port mapping has a port that is not from 1 to 65535: {ports}"
+    elif nat.above is not None and nat.above.ip_version != nat.ip_version:
+        problem = f"behind {nat.above.words} it needs the same IP version"
+    if problem:
+        raise UsageError(f"{nat.words}: {problem}")
+    if nat.above is not None:
+        check_nat(nat.above)
 
 
 def parse_nat(text: str) -> NatSpec:
@@ -205,6 +230,7 @@ def parse_nat(text: str) -> NatSpec:
         nat = attrs.evolve(nat, **_option(text, option))
     if above:
         nat = attrs.evolve(nat, above=parse_nat(above))
+    check_nat(nat)
     return nat
 
 
