@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from tests.net.certificates import Deployment, make_agent, make_connector, make_deployment
+from tests.net.streams import MemoryTcp
 from ztna.backend.sockets import Datagram, DatagramSocket
 from ztna.config.model import (
     AgentConfig,
@@ -26,10 +27,14 @@ from ztna.config.model import (
 )
 from ztna.core.policy import PolicyRule
 from ztna.core.policy_document import SignedDocument
-from ztna.core.ports import Address, IpPacket
+from ztna.core.ports import Address, IpPacket, UdpPort
 from ztna.errors import ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
+from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.stateless_reset import ResetKey
+from ztna.net.stream_dialer import StreamDialer
+from ztna.net.stream_listener import StreamEntrance
+from ztna.net.stream_port import open_stream_port
 from ztna.pki import Credentials
 from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook
@@ -172,6 +177,38 @@ class World:
     files: dict[str, NodeFiles[Any] | ZtnaError] = attrs.Factory(dict)
     signed: SignedDocument | None = None
     policy_keys: PolicyKeys | None = None
+    tcp: MemoryTcp | None = None
+    network_changed: list[Callable[[], None]] = attrs.Factory(list)
+
+    @asynccontextmanager
+    async def client_port(
+        self, name: str, number: int = 0
+    ) -> AsyncIterator[tuple[UdpPort, StreamDialer | None]]:
+        """A client's UDP port, and its way over TCP if there is one."""
+        async with self.hosts[name].open_udp_port(number) as udp:
+            if self.tcp is None:
+                yield udp, None
+                return
+
+            async def watch(changed: Callable[[], None]) -> None:
+                self.network_changed.append(changed)
+                await trio.sleep_forever()
+
+            async with open_stream_port(udp) as port:
+                yield port, StreamDialer(port, utc_now, self.tcp.connect, watch)
+
+    @asynccontextmanager
+    async def entrance(self, udp: UdpPort) -> AsyncIterator[StreamEntrance | None]:
+        """Where TLS comes in at the intermediate; it is closed when that stops."""
+        if self.tcp is None:
+            yield None
+            return
+        async with open_stream_port(udp) as port:
+            self.tcp.refuses = False
+            try:
+                yield StreamEntrance(port, self.tcp)
+            finally:
+                self.tcp.refuses = True
 
     async def start_intermediate(self) -> None:
         """Start, or start again after `stop('intermediate')`."""
@@ -188,7 +225,10 @@ class World:
             with self.scopes["intermediate"]:
                 # What came while nobody listened is gone.
                 self.relay_host.deliver(trio.current_time())
-                async with self.relay_host.open_udp_port(4433) as port:
+                async with (
+                    self.relay_host.open_udp_port(4433) as port,
+                    self.entrance(port) as entrance,
+                ):
                     await run_intermediate(
                         config,
                         port,
@@ -198,6 +238,7 @@ class World:
                         read=functools.partial(self._read, "intermediate"),
                         policy=self.signed,
                         policy_keys=self.policy_keys,
+                        entrance=entrance,
                         task_status=task_status,
                     )
 
@@ -225,7 +266,7 @@ class World:
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with self.scopes[name]:
-                async with self.hosts[name].open_udp_port(4434) as port:
+                async with self.client_port(name, 4434) as (port, streams):
                     await run_connector(
                         config,
                         port,
@@ -234,6 +275,7 @@ class World:
                         reset_key=self.reset_key,
                         read=functools.partial(self._read, name),
                         policy=policy,
+                        streams=streams,
                         task_status=task_status,
                     )
 
@@ -269,7 +311,7 @@ class World:
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with self.scopes[name]:
-                async with self.hosts[name].open_udp_port() as port:
+                async with self.client_port(name) as (port, streams):
                     await run_agent(
                         config,
                         port,
@@ -278,6 +320,7 @@ class World:
                         configure,
                         read=functools.partial(self._read, name),
                         policy=policy,
+                        streams=streams,
                         task_status=task_status,
                     )
 

@@ -342,6 +342,8 @@ class Session(SessionQueues):
         if self._stirred:
             packets = connection.datagrams_to_send(now=now)
             self._stirred = False
+            # Ids of ours that these packets tell: on a short way they are used before we are back.
+            self._drain_events()
         batches: list[UdpBatch] = []
         if self._outgoing and self._peer is not None:
             self._heartbeat.used(now)

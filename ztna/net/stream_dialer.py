@@ -10,6 +10,7 @@ from ztna.core.addresses import format_address
 from ztna.core.identity import Role
 from ztna.core.ports import Address
 from ztna.errors import RefusedError, UnreachableError
+from ztna.net.network_changes import Watch, watch_network
 from ztna.net.stream_port import StreamPort
 from ztna.net.tcp_socket import connect_tcp
 from ztna.net.tls import PeerSide
@@ -23,11 +24,15 @@ Connect = Callable[[Address], Awaitable[trio.abc.Stream]]
 
 @attrs.define(eq=False)
 class StreamDialer:
-    """Opens streams of a port to intermediates. now: the wall clock."""
+    """Opens streams of a port to intermediates.
+
+    now: the wall clock. watch: tells when the machine's network changes, and UDP may work again.
+    """
 
     port: StreamPort
     now: Callable[[], datetime.datetime]
     connect: Connect = connect_tcp
+    watch: Watch = watch_network
 
     async def dial(
         self,

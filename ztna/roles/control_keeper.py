@@ -90,6 +90,8 @@ class ControlKeeper:
         name = format_address((self.intermediate.host, self.intermediate.port))
         statistics_registry().register("control", self.statistics)
         async with trio.open_nursery() as self._nursery:
+            if self.dialer is not None:
+                self._nursery.start_soon(self.dialer.watch, self.network_changed)
             await restart_with_backoff(f"session with {name}", self._attempt, random.SystemRandom())
         raise LocalProtocolError("what is tried for ever has ended")
 

@@ -1,0 +1,224 @@
+"""Networks that block UDP: on over TLS, and back to UDP, under traffic; users notice little."""
+
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from structlog.testing import capture_logs
+from trio.testing import MockClock
+
+from tests.net.certificates import make_deployment
+from tests.net.streams import MemoryTcp
+from tests.roles.memory import ECHO_IP, World, open_world
+from tests.roles.test_recovery import BACKEND, POLICY, Stream
+from ztna.config.model import AgentService, ConnectorService
+from ztna.roles.tree import statistics_registry
+
+SERVICES = [ConnectorService("echo", BACKEND, ECHO_IP)]
+
+
+@asynccontextmanager
+async def open_blocked_world(*blocked: str) -> AsyncIterator[tuple[World, Stream]]:
+    """Everything runs; `blocked` are hosts whose UDP does not pass, from the beginning."""
+    async with open_world(POLICY) as world:
+        world.tcp = MemoryTcp()
+        world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
+        world.hosts["home"] = world.network.host("192.0.2.1")
+        world.hosts["laptop"] = world.network.host("203.0.113.1")
+        for name in blocked:
+            block(world, name)
+        await world.start_intermediate()
+        await world.start_connector(SERVICES)
+        host = await world.start_agent([AgentService("echo", ECHO_IP)])
+        with trio.fail_after(20):
+            await host.configured.wait()
+        stream = Stream(host)
+        world.nursery.start_soon(stream.run)
+        yield world, stream
+
+
+def block(world: World, name: str) -> None:
+    world.network.block(world.hosts[name], world.relay_host)
+
+
+def unblock(world: World, name: str) -> None:
+    world.network.unblock(world.hosts[name], world.relay_host)
+
+
+def over_tls(world: World) -> set[str]:
+    """Names of those whose session runs over TLS, as the intermediate sees it."""
+    assert world.intermediate is not None
+    return {
+        served.client.identity.name
+        for served in world.intermediate.served.values()
+        if "over TLS" in world.intermediate.where(served.session)
+    }
+
+
+def lines(logs: list[Any], event: str) -> list[Any]:
+    return [entry for entry in logs if entry["event"] == event]
+
+
+@pytest.mark.parametrize("blocked", [["laptop"], ["home"], ["laptop", "home"]])
+async def test_blocked_from_the_beginning(blocked: list[str], autojump_clock: MockClock) -> None:
+    with capture_logs() as logs:
+        async with open_blocked_world(*blocked) as (world, stream):
+            begun = trio.current_time()
+            await trio.sleep(5)
+            assert stream.gap_after(begun) < 3
+            assert stream.gap_after(begun + 4) < 0.1
+            assert over_tls(world) == set(blocked)
+            if blocked == ["laptop"]:
+                figures = statistics_registry().read()
+                assert figures["control"]["transport"] == "tls"
+                assert "4433" in str(figures["control"]["why"])
+    told = lines(logs, "session over TLS")
+    assert [entry["address"] for entry in told] == ["198.51.100.10:443"] * len(blocked)
+    assert told[0]["reason"] == "UDP port 4433 gives no answer"
+    # The address that a client is seen under by TCP is nobody's mapping of UDP.
+    assert len(lines(logs, "observed address")) == 2 - len(blocked)
+    assert not [entry for entry in logs if "[100::" in str(entry)]
+
+
+async def test_tcp_is_left_alone_where_udp_answers(autojump_clock: MockClock) -> None:
+    async with open_blocked_world() as (world, stream):
+        await trio.sleep(60)
+        assert stream.gap_after(59) < 0.1
+        assert world.tcp is not None
+        assert world.tcp.asked == []
+
+
+async def test_udp_takes_over_when_it_works_again(autojump_clock: MockClock) -> None:
+    with capture_logs() as logs:
+        async with open_blocked_world("laptop") as (world, stream):
+            await trio.sleep(3)
+            assert over_tls(world) == {"laptop"}
+            unblock(world, "laptop")
+            await trio.sleep(40)
+            assert over_tls(world) == set()
+            # No echo more than 0.3 s late, whatever was changed meanwhile.
+            times = [at for at in stream.answered if at > 5]
+            assert max(b - a for a, b in itertools.pairwise(times)) < 0.3
+            assert world.intermediate is not None
+            assert world.intermediate.streams is not None
+            assert world.intermediate.streams.streams() == []
+    assert len(lines(logs, "session over UDP again")) == 1
+
+
+async def test_blocked_under_use_and_back(autojump_clock: MockClock) -> None:
+    async with open_blocked_world() as (world, stream):
+        await trio.sleep(10)
+        for _ in range(2):
+            block(world, "laptop")
+            blocked_at = trio.current_time()
+            await trio.sleep(10)
+            assert stream.gap_after(blocked_at + 0.1) < 4
+            assert over_tls(world) == {"laptop"}
+            unblock(world, "laptop")
+            await trio.sleep(100)
+            assert over_tls(world) == set()
+
+
+async def test_udp_is_tried_less_and_less(autojump_clock: MockClock) -> None:
+    with capture_logs(processors=[_with_time]) as logs:
+        async with open_blocked_world("laptop") as (_, stream):
+            await trio.sleep(1000)
+            assert stream.gap_after(999) < 0.1
+    tried = [
+        entry["at"]
+        for entry in lines(logs, "beginning another session")
+        if entry["reason"] == "UDP may work again"
+    ]
+    pauses = [b - a for a, b in itertools.pairwise(tried)]
+    # Each lasts 5 s, and a second of pause.
+    assert [round(pause - 6) for pause in pauses] == [60, 120, 240, 300]
+
+
+def _with_time(_logger: Any, _name: str, entry: Any) -> Any:
+    return {**entry, "at": trio.current_time()}
+
+
+async def test_a_new_network_is_tried_at_once(autojump_clock: MockClock) -> None:
+    async with open_blocked_world("laptop") as (world, _):
+        await trio.sleep(10)
+        unblock(world, "laptop")
+        for changed in world.network_changed:
+            changed()
+        await trio.sleep(0.5)
+        assert over_tls(world) == set()
+
+
+async def test_connection_that_is_cut(autojump_clock: MockClock) -> None:
+    async with open_blocked_world("laptop") as (world, stream):
+        await trio.sleep(5)
+        assert world.tcp is not None
+        await world.tcp.cut()
+        cut_at = trio.current_time()
+        await trio.sleep(5)
+        assert stream.gap_after(cut_at + 0.06) < 0.5
+        assert over_tls(world) == {"laptop"}
+
+
+@pytest.mark.parametrize("down", [0.0, 3.0, 20.0])
+async def test_intermediate_restarted(down: float, autojump_clock: MockClock) -> None:
+    async with open_blocked_world("laptop") as (world, stream):
+        await trio.sleep(5)
+        await world.kill("intermediate")
+        await trio.sleep(down)
+        await world.start_intermediate()
+        back = trio.current_time()
+        await trio.sleep(8)
+        assert stream.gap_after(back) < 3
+        assert over_tls(world) == {"laptop"}
+
+
+async def test_agent_that_stops_says_so(autojump_clock: MockClock) -> None:
+    async with open_blocked_world("laptop", "home") as (world, _):
+        await trio.sleep(5)
+        assert world.intermediate is not None
+        assert world.intermediate.statistics()["clients"] == 2
+        world.stop("laptop")
+        await trio.sleep(0.2)
+        assert world.intermediate.statistics()["clients"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tcp", "words"),
+    [
+        (MemoryTcp(refuses=True), "TLS with 198.51.100.10:443: TCP: Connection refused"),
+        (MemoryTcp(hangs=True), "no session over TLS with 198.51.100.10:443 in 3.5 s"),
+    ],
+)
+async def test_neither_way(tcp: MemoryTcp, words: str, autojump_clock: MockClock) -> None:
+    """Both are told, once."""
+    with capture_logs() as logs:
+        async with open_world(POLICY) as world:
+            world.tcp = tcp
+            world.hosts["home"] = world.network.host("192.0.2.1")
+            block(world, "home")
+            await world.start_connector(SERVICES)
+            await trio.sleep(6)
+    told = [entry["reason"] for entry in lines(logs, "trying again")]
+    assert told[0].startswith("no QUIC handshake with 198.51.100.10:4433 in 5 s; check that ")
+    assert told[0].endswith(f"drops UDP; {words}")
+
+
+async def test_wrong_server_on_the_tcp_port(autojump_clock: MockClock) -> None:
+    """A web server, or a proxy that looks into TLS: nothing is told to it, and the log says so."""
+    with capture_logs() as logs:
+        async with open_world(POLICY) as world:
+            world.tcp = MemoryTcp()
+            other = make_deployment()
+            theirs, world.deployment = world.deployment, other
+            await world.start_intermediate()
+            world.deployment = theirs
+            world.hosts["home"] = world.network.host("192.0.2.1")
+            block(world, "home")
+            await world.start_connector(SERVICES)
+            await trio.sleep(6)
+    (reason, *_) = [entry["reason"] for entry in lines(logs, "trying again")]
+    assert "the server's certificate was not issued by our CA" in reason
+    assert lines(logs, "session over TLS") == []

@@ -1,0 +1,45 @@
+"""Tells when this machine's network changes: links, addresses and routes, as rtnetlink(7) reports.
+
+Who hears of it tries again what did not work in the network before.
+"""
+
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+import trio
+
+Watch = Callable[[Callable[[], None]], Awaitable[None]]
+"""Calls a function at every change, until cancelled."""
+
+# linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR,
+# RTMGRP_IPV6_ROUTE.
+_GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
+# Our choice, seconds: a change comes as several messages, and the last one makes it usable.
+_SETTLED = 0.3
+_SIZE = 65_536
+
+
+async def watch_network(changed: Callable[[], None]) -> None:
+    """Call `changed` whenever something has, at most every `_SETTLED` seconds; on Linux alone."""
+    if sys.platform != "linux":
+        await trio.sleep_forever()
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.setblocking(False)
+        sock.bind((0, _GROUPS))
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            await trio.sleep(_SETTLED)
+            _drain(sock)
+            changed()
+
+
+def _drain(sock: socket.socket) -> None:
+    """What the messages say does not matter."""
+    while True:
+        try:
+            sock.recv(_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            continue  # ENOBUFS: there were more than the kernel keeps
