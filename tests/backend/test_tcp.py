@@ -206,6 +206,6 @@ async def test_real_backend_resets() -> None:
         connection = await bench.user.connect(SERVICE_IP)
         stream = await listener.accept()
         await connection.send_all(b"x")
-        await trio.sleep(0.05)
+        assert await stream.socket.recv(1, socket.MSG_PEEK) == b"x"
         await stream.aclose()  # with data unread: Linux resets
         assert isinstance(await connection.wait_ended(), Reset)

@@ -314,6 +314,6 @@ def test_real_process_stops_on_a_signal(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert [json.loads(line)["event"] for line in err.splitlines()] == ["stopping"]

@@ -134,11 +134,14 @@ def test_late_acks_do_not_starve_the_window(ack_every: float, delay: float) -> N
 
 @pytest.mark.parametrize(
     ("share", "carried", "lost"),
-    [(0.1, 0.8, 2 * LOSS_THRESHOLD), (0.25, 0.85, LOSS_THRESHOLD)],
+    [(0.1, 0.9, 2 * LOSS_THRESHOLD), (0.25, 0.95, LOSS_THRESHOLD)],
 )
 def test_short_buffer_is_not_flooded(share: float, carried: float, lost: float) -> None:
     """A queue of a part of the path's product. Windows come in bursts, so one that is shorter
-    than what arrives between two ACKs overflows; the bound holds the losses down."""
+    than what arrives between two ACKs overflows; the bound holds the losses down.
+
+    It acts on a round that lost more than the threshold, so that the mean of all rounds may lie
+    above it where every probe overflows: a queue of 4 ms is shorter than ACK_SLACK."""
     rate, delay = 50 * MEGABIT, 0.04
     path = Path(rate, delay, buffer=share * rate * delay)
     path.run(3)

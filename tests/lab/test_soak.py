@@ -97,14 +97,18 @@ def test_report(tmp_path: Path) -> None:
 def test_sample_of_a_running_process_and_of_a_dead_one(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("process.tasks     7\nudp.packets  1\nprocess.tasks     9\nsession.peer  x\n")
-    words = ["bash", "-c", "trap : USR1; while true; do sleep 0.05; done"]
-    process = LoggedProcess("role", subprocess.Popen(words, text=True), log)
+    words = ["bash", "-c", "trap : USR1; echo begun; while true; do sleep 0.05; done"]
+    program = subprocess.Popen(words, text=True, stdout=subprocess.PIPE)
+    assert program.stdout is not None
+    assert program.stdout.readline() == "begun\n"
+    process = LoggedProcess("role", program, log)
     found = Watched(process, 2)
     assert found.name == "role #2"
     found.sample()
     process.kill()
+    program.stdout.close()
     found.sample()
     (sample,) = found.samples
-    assert sample.rss_mb > 0  # little, if it has not even begun bash
+    assert sample.rss_mb > 0.5
     assert (sample.threads, sample.descriptors >= 3) == (1, True)
     assert sample.statistics == {"process.tasks": 9, "udp.packets": 1}

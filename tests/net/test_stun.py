@@ -143,7 +143,7 @@ async def serving(host: str, addresses: StunAddresses) -> AsyncGenerator[StunRes
 
 
 async def exchange(data: bytes, to: Address) -> tuple[StunMessage, Address]:
-    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, trio.fail_after(2):
+    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, trio.fail_after(30):
         await sock.bind((LOOP_3, 0))
         await sock.sendto(data, to)
         answer, source = await sock.recvfrom(2048)

@@ -22,13 +22,14 @@ from ztna.errors import (
     ZtnaError,
 )
 from ztna.roles.tree import (
-    GRACE,
     StatisticsRegistry,
     process_statistics,
     restart_with_backoff,
     run_role,
     statistics_registry,
 )
+
+DEADLINE = 50.0  # s; it takes well under one, but for the grace of those that do not stop
 
 # A role of a few lines in a process of its own; BODY is its main function's.
 PROGRAM = """
@@ -92,7 +93,7 @@ with trio.CancelScope(shield=True):
 def test_signal_stops_the_role_gracefully(number: signal.Signals) -> None:
     with tiny_role(POLITE) as process:
         process.send_signal(number)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=DEADLINE)
     assert out == f"goodbye\n{number.name}\n"
     assert process.returncode == 0
     assert "Traceback" not in err
@@ -101,7 +102,7 @@ def test_signal_stops_the_role_gracefully(number: signal.Signals) -> None:
 def test_role_that_does_not_stop_is_ended_after_the_grace() -> None:
     with tiny_role(STUBBORN) as process:
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=GRACE + 8)
+        out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (128 + signal.SIGTERM, "")
     assert "not stopped in time" in err
 
@@ -120,7 +121,7 @@ def test_hangup_of_a_role_that_reads_no_files() -> None:
         assert process.stderr is not None
         assert "nothing is read again" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=10)
+        out, _ = process.communicate(timeout=DEADLINE)
     assert out == "goodbye\nSIGTERM\n"
 
 
@@ -138,7 +139,7 @@ def test_hangup_asks_for_a_reload() -> None:
         process.send_signal(signal.SIGHUP)
         wait_for_line(process, "reloaded")
         process.send_signal(signal.SIGHUP)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=DEADLINE)
     assert (out, err) == ("reloaded\nended\n", "")
 
 
@@ -156,8 +157,10 @@ def test_second_signal_ends_at_once() -> None:
         process.send_signal(signal.SIGTERM)
         wait_for_line(process, "stopping")
         process.send_signal(signal.SIGINT)
-        # Well below the grace, although the machine may be slow.
-        assert process.wait(timeout=GRACE * 0.75) == 128 + signal.SIGINT
+        _, err = process.communicate(timeout=DEADLINE)
+    # Not by the end of the grace, which has the first signal's code and says so.
+    assert process.returncode == 128 + signal.SIGINT
+    assert "not stopped in time" not in err
 
 
 def test_two_signals_at_the_same_time_end_at_once() -> None:
@@ -170,8 +173,9 @@ def test_two_signals_at_the_same_time_end_at_once() -> None:
     with tiny_role(body) as process:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
-        codes = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-        assert process.wait(timeout=GRACE * 0.75) in codes
+        _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert "not stopped in time" not in err
 
 
 def test_second_signal_ends_a_hung_event_loop() -> None:
@@ -188,7 +192,7 @@ def test_second_signal_ends_a_hung_event_loop() -> None:
         process.send_signal(signal.SIGINT)
         wait_for_line(process, "stopping")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert process.wait(timeout=DEADLINE) == 128 + signal.SIGTERM
 
 
 def test_usr1_prints_statistics_and_the_role_lives_on() -> None:
@@ -204,7 +208,7 @@ def test_usr1_prints_statistics_and_the_role_lives_on() -> None:
             lines = [process.stderr.readline() for _ in range(2)]
             assert lines == ["udp.packets     7\n", "udp.drops.full  1\n"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=DEADLINE) == 0
 
 
 def test_statistics_as_json() -> None:
