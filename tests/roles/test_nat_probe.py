@@ -179,5 +179,6 @@ async def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> 
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
     monkeypatch.setattr(trio.socket, "getaddrinfo", nothing)
-    with pytest.raises(UnreachableError, match="no IPv4 address of relay"):
+    words = r"no IPv4 address of relay\.invalid; no IPv6 address of relay\.invalid; check --server"
+    with pytest.raises(UnreachableError, match=words):
         await probe_nat(ProbeOptions((("relay.invalid", 1),)), lambda _: None)

@@ -108,7 +108,8 @@ async def probe_nat(options: ProbeOptions, progress: Progress) -> ProbeReport:
             else:
                 found[version] = f"not tried: {options.bind} is an IPv{bound} address"
     if all(isinstance(report, str) for report in found.values()):
-        raise UnreachableError(str(found[bound or 4]))
+        tried = [str(found[version]) for version in FAMILIES if bound in {None, version}]
+        raise UnreachableError(f"{'; '.join(tried)}; check --server, or give an IP address")
     return ProbeReport(found)
 
 
