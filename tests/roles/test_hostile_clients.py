@@ -28,7 +28,7 @@ from ztna.core.rendezvous import Rendezvous
 from ztna.nat.link import WireBatch
 from ztna.net.closing import CloseCode, CloseInfo
 from ztna.roles.address_book import AddressBook
-from ztna.roles.intermediate import ANSWER_LOG_LIMIT, MALFORMED_LOG_LIMIT
+from ztna.roles.client_dialogue import ANSWER_LOG_LIMIT, MALFORMED_LOG_LIMIT
 from ztna.roles.served import (
     ARRIVAL_BURST,
     CONTROL_BURST,

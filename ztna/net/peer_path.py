@@ -74,13 +74,16 @@ class PathTable:
         self.set_relay(path, None, None)
         self._by_address.pop(path.address, None)
 
-    def set_relay(self, path: PeerPath, channel: bytes | None, relay: Address | None) -> None:
-        """The intermediate gave a channel, or none is there any more."""
+    def set_relay(self, path: PeerPath, channel: bytes | None, relay: Address | None) -> bool:
+        """The intermediate gave a channel, or none is there any more; whether packets that go by
+        the relay take another way now."""
+        changed = (path.channel, path.relay) != (channel, relay)
         if path.channel is not None and self._by_channel.get(path.channel) is path:
             del self._by_channel[path.channel]
         path.channel, path.relay = channel, relay
         if channel is not None:
             self._by_channel[channel] = path
+        return changed and channel is not None and path.direct is None
 
     def route(self, batches: Sequence[UdpBatch]) -> Sequence[UdpBatch]:
         """What leaves for batches to addresses of both kinds."""

@@ -214,7 +214,9 @@ class AgentPeers:
         for service_id in peer.granted:
             self.unavailable.pop(service_id, None)
         peer.session_id = message.session
-        self.endpoint.paths.set_relay(peer.path, bytes.fromhex(message.channel), relay)
+        moved = self.endpoint.paths.set_relay(peer.path, bytes.fromhex(message.channel), relay)
+        if moved and peer.link is not None:
+            peer.link.session.path_changed(relay)
         peer.reachable.set()
         log.info("relay channel", peer=str(identity), services=sorted(peer.granted))
 

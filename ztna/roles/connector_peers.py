@@ -163,7 +163,9 @@ class ConnectorPeers:
         side.session_id = message.session
         side.granted = frozenset(message.services)
         side.addresses = _packed_untrusted(message.tunnel_address, message.tunnel_address6)
-        self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
+        moved = self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
+        if moved and side.link is not None:
+            side.link.session.path_changed(relay)
         self._settle(side)
         log.info("relay channel", peer=str(identity), services=sorted(side.granted)[:16])
 

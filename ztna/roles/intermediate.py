@@ -1,14 +1,12 @@
 """The intermediate: registry, observed addresses, and the relay between sessions.
 
-`run_intermediate` listens; each verified client gets a `_serve_client` of its own, which answers
-its dialogue and hands its packets to `core.relay`, batch by batch, and from there to the sessions
-that the relay names.
+`run_intermediate` listens; each verified client gets a `_serve_client` of its own, for as long as
+its session lives. What the two say to each other is in `roles.client_dialogue`.
 """
 
-import datetime
 import functools
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
@@ -17,30 +15,22 @@ import trio
 from ztna.config.model import IntermediateConfig
 from ztna.config.tcp import TcpConfig
 from ztna.core import wire
-from ztna.core.addresses import format_address, is_virtual, packed_pair, twin
+from ztna.core.addresses import format_address, is_virtual, packed_pair
 from ztna.core.allocation import AddressesExhaustedError
 from ztna.core.channels import ChannelTable
 from ztna.core.error_groups import leaves
 from ztna.core.identity import Role
 from ztna.core.messages import (
-    Accepted,
-    Denied,
-    FrameReader,
     Goodbye,
-    Hello,
-    HostPort,
-    OpenSession,
     ProtocolError,
-    Withdraw,
     encode_message,
 )
 from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import UdpPort
-from ztna.core.registry import MAX_SERVICES, Client, Registration, Registry
+from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
 from ztna.core.rendezvous import Rendezvous
 from ztna.core.stun_server import StunServer
-from ztna.core.wire import FEATURES, Feature, Refusal, ServiceMessage
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, SystemSetupError
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.closing import CloseCode
@@ -57,7 +47,8 @@ from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook, open_address_book
-from ztna.roles.control_client import REPLACED_WAIT, VERSION
+from ztna.roles.client_dialogue import read_control, receive_datagrams, reconcile
+from ztna.roles.control_client import REPLACED_WAIT
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.judgement import apply_files, apply_policy, policy_of
 from ztna.roles.reload import (
@@ -67,15 +58,12 @@ from ztna.roles.reload import (
     read_files,
     reader,
 )
-from ztna.roles.served import Intermediate, Served, send_policy, send_service_map
+from ztna.roles.served import Intermediate, Served
 from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
 
 CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})
-# Our choice: lines that one session can cause in the log by malformed messages, and by asking.
-MALFORMED_LOG_LIMIT = 5
-ANSWER_LOG_LIMIT = 1000
 # Seconds, our choice: what a client needs to register after its handshake, one loss included.
 REGISTRATION_PATIENCE = 3.0
 
@@ -257,13 +245,13 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 session.deliver_datagrams(
-                    functools.partial(_receive_datagrams, intermediate, served)
+                    functools.partial(receive_datagrams, intermediate, served)
                 )
                 nursery.start_soon(_report_address, intermediate, served)
                 nursery.start_soon(_end_with_stream, intermediate, session)
                 nursery.start_soon(close_when_expired, session)
                 nursery.start_soon(_settle_later, intermediate, client)
-                nursery.start_soon(_read_control, intermediate, served)
+                nursery.start_soon(read_control, intermediate, served)
                 await session.wait_closed()
                 nursery.cancel_scope.cancel()
         except* SessionClosedError:
@@ -312,7 +300,7 @@ async def _settle_later(intermediate: Intermediate, client: Client) -> None:
     awaited = list(client.awaited)
     intermediate.registry.settle(client)
     if not client.is_agent:
-        _reconcile(intermediate, client, [*client.provides, *awaited])
+        reconcile(intermediate, client, [*client.provides, *awaited])
 
 
 async def _report_address(intermediate: Intermediate, served: Served) -> None:
@@ -334,176 +322,3 @@ async def _end_with_stream(intermediate: Intermediate, session: Session) -> None
     if stream is not None:
         await stream.closed.wait()
         session.close(CloseCode.GOODBYE, f"its TLS connection has ended: {stream.reason}")
-
-
-async def _read_control(intermediate: Intermediate, served: Served) -> None:
-    reader = FrameReader()
-    while data := await served.session.receive_control():
-        now = trio.current_time()
-        if not served.control.take(now, len(data)):
-            served.session.close(CloseCode.LIMIT, "too many bytes on the control stream")
-            return
-        for message in reader.receive_bytes_untrusted(data):
-            if not served.frames.take(now):
-                served.session.close(CloseCode.LIMIT, "too many messages on the control stream")
-                return
-            match message:
-                case Hello():
-                    await _receive_hello_untrusted(intermediate, served, message)
-                case OpenSession() if served.client.is_agent and served.client.speaks_control:
-                    intermediate.rendezvous.open(served.client, message, now)
-                    intermediate.introduce()
-                case Withdraw():
-                    _receive_withdraw(intermediate, served, message)
-                case Goodbye():
-                    log.info("goodbye", reason=message.reason[:80])
-                case ProtocolError():
-                    log.warning("client reports a breach of ours", reason=message.reason[:200])
-                case _:
-                    raise RemoteProtocolError(f"{type(message).__name__} is not for a server")
-
-
-async def _receive_hello_untrusted(
-    intermediate: Intermediate, served: Served, hello: Hello
-) -> None:
-    client, session = served.client, served.session
-    if client.speaks_control:
-        raise RemoteProtocolError("a second Hello")
-    if VERSION not in hello.versions:
-        raise RemoteProtocolError(f"no common version: we speak {VERSION} alone")
-    if hello.role != client.identity.role:
-        raise RemoteProtocolError(
-            f"Hello says {hello.role[:20]!r}, the certificate says {client.identity.role}"
-        )
-    tunnel_address = None
-    if client.is_agent:
-        tunnel_address = await intermediate.addresses.assign(client.identity)
-        if client.key not in intermediate.served:
-            return  # replaced meanwhile
-        pair = frozenset(packed_pair(tunnel_address))
-        intermediate.registry.reserved.update(dict.fromkeys(pair, client.identity))
-        intermediate.registry.assign_addresses(client, pair)
-    client.features = frozenset(Feature(f) for f in hello.features if f in FEATURES)
-    client.speaks_control = True
-    intermediate.relay.add(client)
-    host, port = intermediate.observed(session)
-    accepted = Accepted(
-        version=VERSION,
-        features=tuple(sorted(client.features)),
-        identity=client.identity.uri,
-        observed_address=HostPort(host, port),
-        time=datetime.datetime.now(datetime.UTC).isoformat(),
-        tunnel_address=None if tunnel_address is None else str(tunnel_address),
-        tunnel_address6=None if tunnel_address is None else str(twin(tunnel_address)),
-    )
-    session.send_control(encode_message(accepted))
-    send_policy(intermediate, served)
-    send_service_map(served)
-    for service_id, why in served.refused.items():
-        session.send_control(encode_message(Denied(service_id, why)))
-    served.refused.clear()
-    client.settled = True
-    _reconcile(intermediate, client, [*client.provides])
-
-
-def _receive_withdraw(intermediate: Intermediate, served: Served, message: Withdraw) -> None:
-    for service_id in message.services:
-        intermediate.registry.withdraw(served.client, service_id)
-        served.unauthorised.discard(service_id)
-    _reconcile(intermediate, served.client, list(message.services))
-    if served.client.speaks_control:
-        log.info("withdrawn by the client", services=len(message.services))
-        send_service_map(served)
-
-
-def _reconcile(intermediate: Intermediate, client: Client, service_ids: list[str]) -> None:
-    """Peer sessions follow what a client registered or withdrew."""
-    now = trio.current_time()
-    if client.is_agent:
-        intermediate.rendezvous.reconcile(client, now)
-    else:
-        intermediate.rendezvous.provided(service_ids, now)
-    intermediate.introduce()
-
-
-def _receive_datagrams(intermediate: Intermediate, served: Served, messages: list[bytes]) -> None:
-    """The data path: a batch in, batches out."""
-    client, sessions = served.client, intermediate.served
-    if client.key not in sessions:
-        return  # replaced; the session is about to close
-    if any(message[:1] < b"\x20" for message in messages):
-        dialogue = [message for message in messages if message[:1] < b"\x20"]
-        _receive_dialogue(intermediate, served, dialogue)
-        messages = [message for message in messages if message[:1] >= b"\x20"]
-    if messages and not intermediate.plain_relay:
-        # A node that sends its users' packets so has no peer session, and says why by itself.
-        served.plain_refused += len(messages)
-        return
-    outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
-    for target, batch in outgoing.items():
-        sessions[target.key].session.send_datagrams(batch)
-
-
-def _receive_dialogue(
-    intermediate: Intermediate, served: Served, messages: Sequence[bytes]
-) -> None:
-    """Registrations; anything else of the dialogue is the server's to send, and is counted."""
-    client, session = served.client, served.session
-    answers: list[bytes] = []
-    map_changed = False
-    now = trio.current_time()
-    for data in messages:
-        if not served.dialogue.take(now):
-            served.dialogue_dropped += 1
-            continue
-        try:
-            message = wire.parse_service_message_untrusted(data)
-            if message.kind not in {wire.AGENT_WANTS, wire.CONNECTOR_PROVIDES}:
-                raise RemoteProtocolError(f"0x{message.kind:02x} is not for a server")
-        except RemoteProtocolError as error:
-            served.malformed += 1
-            if served.malformed <= MALFORMED_LOG_LIMIT:
-                log.warning(
-                    "malformed message dropped", client=str(client.identity), error=str(error)
-                )
-            continue
-        answer = _answer(intermediate, served, message)
-        refusal = answer.refusal
-        if refusal is Refusal.NOT_AUTHORISED and len(served.unauthorised) < MAX_SERVICES:
-            served.unauthorised.add(answer.service_id)
-        kind = wire.REGISTERED if refusal is None else wire.REFUSED
-        answers.append(
-            wire.encode_service_message(ServiceMessage(kind, answer.service_id, refusal or 0))
-        )
-        map_changed |= refusal is None
-        if refusal is not None and client.speaks_control:
-            session.send_control(encode_message(Denied(answer.service_id, answer.reason)))
-        elif refusal is not None and len(served.refused) < MAX_SERVICES:
-            served.refused[answer.service_id] = answer.reason
-    session.send_datagrams(answers)
-    if map_changed:
-        intermediate.registry.settle(client)
-        _reconcile(intermediate, client, [*client.provides])
-    if map_changed and client.speaks_control:
-        send_service_map(served)  # once for all: it holds the whole map
-
-
-def _answer(intermediate: Intermediate, served: Served, message: ServiceMessage) -> Registration:
-    client = served.client
-    if message.kind == (wire.AGENT_WANTS if client.is_agent else wire.CONNECTOR_PROVIDES):
-        answer = intermediate.registry.register(client, message.service_id)
-    else:
-        reason = f"{client.identity} cannot ask that: it is no {_other(client.identity.role)}"
-        answer = Registration(message.service_id, 0, Refusal.NOT_AUTHORISED, reason)
-    served.answered += 1
-    if served.answered <= ANSWER_LOG_LIMIT:
-        name, who = answer.service_id[:80], str(client.identity)
-        if answer.refusal is None:
-            log.info("registered", client=who, service=name, rule=answer.reason)
-        else:
-            log.warning("registration refused", client=who, service=name, reason=answer.reason)
-    return answer
-
-
-def _other(role: Role) -> Role:
-    return Role.CONNECTOR if role is Role.AGENT else Role.AGENT

@@ -1,0 +1,289 @@
+"""Peer sessions: end to end, past an intermediate that lies, between peers that are not who was
+announced, and on through whatever happens to the control sessions."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import pytest
+import structlog.testing
+import trio
+from trio.testing import MockClock
+
+from tests.net.certificates import make_agent, make_connector
+from tests.roles.memory import ECHO_IP, RELAY, WEB_IP, AgentHost, World, open_world
+from tests.roles.peers import open_raw_client
+from tests.roles.user_host import UserHost, echo_request
+from ztna.config.model import AgentService, ConnectorService
+from ztna.core.channels import Leg
+from ztna.core.identity import Identity, Role
+from ztna.core.messages import RelayChannel
+from ztna.core.packet.ip import UDP, parse_ip_untrusted
+from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
+from ztna.core.policy import PolicyRule
+from ztna.core.ports import UdpBatch
+from ztna.core.registry import Client
+from ztna.core.rendezvous import Rendezvous, _Pair
+from ztna.nat.link import WireBatch
+from ztna.roles.connector_peers import MAX_AGENTS
+from ztna.roles.tree import statistics_registry
+
+POLICY = [
+    PolicyRule("agent/*", services=("echo", "web")),
+    PolicyRule("connector/*", provides=("echo", "web")),
+]
+BACKEND = ("10.2.0.20", 9999)
+ECHO = ConnectorService("echo", BACKEND, ECHO_IP)
+WANTED = AgentService("echo", ECHO_IP)
+MARKER = b"a secret of the user's that no one else may read"
+HOME = "spiffe://example.net/connector/home"
+
+
+@asynccontextmanager
+async def deployment() -> AsyncIterator[tuple[World, AgentHost]]:
+    async with open_world(POLICY) as world:
+        world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
+        await world.start_intermediate()
+        await world.start_connector([ECHO])
+        yield world, await world.start_agent([WANTED])
+
+
+def figures(source: str) -> dict[str, object]:
+    """Statistics of the part of a role that was registered last under this name."""
+    return statistics_registry().read()[source]
+
+
+async def ask(user: UserHost, payload: bytes = b"hello") -> bytes:
+    own = user.address(ECHO_IP)
+    answer = await user.ask(build_udp_packet(own, ECHO_IP.packed, 5000, 9999, payload))
+    return parse_udp_untrusted(answer, parse_ip_untrusted(answer)).payload
+
+
+async def test_the_relay_sees_nothing_of_what_it_carries(autojump_clock: MockClock) -> None:
+    async with deployment() as (world, agent):
+        seen: list[bytes] = []
+
+        def capture(now: float, batch: WireBatch) -> None:
+            seen.append(bytes(batch.data))
+
+        world.network.captures.append(capture)
+        with trio.fail_after(30):
+            async with UserHost.open(agent) as user:
+                assert await ask(user, MARKER) == MARKER
+        carried = [data for data in seen if data[0] == 0x80]
+        assert carried, "the packets went through the relay"
+        assert not any(MARKER in data for data in seen)
+        counts = figures("intermediate")
+        assert counts["relayed_bytes"]
+        assert counts["forwarded"] == 0, "nothing reached the intermediate's own sessions"
+
+
+async def test_a_plain_packet_is_not_relayed(autojump_clock: MockClock) -> None:
+    """What is not encrypted end to end goes nowhere, unless the operator says so."""
+    async with deployment() as (world, _):
+        raw = make_agent(world.deployment.ca, world.deployment.now, "raw")
+        async with open_raw_client(world, raw, "203.0.113.66") as client:
+            with trio.fail_after(10):
+                client.session.send_datagrams([b"\x10\x04echo"])
+                await client.wait_for(b"\x12")
+                packet = build_udp_packet(bytes((10, 100, 64, 1)), ECHO_IP.packed, 1, 9999, b"x")
+                client.session.send_datagrams([b"\x2f\x04echo" + packet])
+                await trio.sleep(1)
+            assert client.user_messages == []
+            assert world.intermediate is not None
+            counts = world.intermediate.statistics()["sessions"]
+            assert isinstance(counts, dict)
+            assert counts["agent/raw"]["drop_plain_relay"] == 1
+
+
+Lies = Mapping[str, object]
+
+
+def lie(monkeypatch: pytest.MonkeyPatch, to_agents: Lies, to_connectors: Lies) -> None:
+    """Let intermediates say something else than what they do."""
+    original = Rendezvous._tell
+
+    def tell(
+        rendezvous: Rendezvous,
+        pair: _Pair,
+        client: Client,
+        leg: Leg,
+        peer: Identity,
+        addresses: tuple[str, ...],
+    ) -> None:
+        before = len(rendezvous._events)
+        original(rendezvous, pair, client, leg, peer, addresses)
+        if len(rendezvous._events) > before:
+            _, message = rendezvous._events.pop()
+            assert isinstance(message, RelayChannel)
+            lies: dict[str, Any] = dict(to_agents if client.is_agent else to_connectors)
+            rendezvous._events.append((client, attrs.evolve(message, **lies)))
+
+    monkeypatch.setattr(Rendezvous, "_tell", tell)
+
+
+@asynccontextmanager
+async def lied_to(
+    monkeypatch: pytest.MonkeyPatch,
+    agents: Lies = MappingProxyType({}),
+    connectors: Lies = MappingProxyType({}),
+    name: str = "evil",
+) -> AsyncIterator[tuple[World, AgentHost]]:
+    """A deployment whose only connector is another one than the agent is told of."""
+    async with open_world(POLICY) as world:
+        world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
+        lie(monkeypatch, agents, connectors)
+        await world.start_intermediate()
+        await world.start_connector([ECHO], name)
+        yield world, await world.start_agent([WANTED])
+
+
+async def assert_nothing_flows(agent: AgentHost, seconds: float = 15) -> None:
+    async with UserHost.open(agent) as user:
+        own = user.address(ECHO_IP)
+        end = trio.current_time() + seconds
+        while trio.current_time() < end:
+            agent.tun.host_send([build_udp_packet(own, ECHO_IP.packed, 5000, 9999, MARKER)])
+            await trio.sleep(0.5)
+        assert not any(parse_ip_untrusted(packet).protocol == UDP for packet in user.packets)
+
+
+async def test_another_connector_in_place_of_the_announced_one(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with lied_to(monkeypatch, agents={"peer": HOME}) as (_, agent):
+            await assert_nothing_flows(agent)
+    reasons = [e.get("reason", "") for e in logs if e.get("what", "").startswith("peer session")]
+    assert any(
+        "the server's certificate is not for home.connector.example.net" in r for r in reasons
+    )
+
+
+async def test_the_intermediate_in_place_of_a_connector(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "spiffe://example.net/intermediate/relay"
+    with structlog.testing.capture_logs() as logs:
+        async with lied_to(monkeypatch, agents={"peer": own}) as (_, agent):
+            await assert_nothing_flows(agent, 5)
+    reasons = [entry.get("reason", "") for entry in logs if entry["event"] == "trying again"]
+    assert any("intermediate/relay, which is no connector" in reason for reason in reasons)
+
+
+async def test_an_agent_that_was_not_announced(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connector is told of the laptop, and the phone comes."""
+    laptop = {"peer": "spiffe://example.net/agent/laptop"}
+    with structlog.testing.capture_logs() as logs:
+        async with lied_to(monkeypatch, connectors=laptop, name="home") as (world, _):
+            world.stop("laptop")
+            await trio.sleep(1)
+            phone = await world.start_agent([WANTED], "phone", "203.0.113.2")
+            await assert_nothing_flows(phone)
+    told = [entry["agent"] for entry in logs if entry["event"] == "another agent than announced"]
+    assert set(told) == {"agent/phone"}
+
+
+async def test_services_that_nobody_asked_for(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An intermediate gives the agent a service that it did not name: no packet of it comes in."""
+    lies = {"services": ("echo", "web")}
+    async with lied_to(monkeypatch, lies, lies, "home") as (_, agent):
+        with trio.fail_after(30):
+            async with UserHost.open(agent) as user:
+                assert await ask(user) == b"hello"
+                user.packets.clear()
+                user.send_udp(WEB_IP, b"x")
+                (answer,) = await user.take()
+                assert answer[9] == 1, "no service has this address here"
+
+
+async def test_addresses_of_others_are_refused_at_the_connector(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lies = {"tunnel_address": "10.100.64.250", "tunnel_address6": None}
+    async with lied_to(monkeypatch, connectors=lies, name="home") as (_, agent):
+        await assert_nothing_flows(agent, 5)
+
+
+async def test_malformed_tunnel_address_ends_the_control_session(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lies = {"tunnel_address": "10.100.64.300"}
+    with structlog.testing.capture_logs() as logs:
+        async with lied_to(monkeypatch, connectors=lies, name="home") as (_, agent):
+            await assert_nothing_flows(agent, 5)
+    reasons = [entry.get("reason", "") for entry in logs if entry["event"] == "trying again"]
+    assert any("malformed tunnel address" in reason for reason in reasons)
+
+
+async def test_raw_packets_without_a_channel_are_dropped(autojump_clock: MockClock) -> None:
+    async with deployment() as (world, agent):
+        with trio.fail_after(30):
+            async with UserHost.open(agent) as user:
+                assert await ask(user) == b"hello"
+                mallory = world.network.host("203.0.113.66")
+                async with mallory.open_udp_port() as port:
+                    junk = bytes((0x80,)) + bytes(8) + bytes(100)
+                    victims = [(RELAY, 4433), ("192.0.2.1", 4434), ("203.0.113.1", 49152)]
+                    await port.send([UdpBatch(junk * 20, len(junk), to) for to in victims])
+                    await trio.sleep(0.5)
+                assert await ask(user) == b"hello"
+        counts = figures("intermediate")
+        assert counts["drop_unknown_channel"]
+
+
+async def test_the_connector_keeps_a_bounded_number_of_agents(autojump_clock: MockClock) -> None:
+    async with deployment() as (world, agent):
+        async with UserHost.open(agent) as user:
+            assert await ask(user) == b"hello"
+        assert world.intermediate is not None
+        (connector,) = [
+            served.client
+            for served in world.intermediate.served.values()
+            if served.client.identity.role is Role.CONNECTOR
+        ]
+        events = world.intermediate.rendezvous._events
+        with structlog.testing.capture_logs() as logs:
+            for number in range(MAX_AGENTS + 20):
+                peer = f"spiffe://example.net/agent/a{number}"
+                message = RelayChannel(f"{number:016x}", f"{number:016x}", peer, ("echo",))
+                events.append((connector, message))
+                world.intermediate.introduce()
+            await trio.sleep(5)
+        given = [entry for entry in logs if entry["event"] == "relay channel"]
+        assert len(given) == MAX_AGENTS - 1, "one was there before"
+
+
+async def test_two_agents_with_the_same_ports_have_flows_of_their_own(
+    autojump_clock: MockClock,
+) -> None:
+    async with deployment() as (world, laptop):
+        phone = await world.start_agent([WANTED], "phone", "203.0.113.2")
+        with trio.fail_after(30):
+            async with UserHost.open(laptop) as one, UserHost.open(phone) as two:
+                assert await ask(one, b"one") == b"one"
+                assert await ask(two, b"two") == b"two"
+                assert await ask(one, b"again") == b"again"
+
+
+async def test_a_new_certificate_of_the_connector_is_not_another_one(
+    autojump_clock: MockClock,
+) -> None:
+    """Its name is the same, so a connector that was renewed serves on, restarted or not."""
+    async with deployment() as (world, agent):
+        with trio.fail_after(60):
+            async with UserHost.open(agent) as user:
+                assert await ask(user) == b"hello"
+                world.stop("home")
+                await trio.sleep(1)
+                fresh = make_connector(world.deployment.ca, world.deployment.now, "home")
+                assert fresh.identity.uri == HOME
+                await world.start_connector([ECHO])
+                assert await user.ask(echo_request(user.address(ECHO_IP), ECHO_IP.packed))
+                assert await ask(user) == b"hello"
