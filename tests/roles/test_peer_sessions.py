@@ -1,7 +1,7 @@
 """Peer sessions: end to end, past an intermediate that lies, between peers that are not who was
 announced, and on through whatever happens to the control sessions."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,8 @@ from trio.testing import MockClock
 from tests.net.certificates import make_agent, make_connector
 from tests.roles.memory import ECHO_IP, RELAY, WEB_IP, AgentHost, World, open_world
 from tests.roles.peers import open_raw_client
+from tests.roles.signed import ECHO_BACKEND, KEYS, LAPTOP, make_policy, signed
+from tests.roles.signed import HOME as SIGNED_HOME
 from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.channels import Leg
@@ -22,11 +24,12 @@ from ztna.core.identity import Identity, Role
 from ztna.core.messages import RelayChannel
 from ztna.core.packet.ip import UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
-from ztna.core.policy import PolicyRule
+from ztna.core.policy import Policy, PolicyRule
 from ztna.core.ports import UdpBatch
-from ztna.core.registry import Client
+from ztna.core.registry import Client, Registration, Registry
 from ztna.core.rendezvous import Rendezvous, _Pair
 from ztna.nat.link import WireBatch
+from ztna.roles.agent_peers import MAX_PEERS
 from ztna.roles.connector_peers import MAX_AGENTS
 from ztna.roles.tree import statistics_registry
 
@@ -260,6 +263,23 @@ async def test_the_connector_keeps_a_bounded_number_of_agents(autojump_clock: Mo
         assert len(given) == MAX_AGENTS - 1, "one was there before"
 
 
+async def test_the_agent_keeps_a_bounded_number_of_connectors(autojump_clock: MockClock) -> None:
+    async with deployment() as (world, agent):
+        async with UserHost.open(agent) as user:
+            assert await ask(user) == b"hello"
+        assert world.intermediate is not None
+        (client,) = [s.client for s in world.intermediate.served.values() if s.client.is_agent]
+        with structlog.testing.capture_logs() as logs:
+            for number in range(MAX_PEERS + 20):
+                peer = f"spiffe://example.net/connector/c{number}"
+                message = RelayChannel(f"{number:016x}", f"{number:016x}", peer, ("echo",))
+                world.intermediate.rendezvous._events.append((client, message))
+                world.intermediate.introduce()
+            await trio.sleep(4)
+        given = [entry for entry in logs if entry["event"] == "relay channel"]
+        assert len(given) == MAX_PEERS - 1, "one was there before"
+
+
 async def test_two_agents_with_the_same_ports_have_flows_of_their_own(
     autojump_clock: MockClock,
 ) -> None:
@@ -287,3 +307,47 @@ async def test_a_new_certificate_of_the_connector_is_not_another_one(
                 await world.start_connector([ECHO])
                 assert await user.ask(echo_request(user.address(ECHO_IP), ECHO_IP.packed))
                 assert await ask(user) == b"hello"
+
+
+async def test_the_connector_gives_no_right_that_the_signed_policy_does_not(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An intermediate that allows everything, and an agent that decides nothing by itself."""
+    monkeypatch.setattr(Registry, "register", register_all(Registry.register))
+    async with open_world([]) as world:
+        world.dialer.datagrams[ECHO_BACKEND] = lambda datagram: [datagram]
+        world.signed, world.policy_keys = signed(1, LAPTOP, SIGNED_HOME), KEYS
+        await world.start_intermediate()
+        await world.start_connector([ConnectorService("echo", ECHO_BACKEND)], policy=make_policy())
+        laptop = await world.start_agent([WANTED])
+        phone = await world.start_agent([WANTED], "phone", "203.0.113.2")
+        with trio.fail_after(60):
+            async with UserHost.open(laptop) as user:
+                assert await ask(user) == b"hello"
+            await assert_nothing_flows(phone)
+
+
+async def test_the_agent_believes_no_connector_that_the_signed_policy_does_not(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An intermediate that gives the agent another connector, with a good certificate."""
+    monkeypatch.setattr(Registry, "register", register_all(Registry.register))
+    async with open_world([]) as world:
+        world.dialer.datagrams[ECHO_BACKEND] = lambda datagram: [datagram]
+        world.signed, world.policy_keys = signed(1, LAPTOP, SIGNED_HOME), KEYS
+        await world.start_intermediate()
+        await world.start_connector([ConnectorService("echo", ECHO_BACKEND)], "evil", "192.0.2.66")
+        laptop = await world.start_agent([AgentService("echo")], policy=make_policy())
+        await assert_nothing_flows(laptop)
+        assert figures("intermediate")["peer_sessions"] == 1, "it was offered"
+
+
+def register_all(original: Callable[..., Registration]) -> Callable[..., Registration]:
+    """What an intermediate registers whose policy allows everything."""
+    allowed = Policy.of("example.net", POLICY)
+
+    def register(registry: Registry, client: Client, service_id: str) -> Registration:
+        registry.policy = allowed
+        return original(registry, client, service_id)
+
+    return register
