@@ -29,3 +29,9 @@ def task_order(request: pytest.FixtureRequest) -> None:
     order = request.config.getoption("--task-order")
     scheduler: random.Random = trio._core._run._r
     scheduler.seed(f"{order} {request.node.nodeid}")
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are numbered: they are not to be read, and random ones would give a test another name
+    in each of two processes."""
+    return argname if isinstance(val, bytes) else None
