@@ -2,6 +2,7 @@
 no right that the signed policy does not.
 
 It is driven by hand: handshake and certificate are good, everything it says is up to the test.
+Users' packets go through the plain relay, by which it could have the most.
 """
 
 import ipaddress
@@ -115,7 +116,7 @@ async def assert_reaches_nothing(
 async def test_agent_with_a_policy_of_before_keeps_to_it(
     name: str, autojump_clock: MockClock
 ) -> None:
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         policy = make_policy(MemoryStore(GOOD))
         agent = await world.start_agent(SERVICES_OF_AGENT, policy=policy)
         with trio.fail_after(60):
@@ -133,7 +134,7 @@ async def test_agent_with_a_policy_of_before_keeps_to_it(
 @pytest.mark.parametrize("name", [name for name in LIES if name not in {"an older one"}])
 async def test_agent_without_a_policy_reaches_nothing(name: str, autojump_clock: MockClock) -> None:
     lies = [] if "same serial" in name or "all of" in name else LIES[name]()
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         policy = make_policy()
         agent = await world.start_agent(SERVICES_OF_AGENT, policy=policy)
         with trio.fail_after(60):
@@ -154,7 +155,7 @@ async def test_connector_registers_and_serves_only_what_it_may(
         received.append(datagram)
         return []
 
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         world.dialer.datagrams[ECHO_BACKEND] = world.dialer.datagrams[WEB_BACKEND] = server
         policy = make_policy(MemoryStore(GOOD))
         await world.start_connector(
@@ -186,7 +187,7 @@ async def test_connector_registers_and_serves_only_what_it_may(
 
 async def test_service_map_cannot_exchange_services(autojump_clock: MockClock) -> None:
     """The number of a service that the agent may not reach, under the name of one that it may."""
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         agent = await world.start_agent(SERVICES_OF_AGENT, policy=make_policy(MemoryStore(GOOD)))
         with trio.fail_after(60):
             served = await sessions.receive()
@@ -212,7 +213,7 @@ async def test_service_map_cannot_exchange_services(autojump_clock: MockClock) -
 
 async def test_a_good_policy_that_is_withheld_at_first(autojump_clock: MockClock) -> None:
     """After all lies the true one is taken at once, and everything is told in the log."""
-    async with open_world([]) as world, open_fake_intermediate(world) as sessions:
+    async with open_world([], plain=True) as world, open_fake_intermediate(world) as sessions:
         policy = make_policy(MemoryStore(GOOD))
         with structlog.testing.capture_logs() as logs:
             await world.start_agent([], policy=policy)

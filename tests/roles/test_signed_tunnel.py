@@ -36,6 +36,7 @@ from ztna.policy_key import PolicyKeys
 from ztna.roles.reload import NodeFiles
 
 FIRST = signed(1, LAPTOP, PHONE, HOME)
+WAYS = pytest.mark.parametrize("plain", [False, True], ids=["peer sessions", "plain relay"])
 
 
 def push(world: World, document: SignedDocument) -> None:
@@ -57,8 +58,9 @@ async def assert_prohibited(user: UserHost, to: ipaddress.IPv4Address, port: int
     assert is_prohibited(answer)
 
 
-async def test_services_come_from_the_policy(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world:
+@WAYS
+async def test_services_come_from_the_policy(plain: bool, autojump_clock: MockClock) -> None:
+    async with open_world([], plain=plain) as world:
         hosts = await start_all(world, FIRST)
         async with pinging(hosts[0]) as laptop, pinging(hosts[1]) as phone:
             await trio.sleep(1)
@@ -77,8 +79,11 @@ async def test_services_come_from_the_policy(autojump_clock: MockClock) -> None:
         assert world.intermediate.registry.statistics()["services_provided"] == 2
 
 
-async def test_lost_right_ends_and_the_others_lose_no_packet(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world:
+@WAYS
+async def test_lost_right_ends_and_the_others_lose_no_packet(
+    plain: bool, autojump_clock: MockClock
+) -> None:
+    async with open_world([], plain=plain) as world:
         hosts = await start_all(world, FIRST)
         with structlog.testing.capture_logs() as logs:
             async with pinging(hosts[0]) as laptop, pinging(hosts[1]) as phone:
@@ -98,8 +103,9 @@ async def test_lost_right_ends_and_the_others_lose_no_packet(autojump_clock: Moc
     ]
 
 
-async def test_connector_that_may_no_longer_provide(autojump_clock: MockClock) -> None:
-    async with open_world([]) as world:
+@WAYS
+async def test_connector_that_may_no_longer_provide(plain: bool, autojump_clock: MockClock) -> None:
+    async with open_world([], plain=plain) as world:
         hosts = await start_all(world, FIRST)
         async with pinging(hosts[1]) as phone:
             push(world, signed(2, PHONE, {**HOME, "provides": ["web"]}))
