@@ -172,6 +172,7 @@ async def test_intermediate_restarted(down: float, autojump_clock: MockClock) ->
     async with open_blocked_world("laptop") as (world, stream):
         await trio.sleep(5)
         assert world.tcp is not None
+        world.tcp.refuses = True
         await world.tcp.cut()
         await world.kill("intermediate")
         block(world, "laptop")

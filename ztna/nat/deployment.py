@@ -151,6 +151,7 @@ class Deployment:
         return {
             "bind": "0.0.0.0",  # noqa: S104 - in the laboratory's own network
             "port": self.port,
+            "tcp": {},
             "external_ip": self.intermediate_address,
             "identity": self.issue("intermediate", "relay", "--ip", self.intermediate_address),
             "policy": policy,

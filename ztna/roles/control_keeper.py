@@ -21,7 +21,7 @@ from ztna.config.model import IntermediateAddress
 from ztna.core.addresses import format_address
 from ztna.core.identity import Role
 from ztna.core.ports import Address
-from ztna.errors import LocalProtocolError, RefusedError, SessionClosedError
+from ztna.errors import LocalProtocolError, RefusedError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
@@ -40,8 +40,10 @@ log = structlog.get_logger(__name__)
 # Our choice: a rival that nobody answers is given up after that, and another one begun; it sends
 # an Initial at least every 0.8 s (`net.session`).
 RIVAL_DEADLINE = 10.0
-# docs/protocol.md section 8: the head start of UDP, and when it is tried again.
+# docs/protocol.md section 8: the head start of UDP, the pause of TLS after a failure, and when UDP
+# is tried again.
 STREAM_DELAY = 1.5
+TLS_PAUSE = 1.0
 FIRST_PAUSE, LAST_PAUSE = 30.0, 300.0
 # Our choice: UDP that worked for a shorter time is tried again later than that.
 STEADY_UDP = 60.0
@@ -80,9 +82,9 @@ class ControlKeeper:
     _nursery: trio.Nursery | None = None
     _streams: dict[Session, TlsStream] = attrs.Factory(dict)
     _over_stream: bool = False  # the last session was
-    _udp_silent: bool = False  # it did not answer when it was tried last
     _udp_since: float = -math.inf
     _pause: float = FIRST_PAUSE
+    _tls_failure: str = ""  # of the last attempt
     _why: str = ""  # the last session is over a stream
 
     async def run(self) -> NoReturn:
@@ -162,33 +164,52 @@ class ControlKeeper:
             Runner(
                 self._over_udp,
                 0.0,
-                f"no QUIC handshake with {where} in {deadline:.0f} s; check that the intermediate "
-                "runs there and that no firewall drops UDP",
+                lambda: (
+                    f"no QUIC handshake with {where} in {deadline:.0f} s; check that the "
+                    "intermediate runs there and that no firewall drops UDP"
+                ),
             )
         ]
         port = self.intermediate.tcp_port
         if self.dialer is not None and port is not None and not udp_alone:
-            delay = 0.0 if self._over_stream or self._udp_silent else STREAM_DELAY
-            where = format_address((self.intermediate.host, port))
-            silent = f"no session over TLS with {where} in {deadline - delay:g} s"
-            runners.append(Runner(self._over_tls, delay, silent))
+            delay = 0.0 if self._over_stream else STREAM_DELAY
+            there = format_address((self.intermediate.host, port))
+            silent = f"no session over TLS with {there} in {deadline - delay:g} s"
+            self._tls_failure = ""
+            runners.append(Runner(self._over_tls, delay, lambda: self._tls_failure or silent))
         race = Race(runners, deadline)
         assert self._nursery is not None
         self._nursery.start_soon(race.run)
         return race
 
     async def _over_udp(self) -> Session:
-        self._udp_silent = True
         session = self._connect(await self._resolve(self.intermediate.port))
         try:
             await session.wait_verified()
         except BaseException:
             session.close(CloseCode.GOODBYE, "not needed")
             raise
-        self._udp_silent = False
         return session
 
     async def _over_tls(self) -> Session:
+        """Again and again: a server that was away refuses until it is back. Then it answers by UDP
+        as well, a little later perhaps, and UDP comes first unless it is known to be blocked."""
+        while True:
+            try:
+                session = await self._over_one_stream()
+                break
+            except (UnreachableError, RefusedError) as error:
+                self._tls_failure = str(error)
+            await trio.sleep(TLS_PAUSE)
+        if self._tls_failure and not self._over_stream:
+            try:
+                await trio.sleep(TLS_PAUSE)
+            except trio.Cancelled:
+                session.close(CloseCode.GOODBYE, "not needed")
+                raise
+        return session
+
+    async def _over_one_stream(self) -> Session:
         port, dialer = self.intermediate.tcp_port, self.dialer
         assert port is not None
         assert dialer is not None

@@ -25,7 +25,7 @@ class Runner:
 
     attempt: Callable[[], Awaitable[Session]]
     delay: float
-    silent: str
+    silent: Callable[[], str]
 
 
 @attrs.define(eq=False)
@@ -94,6 +94,6 @@ class Race:
         if refused:
             return str(refused[0])
         return "; ".join(
-            str(self._failures[runner]) if runner in self._failures else runner.silent
+            str(self._failures[runner]) if runner in self._failures else runner.silent()
             for runner in self.runners
         )
