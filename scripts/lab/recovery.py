@@ -21,6 +21,8 @@ from pathlib import Path
 import attrs
 
 from scripts.lab import recovery_stop
+from scripts.lab.recovery_big import BigDownload, big_download
+from scripts.lab.recovery_parallel import big_of, joined, run_in_parallel, stopped_of
 from scripts.lab.recovery_probes import Download, Ping, longest_silence, wall_clock
 from scripts.lab.recovery_scenarios import SCENARIOS, Scenario
 from scripts.lab.recovery_site import ECHO, FILES, RecoverySite, build
@@ -30,7 +32,7 @@ WINDOW = 3.0  # s after the peer is back that are looked at, once the ping answe
 BOUND = 2.0  # s; what the measure is compared with
 _STEADY = 0.7  # s
 # Of the download: longer than any silence that a connection survives, and one that saves time.
-_PATIENCE, _SHORT_PATIENCE = 180.0, 4.0  # s
+_PATIENCE, _SHORT_PATIENCE = 400.0, 4.0  # s
 _DEADLINE = 45.0  # s; longer than any idle timeout
 
 
@@ -84,7 +86,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/recovery")
     parser.add_argument("--runs", type=int, default=20, help="of each scenario")
     parser.add_argument("--only", action="append", default=[], help="part of a scenario's name")
-    parser.add_argument("--long", action="store_true", help="also what takes minutes, once each")
+    parser.add_argument("--long", action="store_true", help="also what takes minutes")
+    parser.add_argument("--parallel", type=int, default=1, help="laboratories at once (1)")
+    parser.add_argument("--big", action="store_true", help="also a download of 1 GiB over kills")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--list", action="store_true", help="name the scenarios")
     options = parser.parse_args()
@@ -101,39 +105,65 @@ def main() -> int:
         print(f"scripts/recovery: {reason}", file=sys.stderr)
         return 1
     stops = not options.only or any("SIGTERM" in words for words in options.only)
-    results, stopped = _run(chosen, options.runs, stops=stops, replaced=options.long)
+    if options.parallel > 1:
+        found = _run_in_parallel(options)
+    else:
+        found = _run(chosen, options.runs, stops=stops, big=options.big)
     if options.json:
         facts = {"when": _now(), "kernel": platform.release(), "cores": os.cpu_count()}
-        rows = [*map(attrs.asdict, results), *map(attrs.asdict, stopped)]
-        options.json.write_text(json.dumps({**facts, "results": rows}, indent=1))
-    late = [result.name for result in results if not result.gaps or max(result.gaps) > BOUND] + [
-        result.name for result in results if result.survives and result.broken
-    ]
+        options.json.write_text(json.dumps({**facts, **attrs.asdict(found)}, indent=1))
+    late = [r.name for r in found.results if not r.gaps or max(r.gaps) > BOUND]
+    late += [r.name for r in found.results if r.survives and r.broken]
+    late += [f"SIGTERM of {s.role}" for s in found.stopped if max(s.once) > BOUND]
+    late += ["1 GiB" for big in found.big if not big.intact]
     print(f"\n{_now()}, Linux {platform.release()}, {os.cpu_count()} cores")
     print(f"over {BOUND:.0f} s or broken: {', '.join(dict.fromkeys(late)) or 'none'}")
     return 1 if late else 0
 
 
-def _run(
-    chosen: Sequence[Scenario], runs: int, *, stops: bool, replaced: bool
-) -> tuple[list[Result], list[recovery_stop.Stopped]]:
-    results: list[Result] = []
-    stopped: list[recovery_stop.Stopped] = []
+@attrs.define
+class Found:
+    """What one laboratory, or several, have found."""
+
+    results: list[Result] = attrs.Factory(list)
+    stopped: list[recovery_stop.Stopped] = attrs.Factory(list)
+    big: list[BigDownload] = attrs.Factory(list)
+
+
+def _run_in_parallel(options: argparse.Namespace) -> Found:
+    arguments = [word for name in options.only for word in ("--only", name)]
+    arguments += ["--long"] * options.long + ["--big"] * options.big
+    parts = run_in_parallel(arguments, options.runs, options.parallel)
+    rows = zip(*(part["results"] for part in parts), strict=True)
+    found = Found([Result(**joined(row)) for row in rows], stopped_of(parts), big_of(parts))
+    print("\n".join([HEAD, *(result.row() for result in found.results)]))
+    if found.stopped:
+        print("\n".join(["", recovery_stop.HEAD, *(each.row() for each in found.stopped)]))
+    for big in found.big:
+        print(f"\n{big.words()}")
+    return found
+
+
+def _run(chosen: Sequence[Scenario], runs: int, *, stops: bool, big: bool) -> Found:
+    found = Found()
     with tempfile.TemporaryDirectory() as folder, KernelLab() as lab:
-        site = build(lab, Path(folder))
+        # A run takes some ten seconds of a slow download, a freeze no more: nothing comes then.
+        site = build(lab, Path(folder), (8 + 4 * runs) << 20)
         print(HEAD, flush=True)
         for scenario in chosen:
-            result = measure(site, scenario, 1 if scenario.long else runs)
-            results.append(result)
-            print(result.row(), flush=True)
+            found.results.append(measure(site, scenario, runs))
+            print(found.results[-1].row(), flush=True)
         if stops:
             print(f"\n{recovery_stop.HEAD}", flush=True)
             for role in ("agent", "connector", "intermediate"):
-                stopped.append(recovery_stop.measure(site, role, runs))
-                print(stopped[-1].row(), flush=True)
-        if replaced:
+                found.stopped.append(recovery_stop.measure(site, role, runs))
+                print(found.stopped[-1].row(), flush=True)
+        if any(scenario.long for scenario in chosen):
             print(f"\n{recovery_stop.replaced_identity(site)}", flush=True)
-    return results, stopped
+        if big:
+            found.big.append(big_download(site))
+            print(f"\n{found.big[-1].words()}", flush=True)
+    return found
 
 
 def measure(site: RecoverySite, scenario: Scenario, runs: int) -> Result:

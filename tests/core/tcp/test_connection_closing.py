@@ -196,7 +196,7 @@ def test_time_wait_gives_way_to_a_newer_syn() -> None:
 
 def test_keepalive_probes_and_answers() -> None:
     """RFC 9293 section 3.8.4: MUST-26 only when idle, MUST-29 no single lost probe kills."""
-    script = Script.established(plain(keepalive_idle=120.0))
+    script = Script.established(plain(keepalive_idle=120.0, keepalive_interval=10.0))
     assert script.at(120.0) == ["A 0+0 ack 1"]
     assert script.receive(peer(0, 1, 1)) == []
     assert script.at(240.0) == ["A 0+0 ack 1"]
@@ -206,9 +206,21 @@ def test_keepalive_probes_and_answers() -> None:
     assert script.events() == [TimedOut("the peer did not answer 3 keepalive probes")]
 
 
+def test_idle_connections_survive_minutes_of_a_sleeping_peer() -> None:
+    """Two at least, whatever came before them: 120 s idle, and three probes 75 s apart."""
+    config = TcpConfig()
+    assert config.keepalive_idle == 120.0
+    script = Script.established(plain(keepalive_idle=1.0))
+    assert [script.at(1.0 + 75.0 * n) for n in range(3)] == [["A 0+0 ack 1"]] * 3
+    script.now = 220.0
+    assert script.receive(peer(0, 1, 1)) == []
+    assert script.events() == []
+    assert config.user_timeout == 300.0
+
+
 def test_keepalive_after_a_long_sleep_waits_for_the_answers() -> None:
     """The machine was suspended: the probes that were due meanwhile are not all sent at once."""
-    script = Script.established(plain(keepalive_idle=120.0))
+    script = Script.established(plain(keepalive_idle=120.0, keepalive_interval=10.0))
     script.now = 4000.0
     script.core.handle_timer(script.now)
     assert script.sent() == ["A 0+0 ack 1"]
@@ -232,7 +244,7 @@ def test_keepalive_of_the_peer_is_answered_and_counts_as_life() -> None:
 
 def test_keepalive_probes_that_cross() -> None:
     """Both sides were idle for as long. The peer's probe is life, and needs an ACK of its own."""
-    script = Script.established(plain(keepalive_idle=120.0))
+    script = Script.established(plain(keepalive_idle=120.0, keepalive_interval=10.0))
     assert script.at(120.0) == ["A 0+0 ack 1"]
     assert script.receive(peer(0, 0, 1)) == ["A 1+0 ack 1"]
     # It was the last of the peer: all of idle time and probes from then on.

@@ -80,6 +80,8 @@ class TcpConfig:
     cubic: RFC 9438 instead of RFC 5681 congestion avoidance.
     keepalive_idle, keepalive_interval, keepalive_probes: probes start after so long without a
         segment from the peer, and that many unanswered ones end the connection. None: none sent.
+        The interval is Linux's. Our choice of both: a machine that sleeps for some minutes, in the
+        midst of a transfer or between two, keeps its connections.
     user_timeout: sent data that is not acknowledged for so long ends the connection (R2 of
         RFC 9293 section 3.8.3, at least 100 s there).
     syn_timeout: the same for SYN and SYN-ACK (MUST-23: at least 180 s).
@@ -100,9 +102,9 @@ class TcpConfig:
     window_scaling: bool = True
     cubic: bool = True
     keepalive_idle: float | None = 120.0
-    keepalive_interval: float = 10.0
+    keepalive_interval: float = 75.0
     keepalive_probes: int = 3
-    user_timeout: float = 120.0
+    user_timeout: float = 300.0
     syn_timeout: float = 180.0
     time_wait: float = 4.0
     delayed_ack: float = 0.04
