@@ -45,6 +45,7 @@ class Splice:
     touch: Callable[[], None]
     ended: Reset | TimedOut | None = None
     _over: bool = False
+    _cut: bool = False
     _changed: trio.Event = attrs.Factory(trio.Event)
     _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
@@ -64,6 +65,12 @@ class Splice:
         if self.ended is not None:
             self._scope.cancel()
 
+    def cut(self) -> None:
+        """The connection has failed inside: touch it no more, and reset the stream."""
+        self._cut = self._over = True
+        self._scope.cancel()
+        self._changed.set()
+
     async def wait_changed(self) -> None:
         """Wait for the next `wake`."""
         await self._changed.wait()
@@ -80,8 +87,8 @@ class Splice:
                 self.abort()
             finally:
                 # RFC 9293 section 3.10.5: what the peer aborted, the stream's end sees aborted.
-                close = reset_stream if self.ended is not None else trio.aclose_forcefully
-                await close(stream)
+                broken = self.ended is not None or self._cut
+                await (reset_stream if broken else trio.aclose_forcefully)(stream)
 
     def abort(self) -> None:
         """Give up the connection, with RST where the peer needs one."""

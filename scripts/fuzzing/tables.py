@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from scripts.fuzzing.examples import SERVICE4, SERVICE6, USER4, USER6
 from ztna.core.encapsulation import ServiceLabel
-from ztna.core.flow import FlowActive, FlowOpened, OfferedService, TcpFlow, UdpFlow
+from ztna.core.flow import FlowActive, FlowBroken, FlowOpened, OfferedService, TcpFlow, UdpFlow
 from ztna.core.flows import FlowTable
 from ztna.core.identity import Identity, Role
 from ztna.core.outbound import OutboundTable
@@ -40,6 +40,8 @@ def make_flows() -> Parser:
         table.receive_packets([("web", IpPacket(data))], now)
         while (event := table.next_event()) is not None:
             match event:
+                case FlowBroken(_, error):
+                    raise error
                 case FlowOpened(TcpFlow() as flow):
                     table.connect_finished(flow)
                     flow.connection.establish(now)
@@ -71,8 +73,9 @@ def make_outbound() -> Parser:
         if own and len(data) > 24 and data[:1] == b"\x45":
             data = data[:22] + own[0][20:22] + data[24:]
         table.receive_packets([IpPacket(data)], now)
-        while table.next_event() is not None:
-            pass
+        while (event := table.next_event()) is not None:
+            if isinstance(event, FlowBroken):
+                raise event.error
         table.packets_to_send(now, 1 << 20)
 
     return parse

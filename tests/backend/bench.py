@@ -67,7 +67,7 @@ async def open_bench(dialer: Dialer, backend: Address = BACKEND) -> AsyncIterato
         nursery.start_soon(to_terminator)
         nursery.start_soon(to_user)
         async with UserHost.open(agent) as user:
-            with trio.fail_after(300):
+            with trio.fail_after(900):
                 yield Bench(terminator, user, nursery)
         nursery.cancel_scope.cancel()
 

@@ -11,8 +11,11 @@ from tests.backend.bench import BACKEND, SERVICE_IP, open_bench, open_memory_ben
 from tests.roles.memory import BackendResetsError, MemoryDialer
 from ztna.backend.sockets import SocketDialer
 from ztna.backend.tcp import CONNECT_DEADLINE
+from ztna.backend.terminator import LOG_BURST, LOG_RATE
+from ztna.core.flow import TcpFlow
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
+from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.state import Closed, Reset
 
 
@@ -75,7 +78,7 @@ async def test_hung_connect_ends_with_the_user_or_in_time(autojump_clock: MockCl
         first.abort()  # in SYN-SENT that says nothing: the connector finds out in time
         await trio.sleep(CONNECT_DEADLINE - 2.9)
         assert bench.flows == 0
-        assert not bench.terminator.table._pending
+        assert not bench.terminator.table._shares.pending
 
 
 async def test_slow_backend_closes_the_window(autojump_clock: MockClock) -> None:
@@ -126,7 +129,7 @@ async def test_backend_is_gone_when_the_user_sends(autojump_clock: MockClock) ->
 
 
 async def test_user_falls_silent(autojump_clock: MockClock) -> None:
-    """Keepalive: probes after two minutes, given up after three of them."""
+    """Keepalive: probes after two minutes, given up after three of them, 75 s apart."""
     async with open_memory_bench(streams={BACKEND: echo}) as bench:
         connection = await bench.user.connect(SERVICE_IP)
         await connection.send_all(b"x")
@@ -135,9 +138,9 @@ async def test_user_falls_silent(autojump_clock: MockClock) -> None:
         assert bench.flows == 1  # the user's side answers them
         bench.user.nursery.cancel_scope.cancel()  # the host is switched off
         with trio.CancelScope(shield=True):
-            await trio.sleep(100)
+            await trio.sleep(320)
             assert bench.flows == 1
-            await trio.sleep(52)
+            await trio.sleep(27)
             assert bench.flows == 0
 
 
@@ -153,6 +156,66 @@ async def test_bug_in_one_flow_is_its_own(autojump_clock: MockClock) -> None:
             await good.send_all(b"x")
             assert await good.receive_exactly(1) == b"x"
             assert bench.flows == 1
+
+
+@pytest.mark.parametrize("where", ["receive_segments", "segments_to_send", "next_event", "abort"])
+async def test_bug_inside_a_connection_is_its_flows_own(
+    where: str, autojump_clock: MockClock
+) -> None:
+    ended: list[str] = []
+
+    async def watched(stream: trio.abc.HalfCloseableStream) -> None:
+        try:
+            await echo(stream)
+        except trio.BrokenResourceError:
+            ended.append("broken")
+        else:
+            ended.append("ended")
+
+    async with open_memory_bench(streams={BACKEND: watched}) as bench:
+        victim = await bench.user.connect(SERVICE_IP, source_port=50_000)
+        other = await bench.user.connect(SERVICE_IP)
+        for connection in (victim, other):
+            await connection.send_all(b"hello")
+            assert await connection.receive_exactly(5) == b"hello"
+        table = bench.terminator.table
+        (bad,) = [f for f in table._flows.values() if f.key.source_port == 50_000]
+        assert isinstance(bad, TcpFlow)
+
+        class Planted(TcpConnection):
+            __slots__ = ()
+
+            def __getattribute__(self, name: str) -> object:
+                if name == where:
+                    raise ZeroDivisionError(name)
+                return super().__getattribute__(name)
+
+        bad.connection.__class__ = Planted
+        with structlog.testing.capture_logs() as logs:
+            if where == "abort":
+                bench.terminator.set_services({}, {})
+            else:
+                await victim.send_all(b"again")
+            await trio.sleep(1)
+        assert [entry["event"] for entry in logs].count("internal error in a flow") == 1
+        if where != "abort":
+            assert bench.flows == 1
+            assert isinstance(await victim.wait_ended(), Reset)
+            await other.send_all(b"goes on")
+            assert await other.receive_exactly(7) == b"goes on"
+        assert bad not in table._flows.values()
+        assert len(ended) == (2 if where == "abort" else 1)
+
+
+async def test_bugs_without_end_do_not_fill_the_log(autojump_clock: MockClock) -> None:
+    assert (LOG_RATE, LOG_BURST) == (1.0, 10.0)
+    async with open_memory_bench(streams={BACKEND: echo}) as bench:
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(50):
+                bench.terminator.table.break_flow(None, ZeroDivisionError("planted"))
+            bench.terminator.settle()
+        assert len(logs) == 10
+        assert bench.terminator.table.statistics()["drop_internal_error"] == 50
 
 
 async def test_packets_behind_the_end_of_the_terminator(autojump_clock: MockClock) -> None:

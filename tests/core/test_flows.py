@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from scapy.layers import inet, inet6
 
 from tests.core.super_packets import payload_of, transport_is_valid, udp_super_packet
-from ztna.core import flows
+from ztna.core import flow_shares
 from ztna.core.addresses import packed_pair
 from ztna.core.flow import (
     MAX_INBOX,
     MAX_INBOX_BYTES,
     FlowActive,
+    FlowBroken,
     FlowClosed,
     FlowEvent,
     FlowKey,
@@ -25,10 +26,15 @@ from ztna.core.flow import (
     TcpFlow,
     UdpFlow,
 )
-from ztna.core.flows import (
-    MAX_ANSWERS,
+from ztna.core.flow_shares import (
     MAX_PENDING_CONNECTS,
     MAX_PENDING_PER_USER,
+    MAX_SYN_SOURCES,
+    SYN_BURST,
+    SYN_RATE,
+)
+from ztna.core.flows import (
+    MAX_ANSWERS,
     UDP_IDLE,
     FlowTable,
 )
@@ -412,6 +418,85 @@ def test_one_user_cannot_take_all_pending_connects() -> None:
     assert found.statistics()["pending_connects"] == 1
 
 
+def test_syns_of_a_source_have_a_rate() -> None:
+    assert (SYN_RATE, SYN_BURST) == (256.0, 1024.0)
+    found = table()
+    user = User(found, port=81)  # refused, so that no other limit is met
+    for _ in range(1100):
+        user.connection = TcpConnection.connect(config=TcpConfig(), initial_sequence=1, now=0.0)
+        user.send()
+    assert drops(found) == {"port_is_not_the_service": 1024, "syn_rate": 76}
+    # Others feel nothing, and half a second later there is room for 128 more.
+    User(found, source=OTHER).send()
+    assert found.statistics()["tcp_flows"] == 1
+    for number in range(130):
+        User(found, source_port=6000 + number).send(0.5)
+    assert drops(found)["syn_rate"] == 78
+
+
+def test_established_flows_need_no_rate() -> None:
+    found = table()
+    user = User(found)
+    user.open()
+    while found._shares.may_knock(USER.packed, 0.0):
+        pass
+    before = drops(found)
+    user.connection.write(b"hello", 0.0)
+    user.send()
+    assert drops(found) == before
+
+
+def test_sources_of_syns_that_are_remembered_are_bounded() -> None:
+    shares = flow_shares.Shares()
+    for number in range(MAX_SYN_SOURCES + 10):
+        assert shares.may_knock(number.to_bytes(4, "big"), 0.0)
+    assert len(shares._syns) == MAX_SYN_SOURCES == 8192
+
+
+class PlantedError(AssertionError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "receive_segments",
+        "segments_to_send",
+        "get_timer",
+        "handle_timer",
+        "may_be_replaced_by",
+        "closed",
+    ],
+)
+def test_a_bug_inside_a_connection_ends_its_flow_alone(where: str) -> None:
+    found = table()
+    victim, other = User(found), User(found, source_port=5001)
+    bad, good = victim.open(), other.open()
+    events(found)
+
+    class Planted(TcpConnection):
+        __slots__ = ()
+
+        def __getattribute__(self, name: str) -> object:
+            if name == where:
+                raise PlantedError(name)
+            return super().__getattribute__(name)
+
+    bad.connection.__class__ = Planted
+    for user in (victim, other):
+        user.connection.write(b"hello", 0.0)
+        user.send()
+    found.packets_to_send(0.0, 1 << 20)
+    found.handle_timer(300.0)
+    broken = [each for each in events(found) if isinstance(each, FlowBroken)]
+    assert [type(each.error) for each in broken] == [PlantedError]
+    assert drops(found)["internal_error"] == 1
+    assert good.connection.read(10) == b"hello"
+    if where != "may_be_replaced_by":  # then nobody knows whose packet it was
+        assert broken[0].flow is bad
+        assert list(found._flows.values()) == [good]
+
+
 def test_one_user_cannot_take_all_flows() -> None:
     found = table()
     found.receive_packets([("any", IpPacket(udp(port=n))) for n in range(1, 1031)], 0.0)
@@ -430,8 +515,8 @@ def test_one_user_cannot_take_all_flows() -> None:
 
 
 def test_all_users_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert flows.MAX_FLOWS == 8192
-    monkeypatch.setattr(flows, "MAX_FLOWS", 10)
+    assert flow_shares.MAX_FLOWS == 8192
+    monkeypatch.setattr(flow_shares, "MAX_FLOWS", 10)
     found = table()
     for number in range(12):
         source = ipaddress.IPv4Address(int(USER) + number)
@@ -495,7 +580,7 @@ def test_timers_of_closed_flows_do_not_stay() -> None:
         events(found)
         assert len(found._timers) <= 66
     assert found.statistics()["tcp_flows"] == 0
-    assert found._per_user == {}
+    assert (found._shares.flows, found._shares.flows_of) == (0, {})
 
 
 # UDP.
@@ -823,6 +908,7 @@ def test_garbage_changes_nothing_for_another_user(arrivals: list[tuple[str, byte
     events(found)
     found.receive_packets([(name, IpPacket(data)) for name, data in arrivals], 0.0)
     for event in events(found):
+        assert not isinstance(event, FlowBroken)
         assert event.flow.key.source != packed(OTHER, 4)
     for data in answers(found):
         assert data[0] >> 4 in {4, 6}

@@ -13,6 +13,7 @@ from ztna.core.failure import Failure
 from ztna.core.flow import (
     MAX_INBOX,
     FlowActive,
+    FlowBroken,
     FlowClosed,
     FlowOpened,
     OfferedService,
@@ -34,6 +35,7 @@ from ztna.core.packet.fragments import fragment
 from ztna.core.packet.ip import build_ip_header
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
+from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.state import Established, PeerFinished, Readable, Reset, TcpConfig, TcpState
 from ztna.core.turns import TURN_BYTES
 from ztna.errors import LocalProtocolError
@@ -152,6 +154,39 @@ def test_connect_exchange_finish(version: int) -> None:
         pair.outbound.handle_timer(now)
     assert now == pytest.approx(5.0)
     assert events(pair.outbound)[-1] == FlowClosed(flow)
+
+
+@pytest.mark.parametrize(
+    "where", ["receive_segments", "segments_to_send", "get_timer", "handle_timer", "closed"]
+)
+def test_a_bug_inside_a_connection_ends_its_flow_alone(where: str) -> None:
+    pair = Pair()
+    bad, good = open_tcp(pair.outbound), open_tcp(pair.outbound)
+    pair.settle(0.0)
+    for theirs in pair.accepted:
+        assert isinstance(theirs, TcpFlow)
+        theirs.connection.write(b"hello", 0.0)
+        pair.inbound.touch(theirs, 0.0)
+    events(pair.outbound)
+
+    class Planted(TcpConnection):
+        __slots__ = ()
+
+        def __getattribute__(self, name: str) -> object:
+            if name == where:
+                raise ZeroDivisionError(name)
+            return super().__getattribute__(name)
+
+    bad.connection.__class__ = Planted
+    pair.settle(0.0)
+    pair.outbound.handle_timer(300.0)
+    broken = [each for each in events(pair.outbound) if isinstance(each, FlowBroken)]
+    assert [(each.flow, type(each.error)) for each in broken] == [(bad, ZeroDivisionError)]
+    assert pair.outbound.statistics()["drop_internal_error"] == 1
+    assert pair.outbound.statistics()["tcp_flows"] == 1
+    assert good.connection.read() == b"hello"
+    pair.outbound.break_flow(bad, ZeroDivisionError())
+    assert pair.outbound.statistics()["tcp_flows"] == 1, "it is gone already"
 
 
 def test_refused_connect() -> None:

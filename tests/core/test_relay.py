@@ -18,7 +18,7 @@ from ztna.core.packet.udp import build_udp_packet
 from ztna.core.policy import Policy, PolicyRule
 from ztna.core.reassembly import fragment
 from ztna.core.registry import MAX_DESTINATIONS, Client, Registry
-from ztna.core.relay import Relay
+from ztna.core.relay import UNKNOWN_SERVICE_BURST, UNKNOWN_SERVICE_RATE, Relay
 from ztna.core.wire import FEATURES, Feature
 
 POLICY = Policy.of(
@@ -186,6 +186,20 @@ def test_services_that_were_not_registered() -> None:
     for message in (short(3, OUT), short(0, OUT), wire.encode_routed("ftp", OUT), OUT):
         assert found.send("laptop", message) == {}
     assert found.dropped == {"no_right_to_service": 4}, "bare needs a single service"
+
+
+def test_datagrams_to_unknown_services_have_a_rate() -> None:
+    assert (UNKNOWN_SERVICE_RATE, UNKNOWN_SERVICE_BURST) == (64.0, 1024.0)
+    found = lab()
+    batch = [short(number, OUT) for number in range(1000, 1500)]
+    for now in (0.0, 0.0, 0.0):
+        assert found.send("laptop", *batch, now=now) == {}
+    assert found.dropped == {"no_right_to_service": 1024, "unknown_service_rate": 476}
+    # What it may reach it reaches; half a second later 32 more count as before.
+    assert found.send("laptop", short(WEB, OUT), *batch, now=0.5) != {}
+    assert found.dropped == {"no_right_to_service": 1056, "unknown_service_rate": 944}
+    assert found.send("phone", short(999, udp(PHONE, WEB_IP)), now=0.5) == {}
+    assert found.dropped["no_right_to_service"] == 1057, "each session has its own"
 
 
 def test_too_many_destinations() -> None:

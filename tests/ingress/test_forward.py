@@ -20,8 +20,10 @@ from tests.ingress.scene import (
 )
 from tests.roles.memory import ECHO_IP, WEB_IP, BackendResetsError
 from ztna.core.failure import Failure
+from ztna.core.flow import TcpFlow
 from ztna.core.flows import UDP_IDLE
 from ztna.core.ports import Buffer
+from ztna.core.tcp.connection import TcpConnection
 from ztna.ingress import forward as forward_module
 from ztna.ingress.forward import UdpForward
 from ztna.ingress.host import NotConnectedError, Target
@@ -60,6 +62,35 @@ async def test_request_and_response(autojump_clock: MockClock) -> None:
         await trio.sleep(30)
         assert scene.connections.statistics() == {"open": 0, "accepted": 1}
         assert scene.host.statistics()["tcp_flows"] == 0
+
+
+@pytest.mark.parametrize("where", ["receive_segments", "segments_to_send", "next_event"])
+async def test_bug_inside_a_connection_is_its_own(where: str, autojump_clock: MockClock) -> None:
+    async with open_scene() as scene:
+        scene.world.dialer.streams[WEB_BACKEND] = upper
+        victim = scene.forward()
+        await victim.send_all(b"hello")
+        assert await victim.receive_some() == b"HELLO"
+        (bad,) = scene.host._drivers
+        assert isinstance(bad, TcpFlow)
+        other = scene.forward()
+        await other.send_all(b"hello")
+        assert await other.receive_some() == b"HELLO"
+
+        class Planted(TcpConnection):
+            __slots__ = ()
+
+            def __getattribute__(self, name: str) -> object:
+                if name == where:
+                    raise ZeroDivisionError(name)
+                return super().__getattribute__(name)
+
+        bad.connection.__class__ = Planted
+        await victim.send_all(b"again")
+        assert await receive_all(victim) == b""
+        assert scene.host.statistics()["drop_internal_error"] == 1
+        await other.send_all(b"goes on")
+        assert await other.receive_some() == b"GOES ON"
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.02])

@@ -56,6 +56,11 @@ class TcpSplice:
         if self._splice.ended is not None:
             self._connecting.cancel()
 
+    def cut(self) -> None:
+        """The connection has failed inside: leave it alone, and reset the backend's."""
+        self._connecting.cancel()
+        self._splice.cut()
+
     async def run(self) -> None:
         """Connect, then move bytes until the end."""
         stream = None

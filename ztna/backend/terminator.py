@@ -5,7 +5,7 @@ The role hands in packets with `receive_packets` and takes what is to be sent fr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import structlog
@@ -14,12 +14,24 @@ import trio
 from ztna.backend.sockets import Dialer, SocketDialer
 from ztna.backend.tcp import TcpSplice
 from ztna.backend.udp import UdpForward
-from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowOpened, OfferedService, TcpFlow
+from ztna.core.flow import (
+    Flow,
+    FlowActive,
+    FlowBroken,
+    FlowClosed,
+    FlowOpened,
+    OfferedService,
+    TcpFlow,
+)
 from ztna.core.flows import FlowTable
+from ztna.core.limits import TokenBucket
 from ztna.core.ports import Address, IpPacket
 from ztna.errors import CONTAINED
 
 log = structlog.get_logger(__name__)
+
+# Our choice: traces of bugs that users' packets reach, a second and at once.
+LOG_RATE, LOG_BURST = 1.0, 10.0
 
 
 @attrs.define(eq=False)
@@ -34,6 +46,7 @@ class Terminator:
     dialer: Dialer = attrs.Factory(SocketDialer)
     _drivers: dict[Flow, TcpSplice | UdpForward] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
+    _log_bucket: TokenBucket = attrs.Factory(lambda: TokenBucket(LOG_RATE, LOG_BURST))
     _timer_changed: trio.Event = attrs.Factory(trio.Event)
     _output: trio.Event = attrs.Factory(trio.Event)
 
@@ -84,7 +97,7 @@ class Terminator:
 
     def touch(self, flow: TcpFlow) -> None:
         """A splice acted upon its connection."""
-        self.table.touch(flow, trio.current_time())
+        self._contain(flow, lambda: self.table.touch(flow, trio.current_time()))
         self.settle()
 
     def settle(self) -> None:
@@ -96,11 +109,13 @@ class Terminator:
                 case FlowActive(flow):
                     driver = self._drivers.get(flow)
                     if driver is not None:
-                        driver.wake()
+                        self._contain(flow, driver.wake)
                 case FlowClosed(flow):
                     driver = self._drivers.pop(flow, None)
                     if driver is not None:
-                        driver.close()
+                        self._contain(flow, driver.close)
+                case FlowBroken(broken, error):
+                    self._give_up(broken, error)
         if self.table.wants_to_send:
             self._output.set()
         self._timer_changed.set()
@@ -117,6 +132,24 @@ class Terminator:
         self._drivers[flow] = driver
         self._nursery.start_soon(self._drive, driver)
 
+    def _contain(self, flow: Flow, action: Callable[[], None]) -> None:
+        """Do something with a flow's connection, which a bug of it may end, but nothing more."""
+        try:
+            action()
+        except CONTAINED as error:
+            if not isinstance(flow, TcpFlow):
+                raise
+            self.table.break_flow(flow, error)
+
+    def _give_up(self, flow: TcpFlow | None, error: Exception) -> None:
+        """A bug that a user's packets can reach must not end the others, nor the connector."""
+        if self._log_bucket.take(trio.current_time()):
+            key = None if flow is None else flow.key
+            log.error("internal error in a flow", flow=key, exc_info=error)
+        driver = None if flow is None else self._drivers.pop(flow, None)
+        if isinstance(driver, TcpSplice):
+            driver.cut()
+
     async def _drive(self, driver: TcpSplice | UdpForward) -> None:
         try:
             await driver.run()
@@ -129,7 +162,7 @@ class Terminator:
     def _abort(self, flow: Flow) -> None:
         now = trio.current_time()
         if isinstance(flow, TcpFlow):
-            flow.connection.abort(now)
+            self._contain(flow, lambda: flow.connection.abort(now))
             self.touch(flow)
         elif not flow.closed:
             self.table.refuse_flow(flow, now)

@@ -5,11 +5,13 @@ it is unique in the deployment, and checked on the way.
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import attrs
 
-from ztna.core.ports import Buffer
+from ztna.core.ports import Buffer, IpPacket
 from ztna.core.tcp.connection import TcpConnection
+from ztna.core.tcp.segment import TcpSegment, segments_to_packets
 
 # Our choice: four fragmented datagrams' worth, or some 30 ms at 10,000 packets a second.
 MAX_INBOX = 256
@@ -116,4 +118,24 @@ class FlowClosed:
     flow: Flow
 
 
-FlowEvent = FlowOpened | FlowActive | FlowClosed
+@attrs.frozen
+class FlowBroken:
+    """A bug of ours that a user's packets have reached; a flow that was theirs leaves the table,
+    and the others go on. Say so where somebody reads it."""
+
+    flow: TcpFlow | None
+    error: Exception
+
+
+FlowEvent = FlowOpened | FlowActive | FlowClosed | FlowBroken
+
+
+def packets_to_user(key: FlowKey, segments: Sequence[TcpSegment]) -> list[IpPacket]:
+    """Segments of a connection that ends here, as packets to the user's end."""
+    return segments_to_packets(
+        segments,
+        source=key.destination,
+        destination=key.source,
+        source_port=key.destination_port,
+        destination_port=key.source_port,
+    )

@@ -18,6 +18,7 @@ from ztna.core.addresses import in_range
 from ztna.core.flow import (
     Flow,
     FlowActive,
+    FlowBroken,
     FlowClosed,
     FlowEvent,
     FlowIndex,
@@ -26,7 +27,9 @@ from ztna.core.flow import (
     OfferedService,
     TcpFlow,
     UdpFlow,
+    packets_to_user,
 )
+from ztna.core.flow_shares import Shares
 from ztna.core.flow_timers import FlowTimers
 from ztna.core.packet import icmp
 from ztna.core.packet.fragments import Reassembler, fragment
@@ -40,18 +43,11 @@ from ztna.core.tcp.segment import (
     TcpSegment,
     reset_for,
     segment_from_packet_untrusted,
-    segments_to_packets,
 )
 from ztna.core.tcp.state import TcpConfig
 from ztna.core.turns import Turns
-from ztna.errors import RemoteProtocolError
+from ztna.errors import CONTAINED, RemoteProtocolError
 
-# Our choices. A connector for a hundred busy users stays well below; one user cannot take all.
-MAX_FLOWS = 8192
-MAX_FLOWS_PER_USER = 1024
-MAX_PENDING_CONNECTS = 512
-# A backend that does not answer holds each for ten seconds: one user must not take all of them.
-MAX_PENDING_PER_USER = 64
 # Answers that wait for room in the session: at least the 64 packets of one fragmented datagram.
 MAX_ANSWERS = 1024
 # (seed); RFC 4787 REQ-5 asks for at least two minutes.
@@ -80,9 +76,8 @@ class FlowTable:
     packet_size: int = 1160
     dropped: Counter[str] = attrs.Factory(Counter)
     _flows: dict[FlowIndex, Flow] = attrs.Factory(dict)
-    _per_user: Counter[bytes] = attrs.Factory(Counter)
-    _pending: Counter[bytes] = attrs.Factory(Counter)
-    _turns: Turns = attrs.Factory(lambda: Turns(_to_packets, MAX_ANSWERS))
+    _shares: Shares = attrs.Factory(Shares)
+    _turns: Turns = attrs.Factory(lambda: Turns(packets_to_user, MAX_ANSWERS))
     _events: deque[FlowEvent] = attrs.Factory(deque)
     _timers: FlowTimers = attrs.Factory(FlowTimers)
     _reassembler: Reassembler = attrs.Factory(Reassembler)
@@ -90,7 +85,8 @@ class FlowTable:
     _identification: int = attrs.Factory(lambda: secrets.randbits(32))
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
-        """Take a batch; the string is the id of the service that the message named."""
+        """Take a batch; the string is the id of the service that the message named. A bug that one
+        flow's packets reach ends that flow, and no other."""
         segments: dict[TcpFlow, list[TcpSegment]] = {}
         datagrams: dict[UdpFlow, None] = {}
         for service_id, packet in packets:
@@ -102,10 +98,16 @@ class FlowTable:
                 self._receive_packet_untrusted(service, packet, segments, datagrams, now)
             except RemoteProtocolError:
                 self.dropped["malformed"] += 1
+            except CONTAINED as error:
+                self.break_flow(None, error)
         for flow, batch in segments.items():
-            flow.connection.receive_segments(batch, now)
-            self.touch(flow, now)
-            self._events.append(FlowActive(flow))
+            try:
+                flow.connection.receive_segments(batch, now)
+                self.touch(flow, now)
+            except CONTAINED as error:
+                self.break_flow(flow, error)
+            else:
+                self._events.append(FlowActive(flow))
         self._events.extend(map(FlowActive, datagrams))
 
     def next_event(self) -> FlowEvent | None:
@@ -127,7 +129,9 @@ class FlowTable:
 
     def packets_to_send(self, now: float, max_bytes: int) -> list[tuple[str, IpPacket]]:
         """Packets for the users, flows taking turns: none begins once max_bytes are there."""
-        return self._turns.packets_to_send(now, max_bytes, lambda flow: self._settle(flow, now))
+        return self._turns.packets_to_send(
+            now, max_bytes, lambda flow: self._settle(flow, now), self.break_flow
+        )
 
     def send_datagrams(
         self, flow: UdpFlow, payloads: Sequence[tuple[Buffer, int]], now: float
@@ -174,13 +178,19 @@ class FlowTable:
                 else:
                     self._timers.arm(flow, flow.last_used + UDP_IDLE)
                 continue
-            due = flow.connection.get_timer()
-            if due is not None and due <= now:
-                flow.connection.handle_timer(now)
-                self._events.append(FlowActive(flow))
-                self.touch(flow, now)
-            else:
-                self._timers.arm_tcp(flow, now)
+            try:
+                self._handle_tcp_timer(flow, now)
+            except CONTAINED as error:
+                self.break_flow(flow, error)
+
+    def _handle_tcp_timer(self, flow: TcpFlow, now: float) -> None:
+        due = flow.connection.get_timer()
+        if due is not None and due <= now:
+            flow.connection.handle_timer(now)
+            self._events.append(FlowActive(flow))
+            self.touch(flow, now)
+        else:
+            self._timers.arm_tcp(flow, now)
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables, and what was dropped by reason."""
@@ -188,7 +198,7 @@ class FlowTable:
         return {
             "tcp_flows": tcp,
             "udp_flows": len(self._flows) - tcp,
-            "pending_connects": self._pending.total(),
+            "pending_connects": self._shares.pending.total(),
             "answers_queued": len(self._turns),
             **{f"drop_{reason}": count for reason, count in self.dropped.items()},
             **{f"fragments_{k}": v for k, v in self._reassembler.statistics().items()},
@@ -196,10 +206,7 @@ class FlowTable:
 
     def connect_finished(self, flow: TcpFlow) -> None:
         """The driver's connect to a backend ended, either way. Call it once a flow."""
-        user = flow.key.source
-        self._pending[user] -= 1
-        if not self._pending[user]:
-            del self._pending[user]
+        self._shares.connect_finished(flow.key.source)
 
     def _receive_packet_untrusted(
         self,
@@ -245,27 +252,27 @@ class FlowTable:
         now: float,
     ) -> None:
         (source_port, destination_port), segment = segment_from_packet_untrusted(packet, ip)
+        index = (service.id, TCP, ip.source, source_port, ip.destination, destination_port)
+        flow = self._flows.get(index)
+        replaced = isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment)
+        opens = segment.flags & _OPENING_FLAGS == TcpFlags.SYN
+        if opens and (flow is None or replaced) and not self._shares.may_knock(ip.source, now):
+            self.dropped["syn_rate"] += 1
+            return  # the user's SYN comes again
         if not service.accepts(TCP, destination_port):
             self._refuse(service, packet)
             return
-        index = (service.id, TCP, ip.source, source_port, ip.destination, destination_port)
-        flow = self._flows.get(index)
-        if isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment):
-            self._end(flow, now)
-        elif isinstance(flow, TcpFlow):
+        if isinstance(flow, TcpFlow) and not replaced:
             segments.setdefault(flow, []).append(segment)
             return
+        if isinstance(flow, TcpFlow):
+            self._end(flow, now)
         key = FlowKey(*index)
-        if segment.flags & _OPENING_FLAGS != TcpFlags.SYN:
-            reset = reset_for(segment)
-            if reset is not None:
-                for answer in _to_packets(key, [reset]):
-                    self._answer(service.id, answer.data)
+        if not opens:
+            if (reset := reset_for(segment)) is not None:
+                self._answer(service.id, packets_to_user(key, [reset])[0].data)
             return
-        if (
-            self._pending[ip.source] >= MAX_PENDING_PER_USER
-            or self._pending.total() >= MAX_PENDING_CONNECTS
-        ):
+        if not self._shares.may_connect(ip.source):
             self.dropped["too_many_pending_connects"] += 1
             return  # the user's SYN comes again
         initial_sequence, timestamp_offset = self.initial_numbers(key, now)
@@ -278,7 +285,7 @@ class FlowTable:
         )
         flow = TcpFlow(key, connection)
         if self._open(flow):
-            self._pending[ip.source] += 1
+            self._shares.connect_begun(ip.source)
             self._timers.arm_tcp(flow, now)
 
     def _receive_udp_untrusted(
@@ -354,12 +361,10 @@ class FlowTable:
             self.dropped["answers_full"] += 1
 
     def _open(self, flow: Flow) -> bool:
-        user = flow.key.source
-        if len(self._flows) >= MAX_FLOWS or self._per_user[user] >= MAX_FLOWS_PER_USER:
+        if not self._shares.take_flow(flow.key.source):
             self.dropped["too_many_flows"] += 1
             return False
         self._flows[flow.key.index] = flow
-        self._per_user[user] += 1
         self._events.append(FlowOpened(flow))
         return True
 
@@ -372,29 +377,23 @@ class FlowTable:
 
     def _end(self, flow: TcpFlow, now: float) -> None:
         """A connection is over: send its last word, if any, and forget the flow."""
-        for packet in _to_packets(flow.key, flow.connection.segments_to_send(now)):
+        for packet in packets_to_user(flow.key, flow.connection.segments_to_send(now)):
             self._answer(flow.key.service_id, packet.data)
         self._close(flow)
+
+    def break_flow(self, flow: TcpFlow | None, error: Exception) -> None:
+        """Forget a flow whose connection has failed inside: the next segment meets a reset."""
+        self.dropped["internal_error"] += 1
+        self._events.append(FlowBroken(flow, error))
+        if flow is not None and self._flows.get(flow.key.index) is flow:
+            self._close(flow)
 
     def _close(self, flow: Flow) -> None:
         del self._flows[flow.key.index]
         self._timers.forget(flow)
-        user = flow.key.source
-        self._per_user[user] -= 1
-        if not self._per_user[user]:
-            del self._per_user[user]
+        self._shares.give_flow_back(flow.key.source)
         if isinstance(flow, TcpFlow):
             self._turns.drop(flow)
         else:
             flow.closed = True
         self._events.append(FlowClosed(flow))
-
-
-def _to_packets(key: FlowKey, segments: Sequence[TcpSegment]) -> list[IpPacket]:
-    return segments_to_packets(
-        segments,
-        source=key.destination,
-        destination=key.source,
-        source_port=key.destination_port,
-        destination_port=key.source_port,
-    )

@@ -1,7 +1,8 @@
 """Rates: how often something may happen, in the long run and at once, for one source or for all.
 
 `TokenBucket.take` where one counter is enough (a session's control frames, lines in the log);
-`SourceLimiter.allow` where strangers' addresses tell who asks. What is over a rate is the caller's
+`KeyedLimiter.allow` where each of several has its own; `SourceLimiter.allow` where strangers'
+addresses tell who asks. What is over a rate is the caller's
 to drop and to count.
 """
 
@@ -43,6 +44,33 @@ class TokenBucket:
 
 
 @attrs.define
+class KeyedLimiter:
+    """A rate for each key. When the table is full, the key that has been silent longest is
+    forgotten.
+
+    rate, burst: of one key.
+    """
+
+    rate: float
+    burst: float
+    max_keys: int
+    _buckets: collections.OrderedDict[bytes, TokenBucket] = attrs.field(
+        factory=collections.OrderedDict, init=False
+    )
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def allow(self, key: bytes, now: float) -> bool:
+        """Whether one more event of this key may happen at `now`."""
+        bucket = self._buckets.pop(key, None) or TokenBucket(self.rate, self.burst)
+        if len(self._buckets) >= self.max_keys:
+            self._buckets.popitem(last=False)
+        self._buckets[key] = bucket
+        return bucket.take(now)
+
+
+@attrs.define
 class SourceLimiter:
     """Requests a source address (an IPv6 /64) and altogether. When the table is full, the source
     that has been silent longest is forgotten: forged addresses can then not lock others out, and
@@ -55,9 +83,10 @@ class SourceLimiter:
     burst: float
     max_sources: int = MAX_SOURCES
     total: TokenBucket = attrs.field(factory=lambda: TokenBucket(TOTAL_RATE, TOTAL_BURST))
-    _sources: collections.OrderedDict[bytes, TokenBucket] = attrs.field(
-        factory=collections.OrderedDict, init=False
-    )
+    _sources: KeyedLimiter = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._sources = KeyedLimiter(self.rate, self.burst, self.max_sources)
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -66,8 +95,4 @@ class SourceLimiter:
         """Whether a request from this host may be answered at `now`."""
         # A virtual address stands for one far end, whose /64 it shares with all others.
         key = ipaddress.ip_address(host).packed[: 16 if is_virtual((host, 0)) else 8]
-        bucket = self._sources.pop(key, None) or TokenBucket(self.rate, self.burst)
-        if len(self._sources) >= self.max_sources:
-            self._sources.popitem(last=False)
-        self._sources[key] = bucket
-        return bucket.take(now) and self.total.take(now)
+        return self._sources.allow(key, now) and self.total.take(now)

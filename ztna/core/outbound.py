@@ -17,7 +17,7 @@ import attrs
 
 from ztna.core.addresses import packed_pair
 from ztna.core.failure import Failure, failure_of
-from ztna.core.flow import Flow, FlowActive, FlowClosed, FlowKey, TcpFlow, UdpFlow
+from ztna.core.flow import Flow, FlowActive, FlowBroken, FlowClosed, FlowKey, TcpFlow, UdpFlow
 from ztna.core.flow_timers import FlowTimers
 from ztna.core.flows import MAX_DATAGRAM, UDP_IDLE
 from ztna.core.packet.fragments import Reassembler, fragment
@@ -35,7 +35,7 @@ from ztna.core.tcp.segment import (
 from ztna.core.tcp.sequence import initial_numbers
 from ztna.core.tcp.state import TcpConfig, TcpState
 from ztna.core.turns import Turns
-from ztna.errors import LocalProtocolError, RemoteProtocolError
+from ztna.errors import CONTAINED, LocalProtocolError, RemoteProtocolError
 
 # Our choices: what the programs of one user open at once, several times over. Each stays below the
 # number of ephemeral ports, so that one is always free.
@@ -61,7 +61,7 @@ class FlowFailed:
     failure: Failure
 
 
-OutboundEvent = FlowActive | FlowFailed | FlowClosed
+OutboundEvent = FlowActive | FlowFailed | FlowClosed | FlowBroken
 
 
 @attrs.define
@@ -162,9 +162,12 @@ class OutboundTable:
             except RemoteProtocolError:
                 self.dropped["malformed"] += 1
         for flow, batch in segments.items():
-            flow.connection.receive_segments(batch, now)
-            self._events.append(FlowActive(flow))
-            self.touch(flow, now)
+            try:
+                flow.connection.receive_segments(batch, now)
+                self._events.append(FlowActive(flow))
+                self.touch(flow, now)
+            except CONTAINED as error:
+                self.break_flow(flow, error)
         self._events.extend(map(FlowActive, datagrams))
 
     def next_event(self) -> OutboundEvent | None:
@@ -189,7 +192,7 @@ class OutboundTable:
     def packets_to_send(self, now: float, max_bytes: int) -> list[IpPacket]:
         """Packets for the services, flows taking turns: none begins once max_bytes are there."""
         packets = self._turns.packets_to_send(
-            now, max_bytes, lambda flow: self._timers.arm_tcp(flow, now)
+            now, max_bytes, lambda flow: self._timers.arm_tcp(flow, now), self.break_flow
         )
         return [packet for _, packet in packets]
 
@@ -206,13 +209,19 @@ class OutboundTable:
                 else:
                     self._timers.arm(flow, flow.last_used + UDP_IDLE)
                 continue
-            due = flow.connection.get_timer()
-            if due is not None and due <= now:
-                flow.connection.handle_timer(now)
-                self._events.append(FlowActive(flow))
-                self.touch(flow, now)
-            else:
-                self._timers.arm_tcp(flow, now)
+            try:
+                self._handle_tcp_timer(flow, now)
+            except CONTAINED as error:
+                self.break_flow(flow, error)
+
+    def _handle_tcp_timer(self, flow: TcpFlow, now: float) -> None:
+        due = flow.connection.get_timer()
+        if due is not None and due <= now:
+            flow.connection.handle_timer(now)
+            self._events.append(FlowActive(flow))
+            self.touch(flow, now)
+        else:
+            self._timers.arm_tcp(flow, now)
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables, and what was dropped by reason."""
@@ -302,6 +311,13 @@ class OutboundTable:
             flow.connection.abort(now)
             self._end(flow, now)
         else:
+            self._close(flow)
+
+    def break_flow(self, flow: TcpFlow, error: Exception) -> None:
+        """Forget a flow whose connection has failed inside: a bug of ours ends it, and no other."""
+        self.dropped["internal_error"] += 1
+        self._events.append(FlowBroken(flow, error))
+        if self._flows.get(_index(flow.key)) is flow:
             self._close(flow)
 
     def _send_datagram(self, key: FlowKey, payload: Buffer) -> None:

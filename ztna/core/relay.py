@@ -21,6 +21,7 @@ import attrs
 from ztna.core import wire
 from ztna.core.addresses import source_and_destination
 from ztna.core.encapsulation import Encapsulator, ServiceKey, ServiceLabel
+from ztna.core.limits import TokenBucket
 from ztna.core.offload import SliceJoiner
 from ztna.core.packet.icmp import build_unreachable
 from ztna.core.ports import IpPacket
@@ -34,12 +35,23 @@ _HEADER_OFFSET = {bytes([wire.SHORT]): 3, bytes([wire.SLICE]): 9}
 _FEATURE_OF = {wire.SHORT: Feature.SHORT, wire.SLICE: Feature.SLICE}
 
 
+_NO_RIGHT = "no_right_to_service"
+# Our choice. Datagrams of one session for services that it does not hold, a second and at once. All
+# are dropped before anything else is looked up; some come whenever a right is lost under
+# traffic, and what is over the rate is counted apart, so that a flood shows.
+UNKNOWN_SERVICE_RATE = 64.0
+UNKNOWN_SERVICE_BURST = 1024.0
+
+
 @attrs.define
 class _Leg:
-    """What the relay keeps for one client."""
+    """What the relay keeps for one client. strays: datagrams for services that it does not hold."""
 
     encapsulator: Encapsulator
     fragments: MessageReassembler = attrs.Factory(MessageReassembler)
+    strays: TokenBucket = attrs.Factory(
+        lambda: TokenBucket(UNKNOWN_SERVICE_RATE, UNKNOWN_SERVICE_BURST)
+    )
 
     def dropped(self) -> dict[str, int]:
         return {
@@ -115,6 +127,7 @@ class _Batch:
     """The batch at hand: its sender, what was judged already, what goes out."""
 
     client: Client
+    now: float
     ways: dict[bytes, _Way] = attrs.Factory(dict)
     verdicts: dict[tuple[ServiceKey, tuple[bytes, bytes]], Verdict] = attrs.Factory(dict)
     outputs: dict[Client, _Output] = attrs.Factory(dict)
@@ -155,7 +168,7 @@ class Relay:
 
     def receive_messages(self, client: Client, messages: Sequence[bytes], now: float) -> Outgoing:
         """Judge a batch and say what is to be sent to whom, in order."""
-        batch = _Batch(client)
+        batch = _Batch(client, now)
         ways, unsettled = batch.ways, batch.unsettled
         for message in messages:
             offset = _HEADER_OFFSET.get(message[:1])
@@ -210,7 +223,7 @@ class Relay:
         """What is dropped, too large for the next leg, or of a form that the target lacks."""
         verdict, output = way.verdict, way.output
         if isinstance(verdict, str):
-            self.dropped[verdict] += 1
+            self._drop(batch, verdict)
             return
         assert output is not None
         if way.max_size >= 0:
@@ -266,7 +279,7 @@ class Relay:
             return
         for verdict, (_, packet) in zip(verdicts, packets, strict=True):
             if isinstance(verdict, str):
-                self.dropped[verdict] += 1
+                self._drop(batch, verdict)
             else:
                 self._add_packet(batch, verdict.target, verdict.label, packet)
 
@@ -284,27 +297,33 @@ class Relay:
             output = batch.outputs[target] = _Output(encapsulator, self._joiner)
         return output
 
+    def _drop(self, batch: _Batch, reason: str) -> None:
+        strays = self._legs[batch.client.key].strays
+        if reason == _NO_RIGHT and not strays.take(batch.now):
+            reason = "unknown_service_rate"
+        self.dropped[reason] += 1
+
     def _judge(self, batch: _Batch, service: ServiceKey, packet: bytes, offset: int) -> Verdict:
         """Judge a packet whose IP header starts at offset, once a batch for all that are alike."""
         addresses = source_and_destination(packet, offset)
         if addresses is None:
             return "malformed"
+        route = _route_of(batch.client, service) if batch.client.is_agent else None
+        if route is None and batch.client.is_agent:
+            return _NO_RIGHT
         verdict = batch.verdicts.get((service, addresses))
         if verdict is None:
-            if batch.client.is_agent:
-                verdict = self._judge_outbound(batch, service, *addresses, packet[offset:])
+            if route is not None:
+                verdict = self._judge_outbound(batch, route, *addresses, packet[offset:])
             else:
                 verdict = self._judge_inbound(batch.client, service, *addresses)
             batch.verdicts[service, addresses] = verdict
         return verdict
 
     def _judge_outbound(
-        self, batch: _Batch, service: ServiceKey, source: bytes, destination: bytes, packet: bytes
+        self, batch: _Batch, route: AgentRoute, source: bytes, destination: bytes, packet: bytes
     ) -> Verdict:
         client = batch.client
-        route = _route_of(client, service)
-        if route is None:
-            return "no_right_to_service"
         if source not in client.addresses and not self.registry.bind_address(client, source):
             return "source_address"
         if destination not in route.destinations:

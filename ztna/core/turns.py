@@ -12,6 +12,7 @@ import attrs
 from ztna.core.flow import FlowKey, TcpFlow
 from ztna.core.ports import IpPacket
 from ztna.core.tcp.segment import TcpSegment
+from ztna.errors import CONTAINED
 
 # What a flow may send in its turn: one super-packet. More than any MSS, below which a connection
 # would say nothing and lose its turn for good.
@@ -55,11 +56,16 @@ class Turns:
         self._ready.pop(flow, None)
 
     def packets_to_send(
-        self, now: float, max_bytes: int, after: Callable[[TcpFlow], None]
+        self,
+        now: float,
+        max_bytes: int,
+        after: Callable[[TcpFlow], None],
+        broken: Callable[[TcpFlow, Exception], None],
     ) -> list[tuple[str, IpPacket]]:
         """Packets with their service's id: no turn begins once max_bytes are there.
 
-        after: called with each flow behind its turn.
+        after: called with each flow behind its turn. broken: with one whose connection, or after,
+        has failed by a bug of ours.
         """
         packets: list[tuple[str, IpPacket]] = []
         size = 0
@@ -69,11 +75,14 @@ class Turns:
             size += len(packet.data)
         while self._ready and size < max_bytes:
             flow, _ = self._ready.popitem(last=False)
-            segments = flow.connection.segments_to_send(now, TURN_BYTES)
-            if segments:
-                built = self.to_packets(flow.key, segments)
-                packets += [(flow.key.service_id, packet) for packet in built]
-                size += sum(len(packet.data) for packet in built)
-                self._ready[flow] = None  # at the end of the line, until it has no more to say
-            after(flow)
+            try:
+                segments = flow.connection.segments_to_send(now, TURN_BYTES)
+                if segments:
+                    built = self.to_packets(flow.key, segments)
+                    packets += [(flow.key.service_id, packet) for packet in built]
+                    size += sum(len(packet.data) for packet in built)
+                    self._ready[flow] = None  # at the end of the line, until it has no more to say
+                after(flow)
+            except CONTAINED as error:
+                broken(flow, error)
         return packets

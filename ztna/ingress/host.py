@@ -12,15 +12,18 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 import attrs
+import structlog
 import trio
 
 from ztna.core.failure import Failure
-from ztna.core.flow import Flow, FlowActive, FlowClosed, TcpFlow, UdpFlow
+from ztna.core.flow import Flow, FlowActive, FlowBroken, FlowClosed, TcpFlow, UdpFlow
 from ztna.core.outbound import FlowFailed, OutboundTable
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.tcp.state import TcpState, TimedOut
-from ztna.errors import ZtnaError
+from ztna.errors import CONTAINED, ZtnaError
 from ztna.splice import Splice
+
+log = structlog.get_logger(__name__)
 
 # What one `receive` gives: the cap of `tun.device`.
 _BATCH_BYTES = 256 * 1024
@@ -66,13 +69,14 @@ class Outbound:
     flow: TcpFlow
     splice: Splice
     failure: Failure | None = None
+    broken: bool = False
 
     async def wait_established(self) -> None:
         """Raises NotConnectedError."""
         connection = self.flow.connection
-        while connection.state in _PENDING:
+        while connection.state in _PENDING and not self.broken:
             await self.splice.wait_changed()
-        if connection.closed:
+        if connection.closed or self.broken:
             timed_out = isinstance(self.splice.ended, TimedOut)
             raise NotConnectedError(
                 self.failure or (Failure.TIMED_OUT if timed_out else Failure.REFUSED)
@@ -86,6 +90,11 @@ class Outbound:
     def wake(self) -> None:
         """Something happened to the flow."""
         self.splice.wake()
+
+    def cut(self) -> None:
+        """The connection has failed inside."""
+        self.broken = True
+        self.splice.cut()
 
     def fail(self, failure: Failure) -> None:
         """The network refuses the flow."""
@@ -245,17 +254,27 @@ class UserspaceHost:
     def settle(self) -> None:
         """Drain the table's events, then wake who waits."""
         while (event := self.table.next_event()) is not None:
-            driver = self._drivers.get(event.flow)
+            driver = None if event.flow is None else self._drivers.get(event.flow)
+            if isinstance(event, FlowBroken):
+                log.error("internal error in a flow", flow=event.flow, exc_info=event.error)
+                if isinstance(driver, Outbound):
+                    driver.cut()
             if driver is None:
                 continue
             match event:
-                case FlowActive():
-                    driver.wake()
+                case FlowActive(flow):
+                    try:
+                        driver.wake()
+                    except CONTAINED as error:
+                        if not isinstance(flow, TcpFlow):
+                            raise
+                        self.table.break_flow(flow, error)
                 case FlowFailed(_, failure):
                     driver.fail(failure)
                 case FlowClosed(flow):
                     del self._drivers[flow]
-                    driver.close()
+                    if not (isinstance(driver, Outbound) and driver.broken):
+                        driver.close()
         if self.table.wants_to_send:
             self._output.set()
         self._timer_changed.set()
