@@ -76,7 +76,7 @@ def test_intermediate_in_words(tmp_path: Path) -> None:
     assert lines[1:3] == ["  listens on [::]:4433 (UDP)", "  is seen by clients as 198.51.100.7"]
     assert lines[5:] == [
         "  gives tunnel addresses from 10.100.64.0/18; services are in 10.100.0.0/24",
-        "  relays packets that are not encrypted end to end",
+        "  does not relay packets that are not encrypted end to end",
         "  answers STUN on its own port, and on port 3479",
         "  policy:",
         "    agent/laptop may reach echo-service, web-app",
