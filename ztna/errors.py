@@ -42,6 +42,10 @@ class UnreachableError(ZtnaError):
     exit_code = 6
 
 
+class UnresolvedError(UnreachableError):
+    """A name does not resolve."""
+
+
 class LimitError(ZtnaError):
     """A bound of ours was reached; the message says which."""
 
@@ -55,9 +59,18 @@ class SystemSetupError(ZtnaError):
 
 
 class SessionClosedError(ZtnaError):
-    """The session is gone; the message carries who closed it and why."""
+    """The session is gone; the message carries who closed it and why.
+
+    code: what it was closed with (`ztna.net.closing`), where that is known; by_peer: whether the
+    other side did.
+    """
 
     exit_code = 6
+
+    def __init__(self, words: str, code: int | None = None, *, by_peer: bool = False) -> None:
+        super().__init__(words)
+        self.code = code
+        self.by_peer = by_peer
 
 
 class RemoteProtocolError(ZtnaError):

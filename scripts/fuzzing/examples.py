@@ -156,6 +156,8 @@ CONTROL = [
         ),
         messages.ServiceMap((messages.ServiceNumber(1, "web"), messages.ServiceNumber(2, "db"))),
         messages.Denied("web", "no rule"),
+        messages.Health(1, "web"),
+        messages.HealthAnswer(1, "web", "refuses", "TCP 10.2.0.20:80: connection refused"),
         messages.OpenSession(
             ("web",), (messages.KnownSession("0" * 16, "spiffe://example.net/connector/home"),)
         ),

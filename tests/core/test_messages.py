@@ -25,6 +25,8 @@ from ztna.core.messages import (
     Denied,
     FrameReader,
     Goodbye,
+    Health,
+    HealthAnswer,
     Hello,
     HostPort,
     KnownSession,
@@ -117,6 +119,11 @@ MESSAGES: list[tuple[Message, dict[str, object]]] = [
         {"session": "00000000deadbeef", "reason": "gone", "withdrawn": True},
     ),
     (Unavailable("web", "no connector"), {"service": "web", "reason": "no connector"}),
+    (Health(1, "web"), {"number": 1, "service": "web"}),
+    (
+        HealthAnswer(2**31 - 1, "web", "hangs", "no answer"),
+        {"number": 2**31 - 1, "service": "web", "state": "hangs", "words": "no answer"},
+    ),
     (Goodbye("replaced", 30.0), {"reason": "replaced", "wait": 30.0}),
     (ProtocolError("a second Hello"), {"reason": "a second Hello"}),
     (

@@ -151,6 +151,27 @@ class Unavailable:
     reason: str
 
 
+_QUESTION = _between(1, 2**31 - 1)
+
+
+@attrs.frozen
+class Health:
+    """On a peer session: the agent asks whether the application of a service answers."""
+
+    number: int = attrs.field(validator=_QUESTION)
+    service: str
+
+
+@attrs.frozen
+class HealthAnswer:
+    """What came of trying it, just now. state: for programs; words: for people."""
+
+    number: int = attrs.field(validator=_QUESTION)
+    service: str
+    state: str = attrs.field(validator=attrs.validators.max_len(16))
+    words: str = attrs.field(validator=attrs.validators.max_len(300))
+
+
 @attrs.frozen
 class Goodbye:
     """The sender ends the session in order; come back after `wait` seconds at the earliest."""
@@ -180,6 +201,8 @@ Message = (
     | RelayChannel
     | ChannelClosed
     | Unavailable
+    | Health
+    | HealthAnswer
     | Goodbye
     | ProtocolError
     | IceMessage

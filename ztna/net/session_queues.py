@@ -281,7 +281,8 @@ class SessionQueues:
 
     def _raise_if_closed(self) -> None:
         if self._close_info is not None:
-            raise SessionClosedError(self._close_info.reason)
+            info = self._close_info
+            raise SessionClosedError(info.reason, info.code, by_peer=info.by_peer)
 
     # --- for the pump -------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from ztna.core.identity import Identity, Role
 from ztna.core.messages import (
     Accepted,
     ChannelClosed,
+    HealthAnswer,
     Hello,
     KnownSession,
     Message,
@@ -372,6 +373,9 @@ class AgentPeers:
                 log.info("peer session up", peer=str(peer.identity))
             case ServiceMap() if link.up:
                 link.set_services({entry.number: entry.id for entry in message.services})
+            case HealthAnswer() if link.up:
+                link.health.receive(message)
+                return
             case _ if link.up and link.receive_signal is not None:
                 link.receive_signal(message)
             case _:

@@ -25,6 +25,7 @@ from ztna.core.messages import (
     Accepted,
     ChannelClosed,
     Goodbye,
+    Health,
     Hello,
     Message,
     RelayChannel,
@@ -40,6 +41,7 @@ from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
+from ztna.roles.health import HealthDesk
 from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
 
 log = structlog.get_logger(__name__)
@@ -76,6 +78,7 @@ class AgentSide:
     link: PeerLink | None = None
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     left_at: float = math.inf
+    health: HealthDesk = attrs.Factory(HealthDesk)
     wrong_source: int = 0
 
 
@@ -142,6 +145,7 @@ class ConnectorPeers:
                 **side.path.counters,
                 **side.terminator.table.statistics(),
                 "drop_wrong_source": side.wrong_source,
+                "drop_health": side.health.refused,
             }
             for side in self.agents
         }
@@ -186,7 +190,9 @@ class ConnectorPeers:
     def _new_side(self, identity: Identity) -> AgentSide | None:
         if len(self._agents) >= MAX_AGENTS or self._nursery is None:
             return None
-        side = AgentSide(identity, self.endpoint.paths.open(), self.new_terminator())
+        terminator = self.new_terminator()
+        health = HealthDesk(terminator.dialer)
+        side = AgentSide(identity, self.endpoint.paths.open(), terminator, health=health)
         self._agents[identity] = side
         self._nursery.start_soon(self._run_side, side)
         return side
@@ -293,6 +299,11 @@ class ConnectorPeers:
             case Hello() if not link.up:
                 self._receive_hello_untrusted(side, link, message)
                 nursery.start_soon(self._send_answers, side, link)
+            case Health() if link.up:
+                offered = message.service in link.labels
+                offer = side.terminator.table.services.get(message.service) if offered else None
+                backend = None if offer is None else side.terminator.backends[offer.id]
+                side.health.receive(nursery, message, offer, backend, link.send)
             case _ if link.up and link.receive_signal is not None:
                 link.receive_signal(message)
             case _:

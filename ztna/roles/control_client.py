@@ -197,7 +197,7 @@ async def run_control_session(
     if wait:
         log.warning("the intermediate said goodbye", wait=wait, reason=closed.reason)
         return wait
-    raise SessionClosedError(f"session ended: {closed.reason}")
+    raise SessionClosedError(f"session ended: {closed.reason}", closed.code, by_peer=closed.by_peer)
 
 
 async def _wait_verified(session: Session) -> None:

@@ -19,6 +19,7 @@ import trio
 
 from ztna.config.model import IntermediateAddress
 from ztna.core.addresses import format_address
+from ztna.core.error_groups import leaves
 from ztna.core.identity import Role
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, RefusedError, SessionClosedError, UnreachableError
@@ -32,7 +33,8 @@ from ztna.roles.control_client import HANDSHAKE_DEADLINE, PacketHandler, run_con
 from ztna.roles.resolve import family_of, resolve
 from ztna.roles.session_race import Race, Runner
 from ztna.roles.signed_policy import SignedPolicy
-from ztna.roles.tree import restart_with_backoff, statistics_registry
+from ztna.roles.tree import RETRIED, restart_with_backoff, statistics_registry
+from ztna.roles.trouble import Trouble, trouble_of
 from ztna.roles.waits import first_of
 
 log = structlog.get_logger(__name__)
@@ -64,6 +66,7 @@ class ControlKeeper:
 
     credentials, service_ids, denied_serials: may be set while it runs; they count for the next
     session, which `renew` begins. dialer: opens streams; None for UDP alone.
+    trouble: why there is no session now, or what ended the one before; None if nothing did.
     """
 
     endpoint: Endpoint
@@ -75,6 +78,7 @@ class ControlKeeper:
     denied_serials: frozenset[int] = frozenset()
     policy: SignedPolicy | None = None
     dialer: StreamDialer | None = None
+    trouble: Trouble | None = attrs.field(default=None, init=False)
     _race: Race | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
     _network_changed: trio.Event = attrs.Factory(trio.Event)
@@ -86,6 +90,7 @@ class ControlKeeper:
     _pause: float = FIRST_PAUSE
     _tls_failure: str = ""  # of the last attempt
     _why: str = ""  # the last session is over a stream
+    _ways: dict[str, str] = attrs.Factory(dict)
 
     async def run(self) -> NoReturn:
         """Keep a session until cancelled."""
@@ -94,7 +99,8 @@ class ControlKeeper:
         async with trio.open_nursery() as self._nursery:
             if self.dialer is not None:
                 self._nursery.start_soon(self.dialer.watch, self.network_changed)
-            await restart_with_backoff(f"session with {name}", self._attempt, random.SystemRandom())
+            what = f"session with {name}"
+            await restart_with_backoff(what, self._noted_attempt, random.SystemRandom())
         raise LocalProtocolError("what is tried for ever has ended")
 
     def renew(self) -> None:
@@ -110,12 +116,25 @@ class ControlKeeper:
         transport = "tls" if self._over_stream else "udp"
         return {"transport": transport, "why": self._why, "streams": len(self._streams)}
 
+    async def _noted_attempt(self, succeeded: Callable[[], None]) -> float:
+        """An attempt whose end is kept for whoever asks why."""
+        self._ways = {}
+        try:
+            return await self._attempt(succeeded)
+        except* RETRIED as group:
+            self.trouble = trouble_of(list(leaves(group)), self._ways, trio.current_time())
+            raise
+        raise LocalProtocolError("an attempt has ended without a result")
+
     async def _attempt(self, succeeded: Callable[[], None]) -> float:
         """Sessions of which each was begun beside the one before, until one leaves no successor."""
         race = self._race = self._begin(HANDSHAKE_DEADLINE)
         try:
             while True:
-                session = await race.wait()
+                try:
+                    session = await race.wait()
+                finally:
+                    self._ways = race.failures
                 self._race = None
                 self._note_transport(session)
                 wait = 0.0
@@ -162,6 +181,7 @@ class ControlKeeper:
         where = format_address((self.intermediate.host, self.intermediate.port))
         runners = [
             Runner(
+                "udp",
                 self._over_udp,
                 0.0,
                 lambda: (
@@ -176,7 +196,9 @@ class ControlKeeper:
             there = format_address((self.intermediate.host, port))
             silent = f"no session over TLS with {there} in {deadline - delay:g} s"
             self._tls_failure = ""
-            runners.append(Runner(self._over_tls, delay, lambda: self._tls_failure or silent))
+            runners.append(
+                Runner("tls", self._over_tls, delay, lambda: self._tls_failure or silent)
+            )
         race = Race(runners, deadline)
         assert self._nursery is not None
         self._nursery.start_soon(race.run)

@@ -20,6 +20,7 @@ from ztna.errors import RemoteProtocolError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
+from ztna.roles.health import HealthAsks
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,7 @@ class PeerLink:
     unnamed: int = 0
     said_hello: trio.Event = attrs.Factory(trio.Event)
     receive_signal: Callable[[Message], None] | None = None
+    health: HealthAsks = attrs.Factory(HealthAsks)
 
     def set_services(self, services: Mapping[int, str]) -> None:
         """The services that this session carries, by number."""

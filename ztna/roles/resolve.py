@@ -5,17 +5,17 @@ import socket
 import trio
 
 from ztna.core.ports import Address
-from ztna.errors import UnreachableError
+from ztna.errors import UnresolvedError
 
 
 async def resolve(host: str, port: int, family: socket.AddressFamily | None = None) -> Address:
-    """The first UDP address of a host. Raises UnreachableError with what to check."""
+    """The first UDP address of a host. Raises UnresolvedError with what to check."""
     try:
         found = await trio.socket.getaddrinfo(
             host, port, family=family or socket.AF_UNSPEC, type=socket.SOCK_DGRAM
         )
     except socket.gaierror as error:
-        raise UnreachableError(
+        raise UnresolvedError(
             f"the name {host!r} does not resolve ({error.strerror}); check `intermediate.host` "
             f"and this machine's DNS"
         ) from error

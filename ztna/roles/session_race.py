@@ -9,20 +9,21 @@ from collections.abc import Awaitable, Callable, Sequence
 import attrs
 import trio
 
-from ztna.errors import SessionClosedError, UnreachableError, ZtnaError
+from ztna.errors import SessionClosedError, UnreachableError, UnresolvedError, ZtnaError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 
 
 @attrs.frozen
 class Runner:
-    """One attempt.
+    """One attempt. way: its name, for `Race.failures`.
 
     attempt: gives a verified session, and leaves nothing behind when it fails or is cancelled.
     delay: seconds that it gives the others; it begins sooner when one of them fails.
     silent: what to say when time is up.
     """
 
+    way: str
     attempt: Callable[[], Awaitable[Session]]
     delay: float
     silent: Callable[[], str]
@@ -83,9 +84,21 @@ class Race:
         if self.winner is not None:
             return self.winner
         words = self.reason
-        if any(isinstance(error, SessionClosedError) for error in self._failures.values()):
-            raise SessionClosedError(words)
+        for error in self._failures.values():
+            if isinstance(error, SessionClosedError):
+                raise SessionClosedError(words, error.code, by_peer=error.by_peer)
+        for error in self._failures.values():
+            if isinstance(error, UnresolvedError):
+                raise UnresolvedError(words)
         raise UnreachableError(words)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """What became of each attempt, in words; silence too."""
+        return {
+            runner.way: str(self._failures[runner]) if runner in self._failures else runner.silent()
+            for runner in self.runners
+        }
 
     @property
     def reason(self) -> str:
