@@ -133,7 +133,8 @@ async def test_errors_of_the_network(error: OSError, state: str, words: str) -> 
         async def open_stream(self, address: Address) -> trio.abc.HalfCloseableStream:
             await trio.lowlevel.checkpoint()
             # As trio raises what became of all addresses of a name.
-            raise OSError(f"all attempts to {address} failed") from ExceptionGroup("several", [error])
+            group = ExceptionGroup("several", [error])
+            raise OSError(f"all attempts to {address} failed") from group
 
     answer = await ask(HealthDesk(Failing()), TCP_ALONE)
     assert (answer.state, answer.words) == (state, f"TCP 10.2.0.20:9999: {words}")
