@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import cast
 
 from scripts.fuzzing.examples import CLIENT, ICE_MESSAGES
 from scripts.fuzzing.tables import Parser
@@ -9,10 +10,12 @@ from ztna.core import messages
 from ztna.core.ice.agent import IceAgent
 from ztna.core.ice.checklist import MAX_PAIRS
 from ztna.core.ice.messages import IceMessage, StartPunching
+from ztna.core.ice.owner import stun_owner_untrusted
 from ztna.core.ice.paths import MAX_PATHS
 from ztna.core.ice.plan import NatView
 from ztna.core.ice.punching import Gathered
 from ztna.core.natclass import NatBehaviour, Presence
+from ztna.core.ports import UdpPort
 from ztna.core.stun import attributes as stun
 from ztna.core.stun.messages import (
     MessageClass,
@@ -21,6 +24,7 @@ from ztna.core.stun.messages import (
     parse_stun_untrusted,
 )
 from ztna.errors import RemoteProtocolError
+from ztna.roles.gathering import Gatherer
 
 _SIGNATURES = {
     stun.Username.kind,
@@ -52,6 +56,7 @@ def ice_checks() -> Parser:
         for agent in agents:
             assert agent.punching is not None
             keys = agent.punching.keys
+            stun_owner_untrusted(data)
             sent = agent.packets_to_send(now)
             agent.receive_packet_untrusted(data, 0, CLIENT, now)
             try:
@@ -89,5 +94,17 @@ def ice_messages() -> Parser:
                 agent.packets_to_send(now)
             for said in agent.messages_to_send(60.0):
                 messages.encode_message(said)
+
+    return parse
+
+
+def gatherer() -> Parser:
+    """Answers to a question of ours, whatever they say."""
+    number = bytes(12)
+    found = Gatherer(cast(UdpPort, None), server=CLIENT)
+
+    def parse(data: bytes) -> None:
+        found._asked[number] = None
+        found.receive_response_untrusted(data[:8] + number + data[20:], number, CLIENT)
 
     return parse

@@ -31,7 +31,7 @@ from scripts.fuzzing.examples import (
     initial,
     turned,
 )
-from scripts.fuzzing.ice import ice_checks, ice_messages
+from scripts.fuzzing.ice import gatherer, ice_checks, ice_messages
 from scripts.fuzzing.peers import (
     agent_peer,
     agent_signals,
@@ -374,6 +374,7 @@ TARGETS: Mapping[str, Target] = {
     "mtu-probe": Target(_mtu_prober, STUN),
     "stream": Target(lambda: _stream, STREAMS),
     "ice-checks": Target(ice_checks, STUN, renew_after=2000),
+    "ice-gathering": Target(gatherer, STUN),
     "ice-messages": Target(ice_messages, [c[4:] for c in CONTROL]),
     "socks": Target(lambda: _socks, SOCKS),
     "vnet": Target(lambda: parse_vnet_header_untrusted, VNET),

@@ -112,6 +112,7 @@ MESSAGES: list[tuple[Message, dict[str, object]]] = [
             "services": ["web"],
             "tunnel_address": None,
             "tunnel_address6": None,
+            "observed": None,
         },
     ),
     (
@@ -195,6 +196,7 @@ def test_bytes_of_a_frame() -> None:
 def test_every_field_is_judged(message: Message, fields: dict[str, object]) -> None:
     """A wrong type in any field, and any field without a default missing, is malformed."""
     optional = {
+        "observed",
         "observed_address",
         "sessions",
         "tunnel_address",

@@ -365,3 +365,26 @@ def test_who_did_not_ask_is_left_alone(changed: list[str]) -> None:
     silent = scene.client(Role.AGENT, "silent")
     scene.rendezvous.reconcile(silent, scene.now)
     assert scene.said() == []
+
+
+def test_each_end_is_told_where_the_other_is_seen() -> None:
+    """Its IP address, which it needs to punch; again when that is another one."""
+    scene = Scene()
+    connector, agent = scene.connector(), scene.agent()
+    scene.channels.set_address(agent.key, ("203.0.113.7", 40_000))
+    # A session over a TCP stream shows no UDP address.
+    scene.channels.set_address(connector.key, ("100::2:0:0:1", 0))
+    scene.open(agent, "web")
+    said = scene.channels_said()
+    assert (said[connector].observed, said[agent].observed) == ("203.0.113.7", None)
+    scene.channels.set_address(agent.key, ("203.0.113.8", 40_000))
+    scene.rendezvous.moved(agent, scene.now)
+    moved = scene.channels_said()
+    assert moved.keys() == {connector}
+    assert moved[connector].observed == "203.0.113.8"
+    assert moved[connector].channel == said[connector].channel
+    scene.channels.set_address(connector.key, ("192.0.2.9", 4434))
+    scene.rendezvous.moved(connector, scene.now)
+    moved = scene.channels_said()
+    assert moved.keys() == {agent}
+    assert moved[agent].observed == "192.0.2.9"

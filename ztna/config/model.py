@@ -12,6 +12,7 @@ from pathlib import Path
 
 import attrs
 
+from ztna.config.direct import DirectConfig
 from ztna.config.forwards import ForwardValue, ListenValue
 from ztna.config.structure import Described, means, schema_of
 from ztna.config.stun import StunConfig
@@ -165,6 +166,9 @@ class AgentConfig:
         default=(),
     )
     tun: TunConfig = attrs.field(metadata=means("The tunnel interface."), factory=TunConfig)
+    direct: DirectConfig = attrs.field(
+        metadata=means("Direct paths between agent and connector."), factory=DirectConfig
+    )
     service_range: Ipv4Range = attrs.field(
         metadata=means(
             "The range of all services' virtual addresses; all of it is routed into the tunnel."
@@ -199,13 +203,6 @@ class AgentConfig:
         metadata=means(
             "The public half of the policy key, PEM: this node then believes only a policy that "
             "it has signed; relative to this file's folder."
-        ),
-        default=None,
-    )
-    status_socket: PathValue | None = attrs.field(
-        metadata=means(
-            "Where `ztna status` asks this node; in /run/ztna, the user's runtime folder or "
-            "state_dir if absent."
         ),
         default=None,
     )
@@ -259,6 +256,9 @@ class ConnectorConfig:
         metadata=means("The services provided here; at least one.")
     )
     p2p: P2pConfig = attrs.field(metadata=means("Direct sessions."), factory=P2pConfig)
+    direct: DirectConfig = attrs.field(
+        metadata=means("Direct paths between agent and connector."), factory=DirectConfig
+    )
     service_range: Ipv4Range = attrs.field(
         metadata=means("The range of all services' virtual addresses."),
         default=DEFAULT_SERVICE_RANGE,

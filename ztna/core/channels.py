@@ -110,6 +110,10 @@ class ChannelTable:
         for leg in self._owned.get(owner, ()):
             leg.address = address
 
+    def address_of(self, owner: int) -> Address | None:
+        """That address, if it is known."""
+        return self._addresses.get(owner)
+
     def join(self, first: int, second: int) -> tuple[Leg, Leg]:
         """Two new legs, joined, for clients whose addresses are known. Raises LimitError that says
         whose channels are all taken."""

@@ -122,7 +122,8 @@ class RelayChannel:
 
     session: what both ends and the intermediate call it. channel: of the receiver's leg. peer: the
     other end's SPIFFE ID. services: what the session is to carry, all of it. The tunnel addresses
-    are the agent's, for the connector.
+    are the agent's, for the connector. observed: the IP address that the intermediate sees the
+    other end at, over UDP.
     """
 
     session: str = attrs.field(validator=_HEX64)
@@ -131,6 +132,7 @@ class RelayChannel:
     services: tuple[str, ...]
     tunnel_address: str | None = None
     tunnel_address6: str | None = None
+    observed: str | None = None
 
 
 @attrs.frozen

@@ -16,6 +16,7 @@ from collections import deque
 
 import attrs
 
+from ztna.core.addresses import is_virtual
 from ztna.core.channels import ChannelTable, Leg
 from ztna.core.identity import Identity
 from ztna.core.messages import ChannelClosed, Message, OpenSession, RelayChannel, Unavailable
@@ -102,6 +103,12 @@ class Rendezvous:
                 pair.agent = new
             else:
                 pair.connector = new
+
+    def moved(self, client: Client, now: float) -> None:
+        """A client is seen at another address: the other ends of its sessions are told."""
+        for pair in self._pairs_of(client):
+            pair.told.pop((pair.connector if client is pair.agent else pair.agent).key, None)
+            self.reconcile(pair.agent, now)
 
     def gone(self, client: Client, now: float) -> None:
         """A client's session has ended, and no newer one is there."""
@@ -209,7 +216,13 @@ class Rendezvous:
         if client.speaks_control and pair.told.get(client.key) != pair.services:
             pair.told[client.key] = pair.services
             channel = leg.channel.hex()
-            message = RelayChannel(pair.session, channel, peer.uri, pair.services, *addresses)
+            other = pair.connector if client is pair.agent else pair.agent
+            address = self.channels.address_of(other.key)
+            observed = None if address is None or is_virtual(address) else address[0]
+            four, six = (*addresses, None, None)[:2]
+            message = RelayChannel(
+                pair.session, channel, peer.uri, pair.services, four, six, observed
+            )
             self._events.append((client, message))
 
     def _close(self, pair: _Pair, reason: str, *, withdrawn: bool) -> None:

@@ -241,29 +241,32 @@ class Endpoint:
         }
 
     async def _receive(self) -> None:
-        """Sort what came, pump the sessions that it concerns, and those that they hand it to, and
-        send what comes of it: all in one task, for a wake-up costs as much as ten packets."""
         while True:
-            batches = await self.port.receive()
-            now = trio.current_time()
-            answers: list[UdpBatch] = []
-            self._in_round = True
-            try:
-                for batch in batches:
-                    if batch.address in self.paths:
-                        self._counters["drop_wrong_path"] += 1  # a forged source address
-                    else:
-                        self._sort(batch, answers)
-                while self._due:
-                    session = next(iter(self._due))
-                    del self._due[session]
-                    answers += session.pump_now(now)
-            finally:
-                self._in_round = False
-            if answers:
-                rest = self._routed.send_nowait(answers)
-                if rest:
-                    await self.port.send(rest)
+            await self.take(await self.port.receive())
+
+    async def take(self, batches: Sequence[UdpBatch]) -> None:
+        """Sort what came to this port, or to another one of the same peers, pump the sessions that
+        it concerns, and those that they hand it to, and send what comes of it: all in one task, for
+        a wake-up costs as much as ten packets."""
+        now = trio.current_time()
+        answers: list[UdpBatch] = []
+        self._in_round = True
+        try:
+            for batch in batches:
+                if batch.address in self.paths:
+                    self._counters["drop_wrong_path"] += 1  # a forged source address
+                else:
+                    self._sort(batch, answers)
+            while self._due:
+                session = next(iter(self._due))
+                del self._due[session]
+                answers += session.pump_now(now)
+        finally:
+            self._in_round = False
+        if answers:
+            rest = self._routed.send_nowait(answers)
+            if rest:
+                await self.port.send(rest)
 
     def _sort(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
         if batch.data[0] == RAW:

@@ -9,7 +9,7 @@ virtual address. aioquic would take another address for a migration, and has no 
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -26,26 +26,39 @@ class PeerPath:
     """Where the packets of one peer session go.
 
     address: the virtual one. channel: of our leg to the relay; relay: the intermediate's address;
-    None while it gives us none. direct: the peer's own address, where one was found.
+    None while it gives us none. direct: the peer's own address, where one was found; port: what
+    packets to it leave from, None for the endpoint's own. relay_too: they go both ways while the
+    direct one is in doubt. on_relayed: hears what the relay brings while we send directly.
     """
 
     address: Address
     channel: bytes | None = attrs.field(default=None)
     relay: Address | None = None
     direct: Address | None = None
+    port: UdpPort | None = None
+    relay_too: bool = False
+    on_relayed: Callable[[], None] | None = None
     counters: Counter[str] = attrs.Factory(Counter)
 
     def route(self, batch: UdpBatch) -> list[UdpBatch]:
         """What leaves for a batch to the virtual address; nothing while there is no way."""
         size = len(batch.data)
+        leaving: list[UdpBatch] = []
         if self.direct is not None:
             self.counters["sent_direct_bytes"] += size
-            return [UdpBatch(batch.data, batch.segment_size, self.direct)]
+            out = UdpBatch(batch.data, batch.segment_size, self.direct)
+            if self.port is None:
+                leaving.append(out)
+            else:
+                self.counters["drop_port_full"] += len(self.port.send_nowait([out]))
+            if not self.relay_too:
+                return leaving
         if self.channel is not None and self.relay is not None:
             self.counters["sent_relay_bytes"] += size
-            return [pack(batch, self.channel, self.relay)]
-        self.counters["drop_no_path"] += 1
-        return []
+            leaving.append(pack(batch, self.channel, self.relay))
+        elif self.direct is None:
+            self.counters["drop_no_path"] += 1
+        return leaving
 
 
 @attrs.define(eq=False)
@@ -109,6 +122,8 @@ class PathTable:
             self.counters["drop_channel_address"] += 1
             return None
         path.counters["received_relay_bytes"] += len(batch.data)
+        if path.direct is not None and path.on_relayed is not None:
+            path.on_relayed()
         return unpack(batch, path.address)
 
     def arrived(self, address: Address, batch: UdpBatch) -> UdpBatch:

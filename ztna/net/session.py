@@ -326,12 +326,10 @@ class Session(SessionQueues):
         and must not count against the session once it is up."""
         if self._peer is None:
             return
-        connection = self._connection
-        changed = self._watch.observe(
-            aioquic_state.largest_acknowledged(connection),
-            waiting=aioquic_state.bytes_in_flight(connection) > 0,
-            now=now,
-        )
+        use = aioquic_state.use_of(self._connection)
+        changed = self._watch.observe(use.acknowledged, waiting=use.waiting, now=now)
+        if self.on_use is not None:
+            self.on_use(use, now)
         if changed:
             self._set_suspect(suspect=self._watch.suspect)
 

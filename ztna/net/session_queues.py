@@ -13,6 +13,7 @@ from aioquic.quic.configuration import QuicConfiguration
 from trio.lowlevel import ParkingLot
 
 from ztna.core.addresses import format_address
+from ztna.core.ice.paths import Use
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, SessionClosedError
 from ztna.net.aioquic_private.congestion import TUNNEL
@@ -100,6 +101,7 @@ class SessionQueues:
 
     max_datagram_data: bytes of the largest DATAGRAM data that fits; 0 before the peer is verified.
     suspect: the peer has left data or a PING unanswered for longer than `settings.patience`.
+    on_use: hears after each round of the pump what became of the packets; at a time (s).
     """
 
     settings: SessionSettings
@@ -107,6 +109,7 @@ class SessionQueues:
     remote_address: Address
     max_datagram_data: int = attrs.field(default=0, init=False)
     suspect: bool = attrs.field(default=False, init=False)
+    on_use: Callable[[Use, float], None] | None = attrs.field(default=None, init=False, repr=False)
     _peer: VerifiedPeer | None = attrs.field(default=None, init=False)
     _close_info: CloseInfo | None = attrs.field(default=None, init=False)
     _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)

@@ -47,6 +47,7 @@ from ztna.roles.peer_link import (
     agreed_features,
     new_link,
 )
+from ztna.roles.punching import Puncher
 from ztna.roles.tree import restart_with_backoff
 from ztna.roles.waits import first_of
 
@@ -77,7 +78,8 @@ class Peer:
     """One connector. offered: services that it is to carry, by the intermediate's word. granted: of
     these, those that we want and that it may answer for.
 
-    session_id: what this peer session is called in signalling. link: the session in use.
+    session_id: what this peer session is called in signalling. link: the session in use. host:
+    where the intermediate sees the connector.
     """
 
     identity: Identity
@@ -86,6 +88,7 @@ class Peer:
     offered: Sequence[str] = ()
     granted: frozenset[str] = frozenset()
     link: PeerLink | None = None
+    host: str = ""
     failure: str = ""
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     reachable: trio.Event = attrs.Factory(trio.Event)
@@ -102,6 +105,7 @@ class AgentPeers:
 
     credentials, denied_serials: may be set while it runs; they count for the next session.
     may_provide: whether a connector may answer for a service, by what this agent knows itself.
+    puncher: finds direct paths; without it all goes through the relay.
     """
 
     endpoint: Endpoint
@@ -110,6 +114,7 @@ class AgentPeers:
     handler: PeerHandler
     denied_serials: frozenset[int] = frozenset()
     may_provide: Callable[[Identity, str], Decision] | None = None
+    puncher: Puncher | None = None
     unavailable: dict[str, str] = attrs.Factory(dict)
     _services: tuple[str, ...] = ()
     _control: ControlLink | None = None
@@ -141,6 +146,8 @@ class AgentPeers:
     def control_up(self, link: ControlLink, service_ids: Sequence[str]) -> None:
         """A control session is up: ask for peer sessions, and name those that there are."""
         self._control = link
+        if self.puncher is not None:
+            self.puncher.control_up(link)
         self._services = ()
         self.set_services(service_ids)
 
@@ -215,6 +222,9 @@ class AgentPeers:
         for service_id in peer.granted:
             self.unavailable.pop(service_id, None)
         peer.session_id = message.session
+        peer.host = message.observed or ""
+        if self.puncher is not None:
+            self.puncher.peer_seen_at(peer.path, peer.host)
         moved = self.endpoint.paths.set_relay(peer.path, bytes.fromhex(message.channel), relay)
         if moved and peer.link is not None:
             peer.link.session.path_changed(relay)
@@ -329,6 +339,12 @@ class AgentPeers:
                     await accepted.wait()
                 if not accepted.is_set():
                     raise SessionClosedError(f"{peer.identity} does not accept us")
+                if self.puncher is not None:
+                    nursery.start_soon(
+                        functools.partial(
+                            self.puncher.keep, link, peer.path, controlling=True, host=peer.host
+                        )
+                    )
                 with trio.move_on_after(STEADY_AFTER):
                     await session.wait_closed()
                 if not session.closed:
@@ -376,10 +392,8 @@ class AgentPeers:
             case HealthAnswer() if link.up:
                 link.health.receive(message)
                 return
-            case _ if link.up and link.receive_signal is not None:
-                link.receive_signal(message)
             case _:
-                raise RemoteProtocolError(f"{type(message).__name__} is out of place")
+                link.take_signal(message)
         self.handler.peers_changed()
 
     def _receive_datagrams(self, peer: Peer, link: PeerLink, messages: list[bytes]) -> None:

@@ -41,8 +41,10 @@ from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.connector_peers import ConnectorPeers
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
+from ztna.roles.gathering import OpenPort
 from ztna.roles.granted import Granted, grant
 from ztna.roles.peer_link import PEER_SETTINGS
+from ztna.roles.punching import open_puncher
 from ztna.roles.reload import (
     NodeFiles,
     ReadFiles,
@@ -92,6 +94,7 @@ async def run_connector_from_config(
             read=reader(read_config, Role.CONNECTOR),
             policy=load_policy(files),
             streams=StreamDialer(port, utc_now),
+            open_port=functools.partial(open_udp_port, port=0),
         )
 
 
@@ -106,13 +109,15 @@ async def run_connector(
     read: ReadFiles[ConnectorConfig] | None = None,
     policy: SignedPolicy | None = None,
     streams: StreamDialer | None = None,
+    open_port: OpenPort | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Provide services over one UDP port until cancelled.
 
     reset_key: by which agents learn that a restart has forgotten their sessions. read: gives the
     files for a reload. policy: judges beside the intermediate; None if no policy key is pinned.
-    streams: opens TLS streams of this port, for networks that block UDP.
+    streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
+    ports, to learn what the NAT is like and to guess its ports.
     """
     secret = os.urandom(16)
 
@@ -141,7 +146,11 @@ async def run_connector(
             peers_only=True,
         )
         judge = None if policy is None else policy.may_reach
-        peers = ConnectorPeers(endpoint, sessions, new_terminator, judge)
+        puncher = open_puncher(config.direct, config.service_range, endpoint, open_port)
+        if puncher is not None:
+            nursery.start_soon(puncher.run)
+            registry.register("direct", puncher.statistics)
+        peers = ConnectorPeers(endpoint, sessions, new_terminator, judge, puncher=puncher)
         registry.register("peers", peers.statistics)
         await nursery.start(peers.run)
         connector = _Connector(terminator, peers, config, credentials.identity, policy)
@@ -193,6 +202,8 @@ class _Connector:
 
     def session_up(self, link: ControlLink) -> None:
         self.link = link
+        if self.peers.puncher is not None:
+            self.peers.puncher.control_up(link)
         link.set_services(self.granted.ids)
         self.linked.set()
         statistics_registry().register("session", link.statistics)

@@ -43,6 +43,7 @@ from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.health import HealthDesk
 from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
+from ztna.roles.punching import Puncher
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +67,8 @@ class AgentSide:
     """What a connector keeps for one agent.
 
     granted: services by the intermediate's word. addresses: tunnel addresses that the agent's
-    packets may come from, packed. link: its session, while there is one. left_at: when it went.
+    packets may come from, packed. link: its session, while there is one. host: where the
+    intermediate sees it. left_at: when it went.
     """
 
     identity: Identity
@@ -76,6 +78,7 @@ class AgentSide:
     granted: frozenset[str] = frozenset()
     addresses: frozenset[bytes] = frozenset()
     link: PeerLink | None = None
+    host: str = ""
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     left_at: float = math.inf
     health: HealthDesk = attrs.Factory(HealthDesk)
@@ -89,6 +92,7 @@ class ConnectorPeers:
     offers, backends: what this connector's file says; set them by `set_services`.
     new_terminator: makes one for an agent, without services.
     may_reach: whether an agent may use a service, by what this connector knows itself.
+    puncher: finds direct paths; without it all goes through the relay.
     """
 
     endpoint: Endpoint
@@ -97,6 +101,7 @@ class ConnectorPeers:
     may_reach: Callable[[Identity, str], Decision] | None = None
     offers: Offers = attrs.Factory(dict)
     backends: Backends = attrs.Factory(dict)
+    puncher: Puncher | None = None
     strangers: int = 0
     refused_agents: int = 0
     _numbers: dict[str, int] = attrs.Factory(dict)
@@ -165,6 +170,9 @@ class ConnectorPeers:
             self.refused_agents += 1
             return
         side.session_id = message.session
+        side.host = message.observed or ""
+        if self.puncher is not None:
+            self.puncher.peer_seen_at(side.path, side.host)
         side.granted = frozenset(message.services)
         side.addresses = _packed_untrusted(message.tunnel_address, message.tunnel_address6)
         moved = self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
@@ -299,15 +307,19 @@ class ConnectorPeers:
             case Hello() if not link.up:
                 self._receive_hello_untrusted(side, link, message)
                 nursery.start_soon(self._send_answers, side, link)
+                if self.puncher is not None:
+                    nursery.start_soon(
+                        functools.partial(
+                            self.puncher.keep, link, side.path, controlling=False, host=side.host
+                        )
+                    )
             case Health() if link.up:
                 offered = message.service in link.labels
                 offer = side.terminator.table.services.get(message.service) if offered else None
                 backend = None if offer is None else side.terminator.backends[offer.id]
                 side.health.receive(nursery, message, offer, backend, link.send)
-            case _ if link.up and link.receive_signal is not None:
-                link.receive_signal(message)
             case _:
-                raise RemoteProtocolError(f"{type(message).__name__} is out of place")
+                link.take_signal(message)
 
     def _receive_hello_untrusted(self, side: AgentSide, link: PeerLink, hello: Hello) -> None:
         if VERSION not in hello.versions:

@@ -103,6 +103,7 @@ class ControlLink:
     registered: trio.Event = attrs.Factory(trio.Event)
     accepted: Accepted | None = None
     observed_address: tuple[str, int] | None = None
+    on_observed: Callable[[], None] | None = None
     labels: dict[str, ServiceLabel] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
     goodbye_wait: float = 0.0
@@ -316,6 +317,8 @@ def _receive_dialogue_untrusted(
     if kind in {wire.OBSERVED_IPV4, wire.OBSERVED_IPV6}:
         link.observed_address = wire.parse_observed_address_untrusted(message)
         log.info("observed address", address=format_address(link.observed_address))
+        if link.on_observed is not None:
+            link.on_observed()
         return
     link.registrar.receive_message_untrusted(message, now)
     link.wake.set()

@@ -313,6 +313,9 @@ async def _report_address(intermediate: Intermediate, served: Served) -> None:
         if not is_virtual(address):
             session.send_datagrams([wire.encode_observed_address(address)])
         await session.wait_address_change(address)
+        intermediate.rendezvous.channels.set_address(served.client.key, session.remote_address)
+        intermediate.rendezvous.moved(served.client, trio.current_time())
+        intermediate.introduce()
 
 
 async def _end_with_stream(intermediate: Intermediate, session: Session) -> None:

@@ -12,6 +12,7 @@ import structlog
 import trio
 
 from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceLabel
+from ztna.core.ice.messages import IceMessage
 from ztna.core.identity import Identity
 from ztna.core.messages import FrameReader, Goodbye, Message, ProtocolError, encode_message
 from ztna.core.ports import IpPacket
@@ -50,7 +51,7 @@ class PeerLink:
     goodbye: str = ""
     unnamed: int = 0
     said_hello: trio.Event = attrs.Factory(trio.Event)
-    receive_signal: Callable[[Message], None] | None = None
+    receive_signal: Callable[[IceMessage], None] | None = None
     health: HealthAsks = attrs.Factory(HealthAsks)
 
     def set_services(self, services: Mapping[int, str]) -> None:
@@ -78,6 +79,14 @@ class PeerLink:
             else:
                 packets.append((service_id, packet))
         return packets
+
+    def take_signal(self, message: Message) -> None:
+        """What the two ends say about direct paths; nobody listens where those are switched off.
+        Raises RemoteProtocolError for anything else."""
+        if not self.up or not isinstance(message, IceMessage):
+            raise RemoteProtocolError(f"{type(message).__name__} is out of place")
+        if self.receive_signal is not None:
+            self.receive_signal(message)
 
     async def read_control(self, receive: Callable[[Message], None]) -> None:
         """Hand over what comes on the control stream, until it ends.

@@ -44,7 +44,9 @@ def kinds(items: list[object]) -> list[str]:
 def test_a_whole_attempt() -> None:
     both = couple()
     both.agent.agent.start(0.0)
+    before = both.agent.agent.has_events
     both.run(6.0)
+    assert (before, both.agent.agent.has_events) == (True, False)
     assert kinds([*both.agent.messages]) == ["CandidateOffer", "StartPunching", "PunchingResult"]
     assert kinds([*both.connector.messages]) == ["CandidateAnswer", "PunchingResult"]
     assert kinds([*both.agent.events]) == ["GatherWanted", "PathSelected", "PunchingDone"]

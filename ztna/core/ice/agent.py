@@ -147,6 +147,11 @@ class IceAgent:
         """The next event, or None."""
         return self._events.popleft() if self._events else None
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `next_event` has one."""
+        return bool(self._events)
+
     def messages_to_send(self, now: float) -> list[IceMessage]:  # noqa: ARG002 - one vocabulary
         """For the peer, in order; empties the queue."""
         return self._talks.messages_to_send()

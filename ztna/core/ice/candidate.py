@@ -185,5 +185,5 @@ class CandidateRules:
             return ""
         return (
             "private address, and the peer's public address is not ours: it would be another host "
-            "of this network; list its prefix in p2p.private_prefixes if it is the peer's"
+            "of this network; list its prefix in direct.private_prefixes if it is the peer's"
         )

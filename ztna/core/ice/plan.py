@@ -154,7 +154,7 @@ def plan(
         side = "here" if own.is_hard else "at the peer"
         return PunchPlan(
             hopeless=f"{_a(hard.words)} {side}, and trying many ports is switched off on one side "
-            "(p2p.birthday)"
+            "(direct.birthday)"
         )
     if not v4:
         return PunchPlan(

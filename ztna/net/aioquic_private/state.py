@@ -13,6 +13,7 @@ from aioquic.quic.connection import QuicConnection, QuicConnectionError, QuicCon
 from aioquic.quic.stream import FinalSizeError, StreamFinishedError
 from cryptography.exceptions import InvalidSignature
 
+from ztna.core.ice.paths import Use
 from ztna.pki import MALFORMED
 
 LEAKED_ERRORS = (
@@ -103,6 +104,16 @@ def largest_acknowledged(connection: QuicConnection) -> int:
 def bytes_in_flight(connection: QuicConnection) -> int:
     """Bytes of ack-eliciting packets that were neither acknowledged nor given up."""
     return int(connection._loss.bytes_in_flight)
+
+
+def use_of(connection: QuicConnection) -> Use:
+    """What is acknowledged and what is not."""
+    return Use(
+        largest_acknowledged(connection),
+        connection._packet_number,
+        bytes_in_flight(connection) > 0,
+        connection._loss.get_probe_timeout(),
+    )
 
 
 def limit_handshake_backoff(connection: QuicConnection) -> None:
