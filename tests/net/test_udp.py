@@ -347,3 +347,12 @@ async def test_datagrams_from_port_zero_are_dropped() -> None:
         (batch,) = await port.receive()
         assert batch.address == (host, 7)
         assert port.statistics()["receive_errors"] == 1
+
+
+async def test_addresses_that_peers_have_asked_are_bounded() -> None:
+    async with open_udp_port("0.0.0.0", 0, server=True) as port:
+        for number in range(32_768 + 10):
+            port._remember((f"host {number}", 1), (0, 8, bytes(12)))
+        assert len(port._local_addresses) == 32_768
+        assert ("host 9", 1) not in port._local_addresses
+        assert ("host 10", 1) in port._local_addresses

@@ -17,7 +17,7 @@ from ztna.net import udp
 from ztna.net.keyed_ids import Given, IdKeys
 from ztna.net.udp import SocketUdpPort, open_udp_port
 from ztna.net.udp_classes import Class, assemble, sorting_program, strangers_program
-from ztna.net.udp_inlets import ALLOWANCE_BURST, ALLOWANCE_RATE, Allowance
+from ztna.net.udp_inlets import ALLOWANCE_BURST, ALLOWANCE_RATE, STALE, Allowance
 
 PEER, ANYBODY = FIXED.make(Given.TO_PEERS), FIXED.make(Given.TO_ANYBODY)
 UNKNOWN = bytes(8)
@@ -153,6 +153,7 @@ async def test_a_full_queue_of_strangers_costs_sessions_nothing(garbage: bytes) 
 async def test_strangers_are_read_no_faster_than_their_allowance() -> None:
     async with open_udp_port("127.0.0.1", 0, sorted_by=FIXED) as port:
         inlet = port._inlets.all[-1]
+        port._inlets.clock = lambda: 0.0  # whatever waits is fresh
         inlet.allowance = Allowance(rate=200.0, burst=100.0, level=100.0)
         with sender_to(port) as sock:
             for _ in range(500):
@@ -169,6 +170,24 @@ async def test_strangers_are_read_no_faster_than_their_allowance() -> None:
             took = trio.current_time() - start
         # 100 at once, and the buffers of the last round on credit.
         assert took >= (250 - 100 - 64) / 200.0
+
+
+@pytest.mark.parametrize("kind", [Class.STRANGERS, Class.GREETED])
+async def test_first_packets_that_waited_for_long_are_not_read(kind: Class) -> None:
+    async with open_udp_port("127.0.0.1", 0, sorted_by=FIXED) as port:
+        inlets, real = port._inlets, port._inlets.clock
+        with sender_to(port) as sock:
+            for _ in range(20):
+                sock.send(SORTED[kind][0])
+            sock.send(short(PEER))
+            inlets.clock = lambda: real() + STALE  # as after a sleep of a second
+            (batch,) = await drain(port)
+            assert bytes(batch.data) == short(PEER), "of sessions all is read"
+            assert port.statistics()["drop_stale"] == 20
+            inlets.clock = real
+            sock.send(SORTED[kind][0])
+            (batch,) = await drain(port)
+            assert bytes(batch.data) == SORTED[kind][0]
 
 
 def test_allowance() -> None:

@@ -2,9 +2,10 @@
 
 import functools
 import ipaddress
+import json
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ from ztna.pki import Credentials
 from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
+from ztna.roles.agent_why import CheckRoute, no_obstacle
 from ztna.roles.connector import run_connector
 from ztna.roles.intermediate import run_intermediate
+from ztna.roles.local import Answer
 from ztna.roles.reload import NodeFiles
 from ztna.roles.served import Intermediate
 from ztna.roles.signed_policy import SignedPolicy
@@ -292,6 +295,7 @@ class World:
         address: str = "203.0.113.1",
         credentials: Credentials | None = None,
         policy: SignedPolicy | None = None,
+        check_route: CheckRoute = no_obstacle,
     ) -> "AgentHost":
         """An agent that wants these services; waits until its tunnel address is known."""
         config = AgentConfig(
@@ -326,6 +330,8 @@ class World:
                         read=functools.partial(self._read, name),
                         policy=policy,
                         streams=streams,
+                        serve=host.serve,
+                        check_route=check_route,
                         open_port=lambda _: self.hosts[name].open_udp_port(),
                         task_status=task_status,
                     )
@@ -358,11 +364,32 @@ class World:
 
 @attrs.define(eq=False)
 class AgentHost:
-    """A user's machine: its side of the TUN."""
+    """A user's machine: its side of the TUN, and who asks the agent what it sees."""
 
     tun: MemoryTun
     address: ipaddress.IPv4Address = attrs.Factory(lambda: ipaddress.IPv4Address(0))
     configured: trio.Event = attrs.Factory(trio.Event)
+    answer: Answer | None = None
+    served: trio.Event = attrs.Factory(trio.Event)
+
+    async def serve(self, answer: Answer) -> None:
+        """In place of a status socket."""
+        self.answer = answer
+        self.served.set()
+        await trio.sleep_forever()
+
+    async def ask(self, **request: object) -> list[dict[str, Any]]:
+        """What the agent answers to a request."""
+        await self.served.wait()
+        assert self.answer is not None
+        answers: list[dict[str, Any]] = []
+
+        async def send(fields: Mapping[str, object]) -> None:
+            await trio.lowlevel.checkpoint()
+            answers.append(json.loads(json.dumps(fields)))
+
+        await self.answer(request, send)
+        return answers
 
     async def exchange(self, packet: bytes, attempts: int = 20) -> IpPacket:
         """Send a packet again and again, a second apart, until one comes back."""

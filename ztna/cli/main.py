@@ -102,8 +102,12 @@ def verbose_option(command: F) -> F:
         "config": "ztna.cli.config:config",
         "lab": "ztna.cli.lab:lab",
         "nat-probe": "ztna.cli.nat_probe:nat_probe",
+        "paths": "ztna.cli.seen:paths",
+        "ping": "ztna.cli.seen:ping",
         "pki": "ztna.cli.pki:pki",
         "policy": "ztna.cli.policy:policy",
+        "status": "ztna.cli.seen:status",
+        "why": "ztna.cli.seen:why",
     },
     context_settings={"help_option_names": ["-h", "--help"]},
 )

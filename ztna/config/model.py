@@ -206,6 +206,13 @@ class AgentConfig:
         ),
         default=None,
     )
+    status_socket: PathValue | None = attrs.field(
+        metadata=means(
+            "Where `ztna status` asks this node; in /run/ztna, the user's runtime folder or "
+            "state_dir if absent."
+        ),
+        default=None,
+    )
     plain_relay: Flag = attrs.field(
         metadata=means(
             "Send packets through the intermediate without encryption end to end, in place of "

@@ -37,8 +37,8 @@ from ztna.core.refusal import refuse
 MAX_FLOWS = 16_384
 # Our choice, among those that programs seldom use; it names nothing.
 _ECHO_IDENTIFIER = 0
-# By it the replies to our own echo requests are known.
-_ECHO_DATA = b"is this way open?"
+# By it the replies to our own echo requests are known; those of `roles.echoes` end so, too.
+ECHO_DATA = b"is this way open?"
 # Byte of the time to live in IPv4, of the hop limit in IPv6.
 _TTL4, _HOP_LIMIT6 = 8, 7
 # Bytes of `flow_key` over IPv4.
@@ -167,7 +167,7 @@ class RouteTable:
                 self.dropped["answer_of_refused_service"] += 1
             elif destination not in self.own_addresses:
                 self.dropped["not_for_us"] += 1
-            elif protocol in {ICMP, ICMPV6} and data.endswith(_ECHO_DATA):
+            elif protocol in {ICMP, ICMPV6} and data.endswith(ECHO_DATA):
                 self.dropped["reply_to_our_echo"] += 1
             elif protocol not in _TRANSPORTS and not self._is_wanted_icmp(data):
                 self.dropped["icmp_about_no_flow"] += 1
@@ -207,7 +207,7 @@ class RouteTable:
         for source, destination in sorted(ends):
             label = self.labels.get(self._by_address[destination].id)
             if label is not None:
-                echo = icmp.build_echo(source, destination, _ECHO_IDENTIFIER, _ECHO_DATA)
+                echo = icmp.build_echo(source, destination, _ECHO_IDENTIFIER, ECHO_DATA)
                 echoes.append((label, IpPacket(echo)))
         return echoes
 

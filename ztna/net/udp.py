@@ -32,6 +32,7 @@ from ztna.net.udp_classes import Class, drop_rubbish, sort_group
 from ztna.net.udp_inlets import Allowance, ControlMessage, Inlet, Inlets
 from ztna.net.udp_socket import (
     BUFFER_SIZE,
+    SO_TIMESTAMPNS,
     STRANGERS_BUFFER_SIZE,
     UDP_GRO,
     UDP_SEGMENT,
@@ -71,6 +72,7 @@ _COUNTERS = (
     "received_bytes",
     "receive_calls",
     "receive_errors",
+    "drop_stale",
     "sent_packets",
     "sent_bytes",
     "send_calls",
@@ -337,6 +339,8 @@ def _open_classes(
                 sock.bind(first.getsockname())
             sort_group(first, ids)
             drop_rubbish(first)
+            for sock in (first, others[Class.GREETED]):
+                sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         except OSError as error:
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
             log.info("udp_not_sorted", local=first.getsockname(), error=str(error))

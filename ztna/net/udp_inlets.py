@@ -11,6 +11,7 @@ import math
 import select
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,7 @@ import attrs
 import trio
 
 from ztna.core.ports import Address, UdpBatch
-from ztna.net.udp_socket import IP_PKTINFO, IPV6_PKTINFO, UDP_GRO
+from ztna.net.udp_socket import IP_PKTINFO, IPV6_PKTINFO, SO_TIMESTAMPNS, UDP_GRO
 
 RECEIVE_SIZE = 65_536
 # Our choice: bounds the time that one port holds the loop, about 1 ms at full buffers.
@@ -32,8 +33,13 @@ ALLOWANCE_BURST = 1_024.0
 _WORTHWHILE = 64.0
 # Our choice: packets of theirs in one round, about 1 ms of work before sessions are read again.
 _ROUND = 64
-# GRO's segment size, and the larger of the two packet information structures.
-_CONTROL_SPACE = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
+# Our choice: first packets that have waited for longer are dropped unread, seconds. A client sends
+# another after 0.8 s at most; a machine that was suspended finds the knocking of all that time,
+# and would make a handshake of each attempt before it came to those that somebody still waits for.
+STALE = 1.0
+# GRO's segment size, a time, and the larger of the two packet information structures.
+_TIMESPEC = struct.Struct("@ll")
+_CONTROL_SPACE = sum(map(socket.CMSG_SPACE, (4, _TIMESPEC.size, 20)))
 # asm-generic/socket.h and linux/sock_diag.h: nine counters of 32 bits, the last is the drops.
 _SO_MEMINFO = 55
 _MEMINFO = struct.Struct("9I")
@@ -47,6 +53,11 @@ def _answer_from(level: int, value: bytes) -> bytes:
     if level == socket.IPPROTO_IPV6:
         return value[:16] + bytes(4)  # struct in6_pktinfo
     return bytes(4) + value[8:12] + bytes(4)  # struct in_pktinfo: the header's destination
+
+
+def _wall_clock() -> float:
+    """What the kernel stamps packets with."""
+    return time.clock_gettime(time.CLOCK_REALTIME)
 
 
 @attrs.define
@@ -95,12 +106,14 @@ class Inlet:
 class Inlets:
     """All sockets of a port, those of sessions first. One task at a time receives.
 
-    remember: told which address of ours a peer has sent to, where the kernel says that.
+    remember: told which address of ours a peer has sent to, where the kernel says that. clock: of
+    the kernel's stamps, in seconds.
     """
 
     all: Sequence[Inlet]
     remember: Callable[[Address, ControlMessage], None]
     counters: Counter[str] = attrs.field(repr=False)
+    clock: Callable[[], float] = _wall_clock
     _ready: select.epoll | None = attrs.field(default=None, init=False, repr=False)
     _buffer: bytearray = attrs.field(factory=lambda: bytearray(RECEIVE_SIZE), repr=False)
 
@@ -148,6 +161,7 @@ class Inlets:
         if inlet.allowance is not None:
             left = inlet.allowance.left(trio.current_time())
             most = min(left, _ROUND)
+        fresh = self.clock() - STALE if inlet.allowance is not None else -math.inf
         for _ in range(RECEIVE_CALLS):
             if inlet.read - before >= most:
                 break
@@ -167,16 +181,22 @@ class Inlets:
                 counters["receive_errors"] += size > 0
                 inlet.read += 1
                 continue
-            segment, arrived_at = size, None
+            segment, arrived_at, stamp = size, None, math.inf
             for level, kind, value in control:
                 if level == socket.IPPROTO_UDP and kind == UDP_GRO:
                     segment = struct.unpack("i", value)[0] or size
                 elif kind in (IP_PKTINFO, IPV6_PKTINFO):
                     arrived_at = (level, kind, _answer_from(level, value))
+                elif kind == SO_TIMESTAMPNS and level == socket.SOL_SOCKET:
+                    seconds, nanoseconds = _TIMESPEC.unpack(value)
+                    stamp = seconds + nanoseconds / 1e9
             packets = -(-size // segment)
             inlet.read += packets
             counters["received_packets"] += packets
             counters["received_bytes"] += size
+            if stamp < fresh:
+                counters["drop_stale"] += packets
+                continue
             host, port = source[0].partition("%")[0], source[1]
             if arrived_at is not None:
                 self.remember((host, port), arrived_at)

@@ -18,6 +18,7 @@ log = structlog.get_logger()
 # include/uapi/linux/udp.h and asm-generic/socket.h; Python 3.11 has no names for these.
 UDP_SEGMENT = 103
 UDP_GRO = 104
+SO_TIMESTAMPNS = 35
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _IP_MTU_DISCOVER = 10

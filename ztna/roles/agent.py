@@ -41,11 +41,15 @@ from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.agent_peers import AgentPeers
+from ztna.roles.agent_view import AgentView
+from ztna.roles.agent_why import CheckRoute, Seen, no_obstacle
 from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
+from ztna.roles.echoes import EchoBook
 from ztna.roles.gathering import OpenPort
 from ztna.roles.granted import Granted, grant
+from ztna.roles.local import Serve, status_server
 from ztna.roles.local_ports import open_local_ports
 from ztna.roles.peer_link import PeerLink
 from ztna.roles.punching import open_puncher
@@ -62,6 +66,7 @@ from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
 from ztna.tun.device import open_tun
 from ztna.tun.netlink import check_outside, repair, tun_network
+from ztna.tun.source import source_obstacle
 
 log = structlog.get_logger(__name__)
 
@@ -127,6 +132,8 @@ async def run_agent_from_config(
             read=read,
             policy=load_policy(files),
             streams=StreamDialer(port, utc_now),
+            serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
+            check_route=source_obstacle,
             open_port=functools.partial(open_udp_port, port=0),
         )
 
@@ -152,6 +159,7 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
             on_services=local.directory.set_services,
             policy=load_policy(files),
             streams=StreamDialer(port, utc_now),
+            serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
             open_port=functools.partial(open_udp_port, port=0),
         )
 
@@ -168,6 +176,8 @@ async def run_agent(
     on_services: Callable[[Iterable[ServiceRoute]], None] | None = None,
     policy: SignedPolicy | None = None,
     streams: StreamDialer | None = None,
+    serve: Serve | None = None,
+    check_route: CheckRoute = no_obstacle,
     open_port: OpenPort | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -177,6 +187,7 @@ async def run_agent(
     policy, brought. policy: judges beside the intermediate; None if no policy key is pinned.
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
     ports, to learn what the NAT is like and to guess its ports.
+    serve: answers those who ask what this agent sees. check_route: see `Seen`.
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
     routes = RouteTable.of(())
@@ -217,6 +228,9 @@ async def run_agent(
             policy,
             streams,
         )
+        if serve is not None:
+            view = AgentView(Seen(agent, keeper, agent.echoes, check_route))
+            nursery.start_soon(serve, view.answer)
         if policy is not None:
             registry.register("policy", policy.statistics)
             policy.subscribe(functools.partial(agent.judge_again, keeper))
@@ -248,6 +262,7 @@ class _Agent:
     peers: AgentPeers | None = None
     address: ipaddress.IPv4Address | None = None
     link: ControlLink | None = None
+    echoes: EchoBook = attrs.Factory(EchoBook)
     _changed: trio.Event = attrs.Factory(trio.Event)
 
     def session_up(self, link: ControlLink) -> None:
@@ -282,6 +297,7 @@ class _Agent:
     ) -> None:
         if link is not self.link or self.peers is not None:
             return  # what comes in plain is not what we asked for
+        packets = self.echoes.take(packets, self.routes.labels)
         accepted = self.routes.route_inbound(packets)
         if accepted:
             self.tun.send_nowait(coalesce(accepted))
@@ -297,7 +313,7 @@ class _Agent:
         self.routes.unavailable = self.peers.unavailable.keys()
 
     def peer_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
-        accepted = self.routes.route_inbound(packets)
+        accepted = self.routes.route_inbound(self.echoes.take(packets))
         if accepted:
             self.tun.send_nowait(coalesce(accepted))
 

@@ -1,0 +1,180 @@
+"""The status socket: who may ask, how much, and what becomes of those who ask oddly."""
+
+import json
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog.testing
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ztna.core.identity import Role
+from ztna.errors import RefusedError, UsageError
+from ztna.roles.local import (
+    MAX_CLIENTS,
+    MAX_REQUEST,
+    Request,
+    Send,
+    may_ask,
+    open_status_socket,
+    parse_request,
+    socket_path,
+)
+
+
+async def answer(request: Request, send: Send) -> None:
+    match request["ask"]:
+        case "twice":
+            await send({"number": 1})
+            await send({"number": 2})
+        case "refused":
+            raise RefusedError("no right")
+        case "bug":
+            raise LookupError("of ours")
+        case "forever":
+            await send({"begun": True})
+            await trio.sleep_forever()
+        case _:
+            raise UsageError("not known")
+
+
+@asynccontextmanager
+async def served(path: Path) -> AsyncIterator[None]:
+    async with open_status_socket(path, answer) as open_:
+        assert open_
+        yield
+
+
+async def ask(path: Path, line: bytes) -> list[dict[str, Any]]:
+    """All answers to a line."""
+    with trio.fail_after(10):
+        async with await trio.open_unix_socket(path) as stream:
+            await stream.send_all(line)
+            data = b""
+            while piece := await stream.receive_some(65_536):
+                data += piece
+    return [json.loads(each) for each in data.splitlines()]
+
+
+def request(ask_: str) -> bytes:
+    return json.dumps({"ask": ask_}).encode() + b"\n"
+
+
+async def test_answers(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "agent.sock"
+    async with served(path):
+        assert await ask(path, request("twice")) == [{"number": 1}, {"number": 2}]
+        assert await ask(path, request("refused")) == [{"error": "no right", "exit_code": 5}]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert [each.name for each in path.parent.iterdir()] == ["agent.sock"]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"{}\n", "an object with 'ask'"),
+        (b"[1]\n", "an object with 'ask'"),
+        (b'{"ask": 5}\n', "an object with 'ask'"),
+        (b"\xff\n", "not JSON"),
+        (b"[" * 2000 + b"\n", "not JSON"),
+        (b"x" * (MAX_REQUEST + 1), "one line of JSON"),
+        (b'{"ask": "dance"}\n', "not known"),
+    ],
+)
+async def test_odd_requests_are_answered_with_words(
+    line: bytes, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "agent.sock"
+    async with served(path):
+        (got,) = await ask(path, line)
+        assert words in got["error"]
+        assert await ask(path, request("twice")) != []
+
+
+async def test_a_bug_of_ours_ends_one_request_alone(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    async with served(path):
+        (got,) = await ask(path, request("bug"))
+        assert got == {"error": "internal error of the node; its log says more", "exit_code": 70}
+        assert await ask(path, request("twice")) != []
+
+
+async def test_clients_are_bounded_and_those_who_hang_up_make_room(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    async with served(path):
+        streams = [await trio.open_unix_socket(path) for _ in range(MAX_CLIENTS)]
+        for stream in streams:
+            await stream.send_all(request("forever"))
+            assert await stream.receive_some() == b'{"begun":true}\n'
+        (got,) = await ask(path, b"")
+        assert got == {"error": "too many ask at once; try again", "exit_code": 9}
+        for stream in streams:
+            await stream.aclose()
+        with trio.fail_after(10):
+            while "error" in (await ask(path, request("twice")))[0]:
+                await trio.lowlevel.checkpoint()
+
+
+async def test_stale_sockets_are_replaced_and_living_ones_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    async with served(path):
+        with structlog.testing.capture_logs() as logs:
+            async with open_status_socket(path, answer) as open_:
+                assert not open_
+        assert logs[0]["event"] == "no status socket"
+        assert "another node answers there" in logs[0]["reason"]
+        assert await ask(path, request("twice")) != []
+
+
+async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    path.write_text("precious")
+    async with open_status_socket(path, answer) as open_:
+        assert not open_
+    assert path.read_text() == "precious"
+    # Longer than a socket's name may be: told, and the node goes on.
+    async with open_status_socket(tmp_path / ("x" * 120), answer) as open_:
+        assert not open_
+
+
+def test_who_may_ask() -> None:
+    own, group = os.geteuid(), os.getegid()
+    stranger = 4_000_000_000
+    assert may_ask(0, stranger)
+    assert may_ask(own, stranger)
+    assert may_ask(stranger, group)
+    assert not may_ask(stranger, stranger)
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    there = socket_path(Role.AGENT, Path("/var/lib/ztna"))
+    assert there == Path("/run/ztna/agent.sock")
+    assert socket_path(Role.AGENT, tmp_path) == tmp_path / "agent.sock"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    monkeypatch.setenv("XDG_STATE_HOME", "/home/u/state")
+    state = Path("/home/u/state/ztna")
+    assert socket_path(Role.AGENT, state) == Path("/run/user/1000/ztna/agent.sock")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert socket_path(Role.AGENT, state) == state / "agent.sock"
+
+
+@given(st.binary(max_size=200))
+def test_any_line(line: bytes) -> None:
+    try:
+        fields = parse_request(line)
+    except UsageError:
+        return
+    assert isinstance(fields, Mapping)
+    assert isinstance(fields["ask"], str)

@@ -1,0 +1,141 @@
+"""What bounds each table that packets may fill. `test_security_page.py` finds the tables.
+
+A value is the names of limits of docs/security.md, each with a test there that reaches it, or
+words: why the network cannot fill the table. A table that is new needs a line here.
+"""
+
+BATCH = "of the batch at hand, and gone with it: a receive is bounded by its calls"
+FLOWS = "ztna.core.flow_shares:MAX_FLOWS"
+OUTBOUND = "ztna.core.outbound:MAX_TCP"
+SESSIONS = "ztna.net.endpoint:EndpointSettings.sessions"
+ALL_FRAGMENTED = "ztna.core.packet.fragments:MAX_ALL_PACKETS"
+OWN_FILE = "from this node's own file, or for its own requests"
+EVENTS = "drained by the driver after every call, which one batch or timer fills"
+SERVICES = "ztna.core.registry:MAX_SERVICES"
+
+TABLES = {
+    "ztna.backend.terminator:Terminator._drivers": FLOWS,
+    "ztna.core.bbr:Bbr._rates": "a fixed number of rounds",
+    "ztna.core.bbr:Bbr._extras": "a fixed number of rounds",
+    "ztna.core.coalesce:_Train.segments": BATCH,
+    "ztna.core.flow:UdpFlow.inbox": "ztna.core.flow:MAX_INBOX ztna.core.flow:MAX_INBOX_BYTES",
+    "ztna.core.flow_shares:Shares.pending": "ztna.core.flow_shares:MAX_PENDING_CONNECTS",
+    "ztna.core.flow_shares:Shares.flows_of": FLOWS,
+    "ztna.core.flow_timers:FlowTimers._at": f"{FLOWS} {OUTBOUND}",
+    "ztna.core.flow_timers:FlowTimers._heap": "swept when it has twice the flows, and 64",
+    "ztna.core.flows:FlowTable._flows": FLOWS,
+    "ztna.core.flows:FlowTable._events": EVENTS,
+    "ztna.core.limits:KeyedLimiter._buckets": (
+        "ztna.core.limits:MAX_SOURCES ztna.core.flow_shares:MAX_SYN_SOURCES"
+    ),
+    "ztna.core.messages:FrameReader._buffer": "ztna.core.messages:MAX_FRAME",
+    "ztna.core.mtuprobe:MtuProber._requests": "probes that this node sent",
+    "ztna.core.mtuprobe:MtuProber._outbox": "probes that this node sends",
+    "ztna.core.natprobe:NatProber._running": "probes that this node sent",
+    "ztna.core.natprobe:NatProber._outbox": "probes that this node sends",
+    "ztna.core.natprobe:NatProber._events": EVENTS,
+    "ztna.core.offload:_Run.pieces": "one super-packet of 64 KiB; its index has 15 bits",
+    "ztna.core.outbound:OutboundTable._flows": f"{OUTBOUND} ztna.core.outbound:MAX_UDP",
+    "ztna.core.outbound:OutboundTable._sizes": "two protocols",
+    "ztna.core.outbound:OutboundTable._events": EVENTS,
+    "ztna.core.packet.fragments:_Partial.pieces": "ztna.core.packet.fragments:MAX_FRAGMENTS",
+    "ztna.core.packet.fragments:_Partial.ecn": "two bits",
+    "ztna.core.packet.fragments:_Partial.head": "an IP header",
+    "ztna.core.packet.fragments:_Share.keys": "ztna.core.packet.fragments:MAX_PACKETS",
+    "ztna.core.packet.fragments:Reassembler._partials": ALL_FRAGMENTED,
+    "ztna.core.packet.fragments:Reassembler._shares": ALL_FRAGMENTED,
+    "ztna.core.reassembly:_Partial.pieces": "the count of pieces has one byte",
+    "ztna.core.reassembly:MessageReassembler._partials": "ztna.core.reassembly:MAX_MESSAGES",
+    "ztna.core.registration:Registrar._services": OWN_FILE,
+    "ztna.core.registration:Registrar._events": EVENTS,
+    "ztna.core.registry:AgentRoute.destinations": "ztna.core.registry:MAX_DESTINATIONS",
+    "ztna.core.registry:Client.routes": SERVICES,
+    "ztna.core.registry:Client.routes_by_number": SERVICES,
+    "ztna.core.registry:Client.provides": SERVICES,
+    "ztna.core.registry:Registry.reserved": "identities that our CA has certified",
+    "ztna.core.registry:Registry._clients": SESSIONS,
+    "ztna.core.registry:Registry._by_address": SESSIONS,
+    "ztna.core.registry:Registry._providers": f"{SERVICES} {SESSIONS}",
+    "ztna.core.registry:Registry._awaited": "services whose connector has gone, for seconds",
+    "ztna.core.registry:Registry._numbers": "services that the policy names; numbers have 16 bits",
+    "ztna.core.registry:Registry._free_numbers": "numbers have 16 bits",
+    "ztna.core.relay:_Output.messages": BATCH,
+    "ztna.core.relay:_Output.packets": BATCH,
+    "ztna.core.relay:_Output.slices": BATCH,
+    "ztna.core.relay:_Way.messages": BATCH,
+    "ztna.core.relay:_Batch.ways": BATCH,
+    "ztna.core.relay:_Batch.verdicts": BATCH,
+    "ztna.core.relay:_Batch.outputs": BATCH,
+    "ztna.core.relay:_Batch.unsettled": BATCH,
+    "ztna.core.relay:Relay._legs": SESSIONS,
+    "ztna.core.routes:RouteTable._by_address": OWN_FILE,
+    "ztna.core.routes:RouteTable.labels": OWN_FILE,
+    "ztna.core.routes:RouteTable.refused": OWN_FILE,
+    "ztna.core.routes:RouteTable._by_number": OWN_FILE,
+    "ztna.core.routes:RouteTable._flows": "ztna.core.routes:MAX_FLOWS",
+    "ztna.core.tcp.block:ControlBlock.events": "drained by the splice at every wake",
+    "ztna.core.tcp.block:ControlBlock.replies": BATCH,
+    "ztna.core.tcp.buffers:ChunkQueue._chunks": "the receive window: TcpConfig.receive_buffer",
+    "ztna.core.tcp.buffers:SendBuffer._starts": "what the application wrote: TcpConfig.send_buffer",
+    "ztna.core.tcp.buffers:SendBuffer._chunks": "what the application wrote: TcpConfig.send_buffer",
+    "ztna.core.tcp.buffers:ReassemblyQueue._ranges": "ztna.core.tcp.buffers:MAX_RANGES",
+    "ztna.core.tcp.departure:_Writer._segments": BATCH,
+    "ztna.core.tcp.rtt:RttEstimator._minima": "rising samples of one minute",
+    "ztna.core.tcp.scoreboard:Scoreboard.flights": "ztna.core.tcp.scoreboard:MAX_FLIGHTS",
+    "ztna.core.turns:Turns._packets": "ztna.core.flows:MAX_ANSWERS ztna.core.outbound:MAX_QUEUED",
+    "ztna.core.turns:Turns._ready": f"{FLOWS} {OUTBOUND}",
+    "ztna.ingress.directory:Directory._by_name": OWN_FILE,
+    "ztna.ingress.directory:Directory._by_address": OWN_FILE,
+    "ztna.ingress.forward:UdpForward._flows": "ztna.ingress.forward:MAX_PEERS",
+    "ztna.ingress.host:UserspaceHost._drivers": f"{OUTBOUND} ztna.core.outbound:MAX_UDP",
+    "ztna.ingress.socks:_UdpAssociation._flows": "ztna.core.outbound:MAX_UDP",
+    "ztna.net.closing:Farewell.batches": "the last packet alone",
+    "ztna.net.endpoint:Endpoint._due": SESSIONS,
+    "ztna.net.session:Session._inbox": "ztna.net.session_queues:SessionSettings.inbox_bytes",
+    "ztna.net.session_queues:SessionQueues._outgoing": (
+        "ztna.net.session_queues:SessionSettings.outgoing_datagrams"
+    ),
+    "ztna.net.session_queues:SessionQueues._incoming": (
+        "ztna.net.session_queues:SessionSettings.incoming_datagrams"
+    ),
+    "ztna.net.session_queues:SessionQueues._control_out": (
+        "ztna.net.session_queues:SessionSettings.control_backlog"
+    ),
+    "ztna.net.session_queues:SessionQueues._control_in": (
+        "ztna.net.session_queues:SessionSettings.control_backlog"
+    ),
+    "ztna.net.session_table:SessionTable.by_id": SESSIONS,
+    "ztna.net.session_table:SessionTable.half_open": "ztna.net.endpoint:EndpointSettings.half_open",
+    "ztna.net.session_table:SessionTable.outbound": "sessions that this node began",
+    "ztna.net.session_table:SessionTable._ids": SESSIONS,
+    "ztna.net.udp:SocketUdpPort._local_addresses": "ztna.net.udp:_MAX_LOCAL_ADDRESSES",
+    "ztna.net.udp_inlets:Inlets._buffer": "of one size",
+    "ztna.roles.address_book:AddressBook.by_identity": "identities that our CA has certified",
+    "ztna.roles.served:Served.refused": SERVICES,
+    "ztna.roles.served:Served.unauthorised": SERVICES,
+    "ztna.roles.served:Intermediate.served": SESSIONS,
+    "ztna.roles.served:Intermediate._arrivals": "ztna.roles.served:MAX_ARRIVALS",
+    "ztna.roles.control_client:ControlLink.labels": OWN_FILE,
+    "ztna.roles.control_client:ControlLink.refused": OWN_FILE,
+    "ztna.roles.control_client:ControlLink.numbers": "of one frame: ztna.core.messages:MAX_FRAME",
+    "ztna.roles.control_keeper:ControlKeeper._streams": "sessions that this node began",
+    "ztna.roles.session_race:Race._failures": "sessions that this node began",
+    "ztna.roles.signed_policy:SignedPolicy.refused": "keys are words of ours",
+    "ztna.roles.signed_policy:SignedPolicy._callbacks": "parts of this node",
+    "ztna.roles.tree:StatisticsRegistry._sources": "parts of this node",
+}
+
+NOT_JUDGED_YET = (
+    "ztna.core.channels:",
+    "ztna.core.ice.",
+    "ztna.core.rendezvous:",
+    "ztna.core.stream_frames:",
+    "ztna.net.aioquic_private.path_change:",
+    "ztna.net.peer_path:",
+    "ztna.net.stream_",
+    "ztna.net.tls_stream:",
+    "ztna.roles.agent_peers:",
+    "ztna.roles.connector_peers:",
+    "ztna.roles.peer_",
+)
+"""Modules whose tables have caps of their own, which docs/security.md does not tell yet."""

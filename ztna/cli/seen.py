@@ -1,0 +1,251 @@
+"""`ztna status`, `ping`, `why` and `paths`: ask the running node of this machine what it sees."""
+
+import errno
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rich_click as click
+from click import get_current_context
+from rich.console import Console
+
+from ztna.cli import seen_text
+from ztna.cli.main import verbose_option
+from ztna.cli.text import printable
+from ztna.config.load import load_config
+from ztna.config.model import AgentConfig, default_file, default_state_dir
+from ztna.core.identity import Role
+from ztna.errors import ConfigError, IdentityError, SystemSetupError, UnreachableError, ZtnaError
+from ztna.pki import load_credentials
+from ztna.roles.local import RUNTIME_FOLDER, socket_path
+
+# Our choice: longer than any look at a service takes, several of them one after the other.
+_ANSWER_TIME = 60.0
+_LONGEST_LINE = 16 << 20
+
+F = TypeVar("F", bound=Callable[..., Any])
+Line = dict[str, Any]
+
+
+def _options(command: F) -> F:
+    file = click.Path(dir_okay=False, path_type=Path)
+    for option in (
+        verbose_option,
+        click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each answer."),
+        click.option(
+            "--socket", "given", type=file, metavar="PATH", help="The node's status socket."
+        ),
+        click.option(
+            "--config",
+            type=file,
+            metavar="FILE",
+            help=f"The agent's configuration, which says where its socket is.  "
+            f"[default: {default_file(Role.AGENT)}]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_options
+def status(config: Path | None, given: Path | None, as_json: bool) -> None:
+    """Show every service of the running agent, each tried now, end to end.
+
+    A service is ready when an echo has gone through the tunnel and come back, just now, and its
+    connector has reached the application.
+
+    \b
+    Exit codes, by the worst service:
+      0  all are ready
+      3  a service or its route is not as configured
+      4  this agent's certificate has expired
+      5  the policy refuses a service
+      6  something does not answer; or no agent runs here
+
+    \b
+    Examples:
+      ztna status
+      ztna status --json --config /etc/ztna/agent.json
+    """
+    answer = _one(_ask(config, given, {"ask": "status"}))
+    _show(answer, as_json, seen_text.status)
+    get_current_context().exit(_code(answer))
+
+
+@click.command()
+@click.argument("service")
+@click.option(
+    "-c", "--count", type=click.IntRange(1), metavar="N", help="Stop after N; else at Ctrl-C."
+)
+@click.option("-i", "--interval", type=float, default=1.0, metavar="SECONDS", help="Between two.")
+@click.option("-s", "--size", type=int, default=64, metavar="BYTES", help="Of each packet.")
+@click.option("--until-direct", is_flag=True, help="Stop at the first answer on a direct path.")
+@_options
+def ping(
+    service: str,
+    count: int | None,
+    interval: float,
+    size: int,
+    until_direct: bool,
+    config: Path | None,
+    given: Path | None,
+    as_json: bool,
+) -> None:
+    """Send echoes to a service and name the path of each answer.
+
+    They are answered by its connector: the application is not touched.
+
+    \b
+    Examples:
+      ztna ping web-app
+      ztna ping web-app -c 60 --until-direct
+    """
+    request: dict[str, object] = {
+        "ask": "ping",
+        "service": service,
+        "count": count or 0,
+        "interval": interval,
+        "size": size,
+        "until_direct": until_direct,
+    }
+    code = 0
+    for answer in _ask(config, given, request):
+        _show(answer, as_json, seen_text.ping)
+        code = _code(answer)
+    get_current_context().exit(code)
+
+
+@click.command()
+@click.argument("service")
+@_options
+def why(service: str, config: Path | None, given: Path | None, as_json: bool) -> None:
+    """Say why a service does not work, and why its path is not direct.
+
+    Goes along the way, name, route, certificate, intermediate, policy, connector, backend, path,
+    and names the first stage that is broken, with what to do. SERVICE: its id, name or address.
+
+    The exit code is 0 if nothing is broken, else as of ztna status.
+
+    Example: ztna why web-app
+    """
+    try:
+        answer = _one(_ask(config, given, {"ask": "why", "service": service}))
+    except UnreachableError as error:
+        _check_files(config, error)
+        raise
+    _show(answer, as_json, seen_text.why)
+    get_current_context().exit(_code(answer))
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Go on, and show every change as it comes.")
+@_options
+def paths(watch: bool, config: Path | None, given: Path | None, as_json: bool) -> None:
+    """Show every connector with the paths that lead to it.
+
+    \b
+    Examples:
+      ztna paths
+      ztna paths --watch --json
+    """
+    for answer in _ask(config, given, {"ask": "paths", "watch": watch}):
+        _show(answer, as_json, seen_text.paths)
+
+
+def _show(answer: Line, as_json: bool, text: Callable[[Console, Line], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(answer))
+    else:
+        text(Console(highlight=False), _printable(answer))
+
+
+def _printable(value: Any) -> Any:
+    """What came from peers must not steer the terminal."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {key: _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
+
+
+def _code(answer: Line) -> int:
+    return int(answer.get("exit_code") or 0)
+
+
+def _ask(config: Path | None, given: Path | None, request: Mapping[str, object]) -> Iterator[Line]:
+    """Answers, as they come."""
+    path = given or _socket(config)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        _connect(connection, path)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        # An agent answers each line when it knows it; a ping or a watch may be quiet for long.
+        connection.settimeout(None if request["ask"] in {"ping", "paths"} else _ANSWER_TIME)
+        with connection.makefile("rb") as lines:
+            while line := _read_line(lines.readline, path):
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise _error(answer)
+                yield answer
+
+
+def _one(answers: Iterator[Line]) -> Line:
+    """The only answer."""
+    for answer in answers:
+        return answer
+    raise UnreachableError("the node has closed the connection without an answer; see its log")
+
+
+def _read_line(readline: Callable[[int], bytes], path: Path) -> bytes:
+    try:
+        return readline(_LONGEST_LINE)
+    except TimeoutError as error:
+        words = f"the node at {path} does not answer in {_ANSWER_TIME:g} s; see its log"
+        raise UnreachableError(words) from error
+
+
+def _connect(connection: socket.socket, path: Path) -> None:
+    try:
+        connection.connect(str(path))
+    except PermissionError as error:
+        raise SystemSetupError(
+            f"{path}: only root, the agent's user and its group may ask; run it as one of them"
+        ) from error
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR}:
+            raise SystemSetupError(f"{path}: {error.strerror or error}") from error
+        raise UnreachableError(
+            f"no agent runs here: nobody answers at {path}; start it (ztna run agent), or name "
+            "its --config or --socket"
+        ) from error
+
+
+def _error(answer: Line) -> ZtnaError:
+    error = ZtnaError(str(answer["error"]))
+    error.exit_code = int(answer.get("exit_code", 1))
+    return error
+
+
+def _socket(config: Path | None) -> Path:
+    """Where the agent's socket is: as its file says, else where it would be without one."""
+    file = config or default_file(Role.AGENT)
+    try:
+        loaded = load_config(AgentConfig, file, [])
+    except ConfigError:
+        if config is not None:
+            raise
+        own = socket_path(Role.AGENT, default_state_dir())
+        return own if own.exists() else RUNTIME_FOLDER / own.name
+    return loaded.status_socket or socket_path(Role.AGENT, loaded.state_dir)
+
+
+def _check_files(config: Path | None, error: UnreachableError) -> None:
+    """No agent runs: perhaps because it cannot. Raises what its files are refused for."""
+    file = config or default_file(Role.AGENT)
+    try:
+        identity = load_config(AgentConfig, file, []).identity
+        load_credentials(identity.cert, identity.key, identity.ca)
+    except (ConfigError, IdentityError) as cause:
+        raise type(cause)(f"{error}\n  it cannot start: {cause}") from error

@@ -1,0 +1,151 @@
+"""What a node answers, for people: tables on a terminal, plain columns elsewhere."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Line = dict[str, Any]
+
+_MARKS = {"ok": "green", "degraded": "yellow", "broken": "red"}
+_GAP = "  "
+
+
+def status(console: Console, answer: Line) -> None:
+    """A row for each service, and what is wrong below."""
+    intermediate = answer["intermediate"]
+    rtt = "" if not intermediate["rtt"] else f", round trip {_time(intermediate['rtt'])}"
+    where = f"{intermediate['address']}: {intermediate['words']}{rtt}"
+    _print(console, f"{answer['identity']}, tunnel address {answer['tunnel_address'] or 'none'}")
+    _print(console, f"intermediate {where}")
+    if answer["observed_address"]:
+        _print(console, f"seen from there as {answer['observed_address']}")
+    services = answer["services"]
+    heads = ("service", "state", "proof", "path", "rtt", "loss", "mtu", "backend")
+    _table(console, heads, [_row(each) for each in services])
+    for each in services:
+        if not each["ready"]:
+            _print(console, f"{each['service']}: {each['words']} (ztna why {each['service']})")
+        for note in each["notes"]:
+            _print(console, f"{each['service']}: {note}")
+    for here, there in sorted({(s["nat_here"], s["nat_there"]) for s in services if s["nat_here"]}):
+        _print(console, f"NAT here: {here}; at the connector: {there or 'not known'}")
+
+
+def _row(each: Line) -> Sequence[str]:
+    age, proven = each["proof_age"], each["proof_age"] is not None
+    path = each["path"]
+    return (
+        each["service"],
+        each["state"],
+        f"{_age(age)} ago" if proven else "never",
+        path["kind"] if not path["address"] else f"{path['kind']} {path['address']}",
+        _time(each["rtt"]) if proven else "-",
+        f"{each['loss']:.0%} of {each['rounds']}" if each["rounds"] else "-",
+        "-" if each["mtu"] is None else str(each["mtu"]),
+        each["backend"] or "-",
+    )
+
+
+def ping(console: Console, answer: Line) -> None:
+    """A line for each answer, and the sum."""
+    if answer["kind"] == "echo":
+        if answer["rtt"] is None:
+            _print(console, f"{answer['number']}: {answer['words']}")
+        else:
+            _print(console, f"{answer['number']}: {_time(answer['rtt'])} by {answer['words']}")
+        return
+    words = f"{answer['sent']} sent, {answer['answered']} answered, {answer['loss']:.0%} lost"
+    if answer["answered"]:
+        times = "/".join(_time(answer[key]) for key in ("least", "mean", "most"))
+        words += f"; round trip least/mean/most {times}"
+    _print(console, f"{words}; the last one {'direct' if answer['direct'] else 'not direct'}")
+
+
+def why(console: Console, answer: Line) -> None:
+    """The stages, the cause, and why it is not direct."""
+    for stage in answer["stages"]:
+        mark = stage["state"].upper() if stage["state"] == "broken" else stage["state"]
+        line = f"{stage['name']:<13}{mark:<11}{stage['found']}"
+        _print(console, line, _MARKS.get(stage["state"], "dim"))
+    _print(console, "")
+    if answer["works"]:
+        _print(console, f"{answer['service']} works.", "green")
+    else:
+        _print(console, f"Broken: {answer['broken']}: {answer['found']}", "red")
+        _print(console, f"To do: {answer['todo']}")
+    for stage in answer["stages"]:
+        if stage["state"] == "degraded":
+            _print(console, f"Weak: {stage['name']}: {stage['found']}", "yellow")
+            _print(console, f"To do: {stage['todo']}")
+    if answer["path"] is not None:
+        for line in _story(answer["path"], answer["path"]["way"]):
+            _print(console, line)
+
+
+def paths(console: Console, answer: Line) -> None:
+    """Each peer, its paths, and what was tried."""
+    if not answer["peers"]:
+        _print(console, "no connector is known now")
+    for peer in answer["peers"]:
+        state = "up" if peer["up"] else f"down: {peer['failure'] or 'not reached yet'}"
+        services = ", ".join(peer["services"]) or "no service"
+        rtt = "" if not peer["rtt"] else f", round trip {_time(peer['rtt'])}"
+        _print(console, f"{peer['peer']} ({services}): {state}{rtt}")
+        for path in peer["paths"]:
+            mark = "*" if path["selected"] else " "
+            rtt = f" {_time(path['rtt'])}" if path.get("rtt") else ""
+            reason = f": {path['reason']}" if path.get("reason") else ""
+            line = f" {mark} {path['kind']} {path['address']}{rtt} {path['state']}{reason}"
+            _print(console, line)
+        for line in _story(peer, peer["selected"]):
+            _print(console, f"   {line}")
+
+
+def _story(story: Line, way: Line) -> Iterator[str]:
+    """Why a path is not direct: both NATs, every pair with its reason, what would change it."""
+    yield f"Path: {way['kind']}" + (f" {way['address']}" if way["address"] else "")
+    if story["nat_here"]:
+        yield f"NAT here: {story['nat_here']}; at the connector: {story['nat_there']}"
+    if story["direct"]:
+        return
+    yield f"Not direct: {story['why']}"
+    for title, pairs in (("from here", story["pairs"]), ("from there", story["peer_pairs"])):
+        for pair in pairs:
+            reason = f": {pair['reason']}" if pair["reason"] else ""
+            yield f"  {title} to {pair['kind']} {pair['remote']}: {pair['state']}{reason}"
+    if story["would_change"]:
+        yield f"What would change it: {story['would_change']}"
+
+
+def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if console.is_terminal:
+        table = Table()
+        for head in heads:
+            table.add_column(head, no_wrap=head == "service")
+        for row in rows:
+            style = None if row[1] == "ready" else "red"
+            table.add_row(*(escape(cell) for cell in row), style=style)
+        console.print(table)
+        return
+    lines = [tuple(heads), *rows]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(heads))]
+    for line in lines:
+        cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        _print(console, _GAP.join(cells).rstrip())
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _age(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,254 @@
+"""What an agent answers to `ztna status`, `ping`, `why` and `paths`, through its status socket.
+
+Nothing is answered from memory where it can be tried: `status` and `ping` send echoes through the
+tunnel, `status` and `why` have the connector try its application. `roles.agent_why` goes along a
+service's way; what the paths are is `roles.ways`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import attrs
+import trio
+
+from ztna.core.addresses import format_address
+from ztna.core.ice.agent import IceAgent
+from ztna.core.ice.paths import Path
+from ztna.errors import RefusedError, UnreachableError, UsageError
+from ztna.net.peer_path import PeerPath
+from ztna.roles.agent_peers import Peer
+from ztna.roles.agent_why import Round, Seen, Walk, find_service
+from ztna.roles.local import Request, Send
+from ztna.roles.ways import NONE, Story, Way, story_of, way_of
+
+# Our choices: s that an echo of `ping` is waited for, the shortest pause between two, the most of
+# one request; and how often `paths --watch` looks.
+ECHO_TIME = 2.0
+LEAST_INTERVAL = 0.05
+MAX_COUNT = 100_000
+WATCH_INTERVAL = 0.25
+# Services that are looked at at once.
+AT_ONCE = 16
+
+
+@attrs.define(eq=False)
+class AgentView:
+    """Answers for one agent. ice_of: what looks for direct ways for a path, if anything does."""
+
+    seen: Seen
+    ice_of: Callable[[PeerPath], IceAgent | None] = lambda _: None
+
+    async def answer(self, request: Request, send: Send) -> None:
+        """An `Answer` of `roles.local`. Raises UsageError and what a service's state is."""
+        match request:
+            case {"ask": "status"}:
+                await send(await self.status())
+            case {"ask": "ping", "service": str(name)}:
+                await self._ping(name, request, send)
+            case {"ask": "why", "service": str(name)}:
+                await send(await self.why(name))
+            case {"ask": "paths"}:
+                await self._paths(send, watch=request.get("watch") is True)
+            case _:
+                asked = str(request["ask"])[:40]
+                raise UsageError(f"an agent answers status, ping, why and paths, not {asked!r}")
+
+    # --- status -------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, object]:
+        """Each service, tried now."""
+        seen, rows = self.seen, dict[str, dict[str, object]]()
+        limiter = trio.CapacityLimiter(AT_ONCE)
+        names = [service.id for service in seen.agent.granted.services]
+        seen.echoes.keep_only(names)
+
+        async def look(name: str) -> None:
+            async with limiter:
+                rows[name] = await self._row(name)
+
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(look, name)
+        link, agent = seen.agent.link, seen.agent
+        observed = None if link is None else link.observed_address
+        codes = [row["exit_code"] for row in rows.values() if isinstance(row["exit_code"], int)]
+        session = seen.session_words()
+        return {
+            "role": "agent",
+            "identity": agent.identity.uri,
+            "tunnel_address": None if agent.address is None else str(agent.address),
+            "intermediate": {
+                "address": seen.intermediate,
+                "up": link is not None,
+                "words": session,
+                "rtt": None if link is None else link.session.statistics()["rtt"],
+            },
+            "observed_address": None if observed is None else format_address(observed),
+            "services": [rows[name] for name in names],
+            "exit_code": max(codes, default=0 if link is not None else UnreachableError.exit_code),
+        }
+
+    async def _row(self, name: str) -> dict[str, object]:
+        walk = Walk(self.seen, name)
+        diagnosis = await walk.diagnose()
+        record, peer = self.seen.echoes.record(name), self.seen.peer_of(name)
+        cause, service = diagnosis.cause, self.seen.service(name)
+        age = None if record.proven_at is None else trio.current_time() - record.proven_at
+        story = None if peer is None else self._story(peer)
+        virtual_ip = None if service is None else service.virtual_ip
+        return {
+            "service": name,
+            "virtual_ip": None if virtual_ip is None else str(virtual_ip),
+            "state": "ready" if cause is None else f"{cause.name.value}: broken",
+            "ready": cause is None,
+            "words": "" if cause is None else cause.found,
+            "notes": [stage.found for stage in diagnosis.weak],
+            "proof_age": age,
+            "proof_path": record.path or None,
+            "rtt": record.rtt if age is not None else None,
+            "loss": record.loss,
+            "rounds": len(record.outcomes),
+            "mtu": walk.largest,
+            "backend": None if walk.health is None else walk.health.state,
+            "connector": None if peer is None else str(peer.identity),
+            "path": self._way(peer).to_json(),
+            "nat_here": None if story is None else story.nat_here or None,
+            "nat_there": None if story is None else story.nat_there or None,
+            "exit_code": diagnosis.exit_code,
+        }
+
+    # --- ping ---------------------------------------------------------------------------------
+
+    async def _ping(self, name: str, request: Request, send: Send) -> None:
+        count = _number(request, "count", 0, 0, MAX_COUNT)
+        interval = _number(request, "interval", 1.0, LEAST_INTERVAL, 3600.0)
+        size = int(_number(request, "size", 64, 64, 65_000))
+        service = find_service(self.seen, name)
+        if service is None:
+            raise UsageError(f"this agent knows no service {name[:80]!r}; ztna status lists them")
+        refusal = self.seen.agent.granted.refused.get(service.id)
+        if refusal is not None:
+            raise RefusedError(refusal)
+        number, stop = 0, request.get("until_direct") is True
+        times: list[float] = []
+        direct = False
+        while not count or number < count:
+            number += 1
+            begun = trio.current_time()
+            got = await self.seen.echo(service, ECHO_TIME, size)
+            await send({"kind": "echo", "number": number, "service": service.id, **_round(got)})
+            if got.rtt is not None:
+                times.append(got.rtt)
+                direct = got.way.kind == "direct"
+            if stop and direct:
+                break
+            if not count or number < count:
+                await trio.sleep_until(begun + interval)
+        await send(_summary(service.id, number, times, direct=direct))
+
+    # --- why ----------------------------------------------------------------------------------
+
+    async def why(self, name: str) -> dict[str, object]:
+        """The way to a service, stage by stage, and why it is not direct."""
+        service = find_service(self.seen, name)
+        known = name if service is None else service.id
+        diagnosis = await Walk(self.seen, known).diagnose()
+        peer = self.seen.peer_of(known)
+        path = None
+        if peer is not None:
+            path = {"way": self._way(peer).to_json(), **self._story(peer).to_json()}
+        return {"kind": "why", **diagnosis.to_json(), "path": path}
+
+    # --- paths --------------------------------------------------------------------------------
+
+    async def _paths(self, send: Send, *, watch: bool) -> None:
+        before: object = None
+        while True:
+            now = self.paths()
+            shape = [_without_figures(each) for each in now]
+            if shape != before:
+                await send({"kind": "paths", "peers": now})
+                before = shape
+            if not watch:
+                return
+            await trio.sleep(WATCH_INTERVAL)
+
+    def paths(self) -> list[dict[str, object]]:
+        """Every peer with its paths."""
+        peers = self.seen.agent.peers
+        return [] if peers is None else [self._peer(peer) for peer in peers.peers]
+
+    def _peer(self, peer: Peer) -> dict[str, object]:
+        way, ice = self._way(peer), self.ice_of(peer.path)
+        known: list[dict[str, object]] = []
+        relay = way_of(attrs.evolve(peer.path, direct=None), self.seen.intermediate)
+        if relay.kind != NONE:
+            known.append({**relay.to_json(), "state": "up", "selected": way == relay})
+        if ice is not None:
+            known += [_direct(path, selected=path is ice.paths.current) for path in ice.paths]
+        link = peer.link
+        return {
+            "peer": str(peer.identity),
+            "up": link is not None,
+            "failure": peer.failure if link is None else "",
+            "services": sorted(peer.granted),
+            "selected": way.to_json(),
+            "rtt": None if link is None else link.session.statistics()["rtt"],
+            "paths": known,
+            **self._story(peer).to_json(),
+        }
+
+    def _way(self, peer: Peer | None) -> Way:
+        return Way(NONE) if peer is None else way_of(peer.path, self.seen.intermediate)
+
+    def _story(self, peer: Peer) -> Story:
+        return story_of(self._way(peer), self.ice_of(peer.path))
+
+
+def _direct(path: Path, *, selected: bool) -> dict[str, object]:
+    return {
+        "kind": "direct",
+        "address": format_address(path.address),
+        "state": path.state.value,
+        "reason": path.reason,
+        "rtt": path.rtt,
+        "selected": selected,
+    }
+
+
+def _round(got: Round) -> dict[str, object]:
+    return {"rtt": got.rtt, "path": got.way.kind, "via": got.way.address, "words": got.words}
+
+
+def _summary(service_id: str, sent: int, times: list[float], *, direct: bool) -> dict[str, object]:
+    answered = len(times)
+    code = 0 if answered else UnreachableError.exit_code
+    return {
+        "kind": "summary",
+        "service": service_id,
+        "sent": sent,
+        "answered": answered,
+        "loss": 0.0 if not sent else 1 - answered / sent,
+        "least": min(times, default=None),
+        "mean": sum(times) / answered if answered else None,
+        "most": max(times, default=None),
+        "direct": direct,
+        "exit_code": code,
+    }
+
+
+def _without_figures(value: object) -> object:
+    """What makes two pictures differ: round-trip times always do."""
+    if isinstance(value, Mapping):
+        return {k: _without_figures(v) for k, v in value.items() if k != "rtt"}
+    if isinstance(value, list):
+        return [_without_figures(each) for each in value]
+    return value
+
+
+def _number(request: Request, key: str, default: float, least: float, most: float) -> float:
+    value = request.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"{key} is a number")
+    if not least <= value <= most:
+        raise UsageError(f"{key} is between {least:g} and {most:g}")
+    return value

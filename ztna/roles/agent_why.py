@@ -1,0 +1,405 @@
+"""Along a service's way, stage by stage: name, route, certificate, intermediate, policy, connector,
+backend, path. Each is tried or looked up now, and says in words what is true and what to do.
+"""
+
+import datetime
+import difflib
+import ipaddress
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+import trio
+
+from ztna.config.model import AgentConfig, AgentService
+from ztna.core.addresses import format_address, is_virtual
+from ztna.core.diagnosis import (
+    Diagnosis,
+    Stage,
+    StageName,
+    StageState,
+    broken,
+    degraded,
+    ok,
+)
+from ztna.core.encapsulation import ServiceLabel
+from ztna.core.identity import Identity
+from ztna.core.messages import HealthAnswer
+from ztna.core.ports import IpPacket
+from ztna.core.routes import RouteTable
+from ztna.roles import health
+from ztna.roles.agent_peers import AgentPeers, Peer
+from ztna.roles.control_client import ControlLink
+from ztna.roles.control_keeper import ControlKeeper
+from ztna.roles.echoes import EchoBook
+from ztna.roles.granted import Granted
+from ztna.roles.peer_link import PeerLink
+from ztna.roles.signed_policy import SignedPolicy
+from ztna.roles.trouble import Trouble, TroubleKind
+from ztna.roles.ways import DIRECT, NONE, Way, way_of
+
+# Our choices: echoes of one look, and s that each may take; most of a second suffices for any path
+# that people would call working.
+TRIES = 3
+PATIENCE = 1.0
+# docs/protocol.md section 3: a message with a service number, before the packet.
+MESSAGE_HEADER = 3
+DOMAIN = ".ztna.internal"
+
+
+CheckRoute = Callable[[ipaddress.IPv4Address, ipaddress.IPv4Address], str]
+"""What stands in the way of the host's packets to an address, in words; empty if nothing. The
+first is the service's, the second our own tunnel address."""
+
+
+def no_obstacle(_address: ipaddress.IPv4Address, _own: ipaddress.IPv4Address) -> str:
+    """Where the host's routes do not lead into the tunnel, as without an interface."""
+    return ""
+
+
+class AgentState(Protocol):
+    """What is read of the agent."""
+
+    config: AgentConfig
+    identity: Identity
+    granted: Granted[AgentService]
+    policy: SignedPolicy | None
+    routes: RouteTable
+    address: ipaddress.IPv4Address | None
+    link: ControlLink | None
+    peers: AgentPeers | None
+
+
+@attrs.frozen
+class Round:
+    """One echo. rtt: s; None without an answer. way: the answer's; the request's without one."""
+
+    rtt: float | None
+    way: Way
+    words: str
+
+
+@attrs.define(eq=False)
+class Seen:
+    """The agent, as those see it who only look. check_route: asks the system's own routes."""
+
+    agent: AgentState
+    keeper: ControlKeeper
+    echoes: EchoBook
+    check_route: CheckRoute = no_obstacle
+
+    @property
+    def intermediate(self) -> str:
+        """Its name and port, as configured."""
+        there = self.keeper.intermediate
+        return format_address((there.host, there.port))
+
+    def service(self, service_id: str) -> AgentService | None:
+        """A service by its id."""
+        found = [each for each in self.agent.granted.services if each.id == service_id]
+        return found[0] if found else None
+
+    def peer_of(self, service_id: str) -> Peer | None:
+        """The connector of a service: the one that carries it, else one that shall."""
+        peers = [] if self.agent.peers is None else list(self.agent.peers.peers)
+        carrying = [peer for peer in peers if peer.carries(service_id)]
+        return next(iter(carrying or [each for each in peers if service_id in each.granted]), None)
+
+    def carrier(self, service_id: str) -> tuple[PeerLink | ControlLink, ServiceLabel] | None:
+        """The session that carries a service now, and the service's label there."""
+        agent = self.agent
+        link = agent.link if agent.peers is None else agent.peers.link_for(service_id)
+        if link is None or service_id not in link.labels:
+            return None
+        return link, link.labels[service_id]
+
+    async def echo(self, service: AgentService, patience: float, size: int) -> Round:
+        """One round trip to a service, put on record."""
+        peer, carrier = self.peer_of(service.id), self.carrier(service.id)
+        before = self._received(peer)
+        if carrier is None or service.virtual_ip is None or self.agent.address is None:
+            # Also what keeps the pace of who asks again and again.
+            await trio.sleep(patience)
+            return Round(None, Way(NONE), "no session carries it; ztna why says more")
+        link, label = carrier
+
+        async def send(packet: IpPacket) -> None:
+            await link.send_packets([(label, packet)])
+
+        ends = (self.agent.address.packed, service.virtual_ip.packed)
+        rtt = await self.echoes.ask(service.id, ends, send, patience, size)
+        way, record = self._way(peer), self.echoes.record(service.id)
+        record.outcomes.append(rtt is not None)
+        if rtt is None:
+            return Round(None, way, f"no answer in {patience:g} s, sent {way.words}")
+        after = self._received(peer)
+        relayed, direct = after[0] - before[0], after[1] - before[1]
+        if way.kind == DIRECT and not direct and relayed and peer is not None:
+            # It went directly, and came back by the relay.
+            way = way_of(attrs.evolve(peer.path, direct=None), self.intermediate)
+        record.proven_at, record.rtt, record.path = trio.current_time(), rtt, way.kind
+        return Round(rtt, way, way.words)
+
+    def session_words(self) -> str:
+        """The control session, or why there is none."""
+        link = self.agent.link
+        if link is not None:
+            over = "TLS" if is_virtual(link.session.remote_address) else "UDP"
+            return f"session over {over}"
+        trouble = self.keeper.trouble
+        return "no session yet" if trouble is None else trouble.words
+
+    def _way(self, peer: Peer | None) -> Way:
+        if peer is not None:
+            return way_of(peer.path, self.intermediate)
+        return Way("plain relay", self.intermediate)
+
+    @staticmethod
+    def _received(peer: Peer | None) -> tuple[int, int]:
+        if peer is None:
+            return 0, 0
+        counters = peer.path.counters
+        return counters["received_relay_bytes"], counters["received_direct_bytes"]
+
+
+def find_service(seen: Seen, name: str) -> AgentService | None:
+    """By id, by name under `DOMAIN`, or by virtual address."""
+    for service in seen.agent.granted.services:
+        if name in {service.id, service.id + DOMAIN, str(service.virtual_ip)}:
+            return service
+    return None
+
+
+@attrs.define(eq=False)
+class Walk:
+    """One look at one service. health, largest: what it has found: the application's state, and
+    bytes of the largest packet that goes in one piece."""
+
+    seen: Seen
+    name: str
+    health: HealthAnswer | None = None
+    largest: int | None = None
+
+    async def diagnose(self) -> Diagnosis:
+        """Go along the way until a stage is broken."""
+        stages: list[Stage] = []
+        await trio.lowlevel.checkpoint()
+        for look in (
+            self._look_name,
+            self._look_route,
+            self._look_certificate,
+            self._look_intermediate,
+            self._look_policy,
+            self._look_connector,
+        ):
+            stages.append(look())
+            if stages[-1].state is StageState.BROKEN:
+                return Diagnosis.of(self.name, stages)
+        service = self.seen.service(self.name)
+        assert service is not None, "its name was looked at first"
+        stages += await self._try(service)
+        return Diagnosis.of(self.name, stages)
+
+    # --- what is looked up --------------------------------------------------------------------
+
+    def _look_name(self) -> Stage:
+        agent, stage = self.seen.agent, StageName.NAME
+        service = self.seen.service(self.name)
+        if service is not None:
+            return ok(stage, f"{self.name} is a service of this agent")
+        policy = agent.policy
+        if policy is not None and policy.service(self.name) is not None:
+            found = f"{self.name} is in the signed policy, but not in this agent's file"
+            return broken(stage, found, "add it to services in the agent's file, then SIGHUP")
+        known = [each.id for each in agent.granted.services]
+        close = difflib.get_close_matches(self.name, known, 1)
+        todo = f"did you mean {close[0]}?" if close else "ztna status lists those that it knows"
+        return broken(stage, f"this agent knows no service {self.name!r}", todo)
+
+    def _look_route(self) -> Stage:
+        stage, service = StageName.ROUTE, self.seen.service(self.name)
+        address = None if service is None else service.virtual_ip
+        if address is None:
+            found = "no address is known for it"
+            if self.name in self.seen.agent.granted.refused:
+                return Stage(stage, StageState.NOT_TOLD, found)
+            return broken(stage, found, "give it a virtual_ip in the agent's file")
+        own = self.seen.agent.address
+        obstacle = "" if own is None else self.seen.check_route(address, own)
+        if obstacle:
+            todo = "remove the other route, or choose another service_range"
+            return broken(stage, obstacle, todo)
+        return ok(stage, f"{address} leads into the tunnel")
+
+    def _look_certificate(self) -> Stage:
+        stage, credentials = StageName.CERTIFICATE, self.seen.keeper.credentials
+        left = credentials.not_after - datetime.datetime.now(datetime.UTC)
+        until = f"{credentials.not_after:%Y-%m-%d %H:%M} UTC"
+        if left <= datetime.timedelta(0):
+            todo = "have it renewed where the CA is (ztna pki renew), then send SIGHUP to the agent"
+            return broken(stage, f"this agent's own certificate expired on {until}", todo)
+        if left < datetime.timedelta(days=1):
+            return degraded(stage, f"it expires on {until}", "have it renewed (ztna pki renew)")
+        return ok(stage, f"valid until {until}")
+
+    def _look_intermediate(self) -> Stage:
+        seen, stage = self.seen, StageName.INTERMEDIATE
+        link, trouble = seen.agent.link, seen.keeper.trouble
+        if link is not None and not link.session.suspect:
+            return self._look_session(link)
+        if link is not None:
+            found = f"{seen.intermediate} leaves data unanswered for more than a second"
+            todo = "is it still up, and this machine's network?"
+        else:
+            found, todo = _no_session(seen.intermediate, trouble)
+        peer = seen.peer_of(self.name)
+        if peer is not None and peer.carries(self.name) and peer.path.direct is not None:
+            return degraded(stage, f"{found}; the direct session goes on without it", todo)
+        return broken(stage, found, todo)
+
+    def _look_session(self, link: ControlLink) -> Stage:
+        stage, there = StageName.INTERMEDIATE, self.seen.intermediate
+        rtt = float(link.session.statistics()["rtt"]) * 1000
+        if is_virtual(link.session.remote_address):
+            found = (
+                f"UDP is blocked: {there} gives no answer by UDP, so the session runs over TLS "
+                f"(round trip {rtt:.1f} ms), which is slower"
+            )
+            todo = f"let UDP out to {there}, and let it in there"
+            return degraded(stage, found, todo)
+        return ok(stage, f"session over UDP with {there}, round trip {rtt:.1f} ms")
+
+    def _look_policy(self) -> Stage:
+        agent, stage = self.seen.agent, StageName.POLICY
+        reason = agent.granted.refused.get(self.name) or agent.routes.refused.get(self.name)
+        link = agent.link
+        if reason is None and link is not None:
+            reason = link.refused.get(self.name)
+        if reason is not None:
+            todo = "whoever writes the policy can add a rule for this agent"
+            return broken(stage, reason, todo)
+        if link is not None and self.name not in link.labels:
+            found = "the intermediate has not answered yet whether this agent may reach it"
+            return broken(stage, found, "wait some seconds, and ask again")
+        by = "the signed policy" if agent.policy is not None else "the intermediate's policy"
+        return ok(stage, f"{agent.identity} may reach it, by {by}")
+
+    def _look_connector(self) -> Stage:
+        agent, stage = self.seen.agent, StageName.CONNECTOR
+        if agent.peers is None:
+            return Stage(stage, StageState.NOT_TOLD, "the plain relay does not say who answers")
+        peer = self.seen.peer_of(self.name)
+        if peer is None:
+            reason = agent.peers.unavailable.get(self.name, "the intermediate names none yet")
+            found = f"no connector provides {self.name} now: {reason}"
+            todo = "start it; its log must say `registered` for this service"
+            return broken(stage, found, todo)
+        name = str(peer.identity)
+        if peer.carries(self.name):
+            return ok(stage, f"{name} is there, and the session with it is end to end")
+        if peer.link is not None:
+            found = f"{name} is there, but does not offer {self.name} to this agent"
+            return broken(stage, found, "see its file, its log, and the policy")
+        if peer.path.channel is None:
+            found = f"{name} has lost the intermediate: {peer.failure or 'no channel'}"
+            return broken(stage, found, "see the connector's log")
+        found = f"no session with {name}: {peer.failure or 'the handshake goes on'}"
+        return broken(stage, found, "see the connector's log; does its network let UDP through?")
+
+    # --- what is tried ------------------------------------------------------------------------
+
+    async def _try(self, service: AgentService) -> list[Stage]:
+        """The application and the path, both at once."""
+        paths: list[Stage] = []
+        async with trio.open_nursery() as nursery:
+
+            async def path() -> None:
+                paths.append(await self._try_path(service))
+                if paths[0].state is StageState.BROKEN and self.health is None:
+                    nursery.cancel_scope.cancel()  # no answer can come any more
+
+            nursery.start_soon(path)
+            await self._ask_health(service.id)
+        return [self._backend(paths[0]), *paths]
+
+    async def _ask_health(self, service_id: str) -> None:
+        peers = self.seen.agent.peers
+        link = None if peers is None else peers.link_for(service_id)
+        if link is not None:
+            self.health = await link.health.ask(service_id, link.send)
+
+    def _backend(self, path: Stage) -> Stage:
+        stage, answer = StageName.BACKEND, self.health
+        if answer is None:
+            if path.state is StageState.BROKEN:
+                return Stage(stage, StageState.NOT_TRIED, "nothing comes back on the path")
+            found = "the connector does not say; perhaps it is older than this agent"
+            return Stage(stage, StageState.NOT_TOLD, found)
+        match answer.state:
+            case health.ANSWERS:
+                return ok(stage, answer.words)
+            case health.REFUSES:
+                todo = "start the application, or correct `backend` in the connector's file"
+                return broken(stage, f"the application refuses: {answer.words}", todo)
+            case health.HANGS:
+                todo = "look at the application, and for a firewall between connector and backend"
+                return broken(stage, f"the application hangs: {answer.words}", todo)
+            case health.UNREACHABLE:
+                todo = "correct `backend` in the connector's file, or its network"
+                return broken(stage, f"the connector cannot reach it: {answer.words}", todo)
+            case health.NOT_OFFERED:
+                return broken(stage, answer.words, "see the connector's file and log")
+            case _:
+                return Stage(stage, StageState.NOT_TOLD, answer.words)
+
+    async def _try_path(self, service: AgentService) -> Stage:
+        """A small echo, then one that fills a message."""
+        seen, stage = self.seen, StageName.PATH
+        small = await self._echo(service, 64)
+        if small.rtt is None:
+            todo = "look at the network, the connector's log, and whether an update changed either"
+            return broken(stage, f"no answer to {TRIES} echoes through the session", todo)
+        carrier = seen.carrier(service.id)
+        room = 0 if carrier is None else carrier[0].session.max_datagram_data - MESSAGE_HEADER
+        large = await self._echo(service, room)
+        if large.rtt is None:
+            found = (
+                f"MTU black hole: echoes of 64 bytes are answered, those of {room} are not; "
+                f"something on the way drops large packets ({small.words})"
+            )
+            todo = "find the link with the small MTU: a VPN, PPPoE or a firewall that drops ICMP"
+            return broken(stage, found, todo)
+        self.largest = room
+        words = f"{small.words}, round trip {small.rtt * 1000:.1f} ms"
+        return ok(stage, f"{words}, {room} bytes go in one piece")
+
+    async def _echo(self, service: AgentService, size: int) -> Round:
+        for _ in range(TRIES - 1):
+            got = await self.seen.echo(service, PATIENCE, size)
+            if got.rtt is not None:
+                return got
+        return await self.seen.echo(service, PATIENCE, size)
+
+
+_TODO = {
+    TroubleKind.NO_NAME: "check `intermediate.host` and this machine's DNS",
+    TroubleKind.NO_ANSWER: "is it running (ss -ulnp there), do its firewall and this network let "
+    "UDP through?",
+    TroubleKind.ITS_CERTIFICATE: "set `server_name` to a name that its certificate holds, or have "
+    "the certificate issued with this one (ztna pki show)",
+    TroubleKind.OUR_CERTIFICATE: "compare `ztna pki show` of this agent's certificate with the "
+    "intermediate's CA",
+    TroubleKind.REFUSED: "see what the words name",
+    TroubleKind.PROTOCOL: "bring agent and intermediate to the same version",
+    TroubleKind.ENDED: "wait some seconds: it is tried again; else see the intermediate's log",
+}
+
+
+def _no_session(where: str, trouble: Trouble | None) -> tuple[str, str]:
+    """Why there is none, and what to do."""
+    if trouble is None:
+        return f"no session with {where} yet: the first attempt goes on", "ask again in 5 s"
+    words = trouble.words
+    if trouble.kind is TroubleKind.NO_ANSWER and len(trouble.ways) > 1:
+        words = "; ".join(f"{way.upper()}: {said}" for way, said in trouble.ways.items())
+    return f"{where}: {trouble.kind.value}: {words}", _TODO[trouble.kind]

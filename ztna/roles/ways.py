@@ -1,0 +1,124 @@
+"""Which way the packets of a peer session go, and why not a better one: in words and for programs.
+
+Reads what the peer session, its path and its hole punching know; decides nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from ztna.core.addresses import format_address, is_virtual
+from ztna.core.ice.agent import IceAgent
+from ztna.core.ice.messages import PairEntry
+from ztna.core.ice.plan import NatView
+from ztna.core.natclass import MappingKind, Presence
+from ztna.net.peer_path import PeerPath
+
+DIRECT, RELAY, RELAY_TLS, NONE = "direct", "relay", "relay over TLS", "none"
+
+
+@attrs.frozen
+class Way:
+    """Where packets go. kind: one of the four above. address: of the peer, or of the relay."""
+
+    kind: str
+    address: str = ""
+
+    @property
+    def words(self) -> str:
+        """As the log has it."""
+        if self.kind == NONE:
+            return "none"
+        if self.kind == DIRECT:
+            return f"DIRECT (peer: {self.address})"
+        over = " over TLS" if self.kind == RELAY_TLS else ""
+        return f"RELAY{over} (via {self.address})"
+
+    def to_json(self) -> dict[str, object]:
+        """For programs."""
+        return {"kind": self.kind, "address": self.address}
+
+
+def way_of(path: PeerPath, intermediate: str) -> Way:
+    """The way that packets take now. intermediate: its name, where it is reached over TLS."""
+    if path.direct is not None:
+        return Way(DIRECT, format_address(path.direct))
+    if path.channel is None or path.relay is None:
+        return Way(NONE)
+    if is_virtual(path.relay):
+        return Way(RELAY_TLS, intermediate)
+    return Way(RELAY, format_address(path.relay))
+
+
+@attrs.frozen
+class Story:
+    """Why a peer is reached directly, or is not. nat_here, nat_there: empty if not known.
+
+    why: in one sentence; would_change: what would make it direct. pairs: what was tried, ours;
+    peer_pairs: what the peer says that it tried.
+    """
+
+    direct: bool
+    why: str
+    would_change: str = ""
+    nat_here: str = ""
+    nat_there: str = ""
+    pairs: Sequence[PairEntry] = ()
+    peer_pairs: Sequence[PairEntry] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """For programs."""
+        return {
+            "direct": self.direct,
+            "why": self.why,
+            "would_change": self.would_change,
+            "nat_here": self.nat_here or None,
+            "nat_there": self.nat_there or None,
+            "pairs": [attrs.asdict(pair) for pair in self.pairs],
+            "peer_pairs": [attrs.asdict(pair) for pair in self.peer_pairs],
+        }
+
+
+def story_of(way: Way, ice: IceAgent | None) -> Story:
+    """ice: finds direct ways for this session; None where nothing looks for one."""
+    direct = way.kind == DIRECT
+    if way.kind == RELAY_TLS:
+        return Story(
+            False,
+            "UDP does not reach the intermediate from here, so all goes over TCP",
+            "a network that lets UDP out; UDP is tried again every few minutes",
+        )
+    if ice is None:
+        why = "" if direct else "nothing looks for a direct path in this session"
+        return Story(direct, why)
+    here, there = _nats(ice)
+    told = ice.peer_result
+    why = "" if direct else ice.failure or "a direct path is being looked for"
+    return Story(
+        direct,
+        why,
+        "" if direct else " or ".join(_changes(here, there)),
+        "" if here is None else here.words,
+        "" if there is None else there.words,
+        () if ice.punching is None else ice.punching.told(),
+        () if told is None else told.pairs,
+    )
+
+
+def _nats(ice: IceAgent) -> tuple[NatView | None, NatView | None]:
+    if ice.punching is None:
+        return None, None
+    return ice.punching.own.nat, ice.punching.peer.nat
+
+
+def _changes(here: NatView | None, there: NatView | None) -> Iterator[str]:
+    """What would make it direct, by what stands in the way."""
+    for nat, where in ((here, "here"), (there, "at the connector")):
+        if nat is None:
+            continue
+        if nat.behaviour.presence is Presence.UDP_BLOCKED:
+            yield f"a firewall {where} that lets UDP out"
+        elif MappingKind.EIM not in nat.behaviour.mappings:
+            yield f"a mapped port (PCP, NAT-PMP, UPnP) or IPv6 {where}"
+    if here is not None and there is not None:
+        yield "a firewall on the way that lets UDP between the two ends"
