@@ -1,0 +1,203 @@
+"""`ztna status`, `ping`, `why`, `paths`: what people see, from what a real agent answered."""
+
+import datetime
+import io
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from click.testing import CliRunner, Result
+from rich.console import Console
+from trio.testing import MockClock
+
+from tests.net.certificates import make_agent, make_deployment, write_credentials
+from tests.roles.memory import open_world
+from tests.roles.test_why import POLICY, WEB_BACKEND, open_all
+from ztna.cli import seen_text
+from ztna.cli.main import cli
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def answered() -> dict[str, Lines]:
+    """Of an agent in memory: everything works; then the application of `web` is gone."""
+    found: dict[str, Lines] = {}
+
+    async def run() -> None:
+        async with open_world(POLICY) as world:
+            agent = await open_all(world)
+            await trio.sleep(1)
+            found["status"] = await agent.ask(ask="status")
+            found["ping"] = await agent.ask(ask="ping", service="web", count=2)
+            found["why"] = await agent.ask(ask="why", service="web")
+            found["paths"] = await agent.ask(ask="paths")
+            del world.dialer.streams[WEB_BACKEND]
+            await trio.sleep(2)
+            found["broken"] = await agent.ask(ask="why", service="web")
+
+    trio.run(run, clock=MockClock(autojump_threshold=0))
+    return found
+
+
+@attrs.define
+class Node:
+    """A status socket that gives the same lines to everybody; requests are what was asked."""
+
+    path: Path
+    lines: Lines
+    requests: Lines = attrs.Factory(list)
+
+    def serve(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rwb") as file:
+                self.requests.append(json.loads(file.readline()))
+                for line in self.lines:
+                    file.write(json.dumps(line).encode() + b"\n")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path / "agent.sock", [])
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(node.path))
+        listener.listen()
+        thread = threading.Thread(target=node.serve, args=(listener,))
+        thread.start()
+        yield node
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def run(node: Node, lines: Lines, *words: str) -> Result:
+    node.lines = lines
+    return CliRunner().invoke(cli, [*words, "--socket", str(node.path)])
+
+
+def test_status(node: Node, answered: dict[str, Lines]) -> None:
+    result = run(node, answered["status"], "status")
+    assert result.exit_code == 5
+    rows = [line.split() for line in result.output.splitlines()]
+    (web,) = [row for row in rows if row[0] == "web"]
+    assert web[1:6] == ["ready", "0", "s", "ago", "relay"]
+    assert web[-2:] == ["1167", "answers"]
+    assert "vault: no policy rule lets agent/laptop reach vault (ztna why vault)" in result.output
+    assert "session over UDP, round trip" in result.output
+
+
+def test_json_is_what_the_node_said(node: Node, answered: dict[str, Lines]) -> None:
+    for command in (["status"], ["ping", "web"], ["why", "web"], ["paths"]):
+        lines = answered[command[0]]
+        result = run(node, lines, *command, "--json")
+        assert [json.loads(line) for line in result.output.splitlines()] == lines
+    asked = [request["ask"] for request in node.requests]
+    assert asked == ["status", "ping", "why", "paths"]
+
+
+def test_ping(node: Node, answered: dict[str, Lines]) -> None:
+    result = run(node, answered["ping"], "ping", "web", "-c", "2", "--until-direct")
+    first, second, summary = result.output.splitlines()
+    assert first.startswith("1: ")
+    assert second.endswith(" ms by RELAY (via 198.51.100.10:4433)")
+    assert summary.startswith("2 sent, 2 answered, 0% lost; round trip least/mean/most ")
+    assert summary.endswith("; the last one not direct")
+    request = node.requests[0]
+    assert (request["count"], request["until_direct"], result.exit_code) == (2, True, 0)
+    lost = {**answered["ping"][0], "rtt": None, "words": "no answer in 2 s, sent none"}
+    result = run(node, [lost, {**answered["ping"][2], "answered": 0, "exit_code": 6}], "ping", "w")
+    assert result.output.splitlines()[0] == "1: no answer in 2 s, sent none"
+    assert result.exit_code == 6
+
+
+def test_why(node: Node, answered: dict[str, Lines]) -> None:
+    result = run(node, answered["why"], "why", "web")
+    assert (result.exit_code, "web works." in result.output) == (0, True)
+    result = run(node, answered["broken"], "why", "web")
+    assert result.exit_code == 6
+    assert "backend      BROKEN     the application refuses: TCP 10.2.0.30:8080" in result.output
+    assert "\nBroken: backend: the application refuses" in result.output
+    assert "\nTo do: start the application" in result.output
+
+
+def test_paths(node: Node, answered: dict[str, Lines]) -> None:
+    result = run(node, answered["paths"], "paths")
+    assert result.output.startswith("connector/home (echo, web): up, round trip ")
+    assert "\n * relay 198.51.100.10:4433 up\n" in result.output
+    assert run(node, [{"peers": []}], "paths").output == "no connector is known now\n"
+
+
+def test_reasons_why_it_is_not_direct(node: Node, answered: dict[str, Lines]) -> None:
+    (answer,) = answered["why"]
+    pair = {"kind": "srflx", "remote": "192.0.2.1:4434", "state": "failed", "reason": "no answer"}
+    path = {
+        **answer["path"],
+        "why": "both sides use another port for each destination",
+        "nat_here": "symmetric NAT",
+        "nat_there": "symmetric NAT",
+        "pairs": [pair],
+        "peer_pairs": [{**pair, "reason": ""}],
+        "would_change": "IPv6 here",
+    }
+    output = run(node, [{**answer, "path": path}], "why", "web").output
+    assert "NAT here: symmetric NAT; at the connector: symmetric NAT" in output
+    assert "Not direct: both sides use another port" in output
+    assert "  from here to srflx 192.0.2.1:4434: failed: no answer\n" in output
+    assert "  from there to srflx 192.0.2.1:4434: failed\n" in output
+    assert "What would change it: IPv6 here" in output
+
+
+def test_a_table_on_a_terminal(answered: dict[str, Lines]) -> None:
+    console = Console(force_terminal=True, width=160, record=True, file=io.StringIO())
+    seen_text.status(console, answered["status"][0])
+    assert "│ web " in console.export_text()
+
+
+def test_names_cannot_steer_the_terminal(node: Node, answered: dict[str, Lines]) -> None:
+    (answer,) = answered["broken"]
+    output = run(node, [{**answer, "found": "a\x1b[2J"}], "why", "web").output
+    assert "\x1b" not in output
+    assert "a\\x1b[2J" in output
+
+
+def test_refusals_of_the_node(node: Node) -> None:
+    result = run(node, [{"error": "this agent knows no service 'x'", "exit_code": 2}], "ping", "x")
+    assert result.exit_code == 2
+    assert result.stderr == "ztna: error: this agent knows no service 'x'\n"
+    assert run(node, [], "status").exit_code == 6
+
+
+def test_no_agent_runs(tmp_path: Path) -> None:
+    for words in (["status"], ["ping", "web"], ["why", "web"], ["paths"]):
+        result = CliRunner().invoke(cli, [*words, "--socket", str(tmp_path / "none.sock")])
+        assert result.exit_code == 6 or words[0] == "why"
+        assert "no agent runs here" in result.stderr
+
+
+def test_why_an_agent_cannot_start(tmp_path: Path) -> None:
+    """Its certificate has expired: that is the cause, and not that nobody answers."""
+    deployment = make_deployment()
+    old = make_agent(deployment.ca, datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), "laptop")
+    cert, key, ca = write_credentials(old, tmp_path)
+    file = tmp_path / "agent.json"
+    fields = {
+        "intermediate": {"host": "relay.example.net"},
+        "identity": {"cert": str(cert), "key": str(key), "ca": str(ca)},
+        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
+        "state_dir": str(tmp_path),
+    }
+    file.write_text(json.dumps(fields))
+    result = CliRunner().invoke(cli, ["why", "web", "--config", str(file)])
+    assert result.exit_code == 4
+    assert "no agent runs here: nobody answers at" in result.stderr
+    assert "it cannot start: " in result.stderr
+    assert "expired" in result.stderr
