@@ -91,5 +91,3 @@ def test_what_is_known_of_a_service() -> None:
     assert record.loss == 0.0
     book.keep_only(["db"])
     assert book.records == {}
-
-
