@@ -30,6 +30,7 @@ from ztna.config.model import (
 from ztna.core.policy import PolicyRule
 from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address, IpPacket, UdpPort
+from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.errors import ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
 from ztna.net.aioquic_private.mutual_tls import utc_now
@@ -37,6 +38,7 @@ from ztna.net.stateless_reset import ResetKey
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_listener import StreamEntrance
 from ztna.net.stream_port import open_stream_port
+from ztna.net.stun import StunResponder
 from ztna.pki import Credentials
 from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook
@@ -175,6 +177,7 @@ class World:
     relay_host: MemoryHost
     plain: bool = False
     direct: bool = False
+    second_stun_port: bool = False
     reset_key: ResetKey = attrs.Factory(lambda: ResetKey(bytes(32)))
     intermediate: Intermediate | None = None
     hosts: dict[str, MemoryHost] = attrs.Factory(dict)
@@ -233,7 +236,12 @@ class World:
                 async with (
                     self.relay_host.open_udp_port(4433) as port,
                     self.entrance(port) as entrance,
+                    self.relay_host.open_udp_port(3479) as other,
                 ):
+                    stun = None
+                    if self.second_stun_port:
+                        server = StunServer(port.local_address, None, other.local_address[1])
+                        stun = StunResponder(server, port, {LocalEnd(alternate_port=True): other})
                     await run_intermediate(
                         config,
                         port,
@@ -244,6 +252,7 @@ class World:
                         policy=self.signed,
                         policy_keys=self.policy_keys,
                         entrance=entrance,
+                        stun=stun,
                         task_status=task_status,
                     )
 

@@ -5,19 +5,18 @@ tunnel, `status` and `why` have the connector try its application. `roles.agent_
 service's way; what the paths are is `roles.ways`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import attrs
 import trio
 
 from ztna.core.addresses import format_address
-from ztna.core.ice.agent import IceAgent
 from ztna.core.ice.paths import Path
 from ztna.errors import RefusedError, UnreachableError, UsageError
-from ztna.net.peer_path import PeerPath
 from ztna.roles.agent_peers import Peer
 from ztna.roles.agent_why import Round, Seen, Walk, find_service
 from ztna.roles.local import Request, Send
+from ztna.roles.punching import Puncher
 from ztna.roles.ways import NONE, Story, Way, story_of, way_of
 
 # Our choices: s that an echo of `ping` is waited for, the shortest pause between two, the most of
@@ -32,10 +31,9 @@ AT_ONCE = 16
 
 @attrs.define(eq=False)
 class AgentView:
-    """Answers for one agent. ice_of: what looks for direct ways for a path, if anything does."""
+    """Answers for one agent."""
 
     seen: Seen
-    ice_of: Callable[[PeerPath], IceAgent | None] = lambda _: None
 
     async def answer(self, request: Request, send: Send) -> None:
         """An `Answer` of `roles.local`. Raises UsageError and what a service's state is."""
@@ -178,7 +176,8 @@ class AgentView:
         return [] if peers is None else [self._peer(peer) for peer in peers.peers]
 
     def _peer(self, peer: Peer) -> dict[str, object]:
-        way, ice = self._way(peer), self.ice_of(peer.path)
+        way, puncher = self._way(peer), self._puncher
+        ice = None if puncher is None else puncher.ice_of(peer.path)
         known: list[dict[str, object]] = []
         relay = way_of(attrs.evolve(peer.path, direct=None), self.seen.intermediate)
         if relay.kind != NONE:
@@ -201,7 +200,12 @@ class AgentView:
         return Way(NONE) if peer is None else way_of(peer.path, self.seen.intermediate)
 
     def _story(self, peer: Peer) -> Story:
-        return story_of(self._way(peer), self.ice_of(peer.path))
+        return story_of(self._way(peer), peer.path, self._puncher)
+
+    @property
+    def _puncher(self) -> Puncher | None:
+        peers = self.seen.agent.peers
+        return None if peers is None else peers.puncher
 
 
 def _direct(path: Path, *, selected: bool) -> dict[str, object]:

@@ -158,6 +158,10 @@ class Puncher:
         finally:
             self._peers.remove(direct)
 
+    def ice_of(self, path: PeerPath) -> IceAgent | None:
+        """What looks for direct paths for the session of a path, for those who only look on."""
+        return next((peer.ice for peer in self._peers if peer.path is path), None)
+
     def peer_seen_at(self, path: PeerPath, host: str) -> None:
         """The intermediate sees the peer of a path at this IP address now."""
         for peer in self._peers:

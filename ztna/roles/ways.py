@@ -13,6 +13,7 @@ from ztna.core.ice.messages import PairEntry
 from ztna.core.ice.plan import NatView
 from ztna.core.natclass import MappingKind, Presence
 from ztna.net.peer_path import PeerPath
+from ztna.roles.punching import Puncher
 
 DIRECT, RELAY, RELAY_TLS, NONE = "direct", "relay", "relay over TLS", "none"
 
@@ -79,8 +80,8 @@ class Story:
         }
 
 
-def story_of(way: Way, ice: IceAgent | None) -> Story:
-    """ice: finds direct ways for this session; None where nothing looks for one."""
+def story_of(way: Way, path: PeerPath, puncher: Puncher | None) -> Story:
+    """puncher: finds direct ways; None where they are switched off."""
     direct = way.kind == DIRECT
     if way.kind == RELAY_TLS:
         return Story(
@@ -88,9 +89,12 @@ def story_of(way: Way, ice: IceAgent | None) -> Story:
             "UDP does not reach the intermediate from here, so all goes over TCP",
             "a network that lets UDP out; UDP is tried again every few minutes",
         )
+    if puncher is None:
+        why = "direct paths are switched off in this agent's file (direct.enabled)"
+        return Story(False, why, "switch them on")
+    ice, own = puncher.ice_of(path), puncher.gatherer.nat.classic_name
     if ice is None:
-        why = "" if direct else "nothing looks for a direct path in this session"
-        return Story(direct, why)
+        return Story(False, "no session with the connector is up", nat_here=own)
     here, there = _nats(ice)
     told = ice.peer_result
     why = "" if direct else ice.failure or "a direct path is being looked for"
@@ -98,7 +102,7 @@ def story_of(way: Way, ice: IceAgent | None) -> Story:
         direct,
         why,
         "" if direct else " or ".join(_changes(here, there)),
-        "" if here is None else here.words,
+        own if here is None else here.words,
         "" if there is None else there.words,
         () if ice.punching is None else ice.punching.told(),
         () if told is None else told.pairs,
