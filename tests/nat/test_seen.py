@@ -19,7 +19,8 @@ async def test_both_sides_symmetric(autojump_clock: MockClock) -> None:
     """It works, by the relay: both NATs are named, every pair has its reason, and what would
     change it is told."""
     async with deployed(SYMMETRIC, SYMMETRIC) as it:
-        it.world.direct = it.world.second_stun_port = True
+        it.world.direct = True
+        it.world.other_relay_host = it.lab.host("198.51.100.11")
         agent = await it.start()
         with trio.fail_after(120):
             await trio.sleep(25)

@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class World:
     relay_host: MemoryHost
     plain: bool = False
     direct: bool = False
-    second_stun_port: bool = False
+    other_relay_host: MemoryHost | None = None
     reset_key: ResetKey = attrs.Factory(lambda: ResetKey(bytes(32)))
     intermediate: Intermediate | None = None
     hosts: dict[str, MemoryHost] = attrs.Factory(dict)
@@ -236,12 +236,8 @@ class World:
                 async with (
                     self.relay_host.open_udp_port(4433) as port,
                     self.entrance(port) as entrance,
-                    self.relay_host.open_udp_port(3479) as other,
+                    self.stun(port) as stun,
                 ):
-                    stun = None
-                    if self.second_stun_port:
-                        server = StunServer(port.local_address, None, other.local_address[1])
-                        stun = StunResponder(server, port, {LocalEnd(alternate_port=True): other})
                     await run_intermediate(
                         config,
                         port,
@@ -257,6 +253,22 @@ class World:
                     )
 
         self.intermediate = await self.nursery.start(run)
+
+    @asynccontextmanager
+    async def stun(self, primary: UdpPort) -> AsyncIterator[StunResponder | None]:
+        """STUN with two addresses and two ports; None where there is one address."""
+        if self.other_relay_host is None:
+            yield None
+            return
+        host, number = primary.local_address
+        server = StunServer((host, number), self.other_relay_host.address, 3479)
+        async with AsyncExitStack() as stack:
+            ports: dict[LocalEnd, UdpPort] = {}
+            for end, address in server.ends().items():
+                at = self.other_relay_host if end.alternate_ip else self.relay_host
+                if end != LocalEnd():
+                    ports[end] = await stack.enter_async_context(at.open_udp_port(address[1]))
+            yield StunResponder(server, primary, ports)
 
     async def start_connector(
         self,
