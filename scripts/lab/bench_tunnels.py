@@ -57,6 +57,19 @@ def plain(network: Network, folder: Path) -> Iterator[Tunnel]:
 @contextlib.contextmanager
 def ztna_relay(network: Network, folder: Path) -> Iterator[Tunnel]:
     """ztna with its traffic through the intermediate."""
+    with _ztna(network, folder, direct=False) as tunnel:
+        yield tunnel
+
+
+@contextlib.contextmanager
+def ztna_direct(network: Network, folder: Path) -> Iterator[Tunnel]:
+    """ztna on a direct path, with the intermediate beside it."""
+    with _ztna(network, folder, direct=True) as tunnel:
+        yield tunnel
+
+
+@contextlib.contextmanager
+def _ztna(network: Network, folder: Path, *, direct: bool) -> Iterator[Tunnel]:
     deployment = Deployment(folder, RELAY)
     deployment.create_authority()
     service: dict[str, object] = {
@@ -83,9 +96,13 @@ def ztna_relay(network: Network, folder: Path) -> Iterator[Tunnel]:
     }
     with _processes() as processes:
         for role, config in files.items():
+            if role != "intermediate":
+                config["direct"] = {"enabled": direct}
             file = deployment.write(role, "bench", config)
             processes[role] = deployment.run_until_ready(machines[role], role, file)
         _wait_for_ping(network.client, _SERVICE_ADDRESS, processes.values())
+        if direct:
+            processes["agent"].wait_for("Path selected: DIRECT", _READY)
         yield _tunnel(_SERVICE_ADDRESS, processes)
 
 
@@ -144,6 +161,7 @@ def nebula_relay(network: Network, folder: Path) -> Iterator[Tunnel]:
 CONTENDERS = (
     Contender("plain", (), plain),
     Contender("ztna relay", (), ztna_relay),
+    Contender("ztna direct", (), ztna_direct),
     Contender("wireguard-go", ("wireguard-go", "wg"), wireguard_go),
     Contender("nebula", ("nebula", "nebula-cert"), nebula),
     Contender("nebula relay", ("nebula", "nebula-cert"), nebula_relay),

@@ -1,5 +1,6 @@
 """What a user sends is read by nobody on the way: neither on the wire nor in the relay's memory."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -35,14 +36,23 @@ def holds(pid: int, marker: bytes) -> bool:
     return any(marker in part for part in memory_of(pid))
 
 
+def _start_by_the_relay(site: Site) -> None:
+    """An agent that looks for no direct path, so that all it sends passes the relay."""
+    file = site.agent_file("visitor")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "direct": {"enabled": False}}))
+    site.start_agent(site.guest, file)
+
+
 def test_the_relay_cannot_read(site: Site, tmp_path: Path) -> None:
     marker = os.urandom(12).hex().encode()
+    _start_by_the_relay(site)
     pids = {p.name: p.pid for p in site.deployment.processes}
     wire = tmp_path / "relay.pcap"
-    with site.relay.capture(wire), udp_socket(site.agent, (ECHO, 9999)) as udp:
+    with site.relay.capture(wire), udp_socket(site.guest, (ECHO, 9999)) as udp:
         for number in range(50):
             echo(udp, b"%s %d" % (marker, number))
-        answer = site.agent.run("curl", "-sS", f"http://{WEB}/get?q={marker.decode()}")
+        answer = site.guest.run("curl", "-sS", f"http://{WEB}/get?q={marker.decode()}")
     assert marker.decode() in answer.stdout
     # The same search finds it where it may be, so that it proves something where it does not.
     assert holds(pids["connector-office"], marker)
