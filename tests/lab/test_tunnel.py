@@ -7,14 +7,16 @@ import ipaddress
 import json
 import os
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scripts.lab.deployment import REFUSED, start
+from scripts.lab.deployment import REFUSED, ZTNA, start
 from tests.lab.conftest import DOWNLOAD_BYTES, ECHO, FILES, IPERF, WEB, Site, reason_to_skip
 from ztna.nat.kernel_lab import Host
 
@@ -213,6 +215,50 @@ def test_agent_without_a_right_is_refused_with_words(site: Site) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         curl(site.guest, "--connect-timeout", "1", f"http://{WEB}/get")
     assert process.stop() == 0
+
+
+def seen(site: Site, *words: str, code: int = 0) -> list[dict[str, Any]]:
+    """What `ztna status` and its like say of the agent, as JSON."""
+    config = site.deployment.node("agent", "agent") / "agent.json"
+    answer = site.agent.run(ZTNA, *words, "--json", "--config", config, check=False)
+    assert answer.returncode == code, answer.stderr
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+def test_status_tries_every_service(site: Site) -> None:
+    (status,) = seen(site, "status", code=6)
+    rows = {row["service"]: row for row in status["services"]}
+    assert [rows[name]["ready"] for name in ("echo", "web", "files", "iperf")] == [1, 1, 1, 0]
+    assert all(row["rtt"] > 0 and row["proof_age"] < 30 for row in rows.values())
+    assert {name: row["backend"] for name, row in rows.items()} == {
+        "echo": "answers",
+        "web": "answers",
+        "files": "answers",
+        "iperf": "refuses",
+    }
+    (answer,) = seen(site, "why", "iperf", code=6)
+    assert answer["broken"] == "backend"
+    assert "connection refused" in answer["found"]
+
+
+def test_ping_names_paths_until_the_first_direct_one(site: Site) -> None:
+    *echoes, summary = seen(site, "ping", "web", "-c", "200", "-i", "0.1", "--until-direct")
+    assert summary["direct"]
+    assert echoes[-1]["path"] == "direct"
+    assert echoes[-1]["words"].startswith("DIRECT (peer: 198.51.100.30:")
+    assert {each["path"] for each in echoes[:-1]} <= {"relay"}
+    (now,) = seen(site, "paths")
+    (peer,) = now["peers"]
+    assert (peer["selected"]["kind"], peer["direct"]) == ("direct", True)
+
+
+def test_others_may_not_ask(site: Site) -> None:
+    found = site.deployment.node("agent", "agent") / "state" / "agent.sock"
+    assert stat.S_IMODE(found.stat().st_mode) == 0o660
+    as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    answer = site.agent.run(*as_nobody, ZTNA, "status", "--socket", str(found), check=False)
+    assert answer.returncode == 7
+    assert "only root, the agent's user and its group may ask" in answer.stderr
 
 
 def test_nothing_stays_behind_in_the_system(site: Site) -> None:

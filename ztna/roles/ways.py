@@ -18,6 +18,9 @@ from ztna.roles.punching import Puncher
 DIRECT, RELAY, RELAY_TLS, NONE = "direct", "relay", "relay over TLS", "none"
 
 
+_OPEN_WAY = "firewalls on the way that let UDP pass between the two ends"
+
+
 @attrs.frozen
 class Way:
     """Where packets go. kind: one of the four above. address: of the peer, or of the relay."""
@@ -101,7 +104,7 @@ def story_of(way: Way, path: PeerPath, puncher: Puncher | None) -> Story:
     return Story(
         direct,
         why,
-        "" if direct else " or ".join(_changes(here, there)),
+        "" if direct else ", or ".join(_changes(here, there)) or _OPEN_WAY,
         own if here is None else here.words,
         "" if there is None else there.words,
         () if ice.punching is None else ice.punching.told(),
@@ -124,5 +127,3 @@ def _changes(here: NatView | None, there: NatView | None) -> Iterator[str]:
             yield f"a firewall {where} that lets UDP out"
         elif MappingKind.EIM not in nat.behaviour.mappings:
             yield f"a mapped port (PCP, NAT-PMP, UPnP) or IPv6 {where}"
-    if here is not None and there is not None:
-        yield "a firewall on the way that lets UDP between the two ends"
