@@ -43,7 +43,7 @@ from ztna.pki import Credentials
 from ztna.policy_key import PolicyKeys
 from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
-from ztna.roles.agent_why import CheckRoute, no_obstacle
+from ztna.roles.agent_seen import CheckRoute, no_obstacle
 from ztna.roles.connector import run_connector
 from ztna.roles.intermediate import run_intermediate
 from ztna.roles.local import Answer

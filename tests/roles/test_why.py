@@ -280,6 +280,23 @@ async def test_mtu_black_hole(autojump_clock: MockClock) -> None:
         assert states(answer)["backend"] == "ok"
 
 
+async def test_mtu_black_hole_before_there_is_a_session(autojump_clock: MockClock) -> None:
+    """QUIC's handshake does not pass, as if nobody were there; a small question does."""
+    async with open_world(POLICY) as world:
+        world.direct = True
+        world.hosts["laptop"] = world.network.host("203.0.113.1")
+        narrow = LinkSpec(delay=0.01, mtu=1000)
+        world.network.set_link(world.hosts["laptop"], world.relay_host, narrow)
+        agent = await open_all(world)
+        await trio.sleep(7)
+        answer = await why(agent)
+        assert_broken(answer, "intermediate", "MTU black hole: 198.51.100.10:4433 answers small")
+        # And with nobody there it is not called so.
+        world.stop("intermediate")
+        await trio.sleep(7)
+        assert_broken(await why(agent), "intermediate", "no answer")
+
+
 async def test_nothing_comes_back(autojump_clock: MockClock) -> None:
     """The path is dead, and the session does not know it yet."""
     async with open_world(POLICY) as world:

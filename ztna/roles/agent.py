@@ -41,8 +41,8 @@ from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.agent_peers import AgentPeers
+from ztna.roles.agent_seen import CheckRoute, Seen, no_obstacle
 from ztna.roles.agent_view import AgentView
-from ztna.roles.agent_why import CheckRoute, Seen, no_obstacle
 from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper

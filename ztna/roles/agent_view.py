@@ -14,7 +14,8 @@ from ztna.core.addresses import format_address
 from ztna.core.ice.paths import Path
 from ztna.errors import RefusedError, UnreachableError, UsageError
 from ztna.roles.agent_peers import Peer
-from ztna.roles.agent_why import Round, Seen, Walk, find_service
+from ztna.roles.agent_seen import Round, Seen, find_service
+from ztna.roles.agent_why import Walk
 from ztna.roles.local import Request, Send
 from ztna.roles.punching import Puncher
 from ztna.roles.ways import NONE, Story, Way, story_of, way_of

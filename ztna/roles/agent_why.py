@@ -4,15 +4,12 @@ backend, path. Each is tried or looked up now, and says in words what is true an
 
 import datetime
 import difflib
-import ipaddress
-from collections.abc import Callable
-from typing import Protocol
 
 import attrs
 import trio
 
-from ztna.config.model import AgentConfig, AgentService
-from ztna.core.addresses import format_address, is_virtual
+from ztna.config.model import AgentService
+from ztna.core.addresses import is_virtual
 from ztna.core.diagnosis import (
     Diagnosis,
     Stage,
@@ -22,21 +19,13 @@ from ztna.core.diagnosis import (
     degraded,
     ok,
 )
-from ztna.core.encapsulation import ServiceLabel
-from ztna.core.identity import Identity
 from ztna.core.messages import HealthAnswer
-from ztna.core.ports import IpPacket
-from ztna.core.routes import RouteTable
+from ztna.errors import UnreachableError
 from ztna.roles import health
-from ztna.roles.agent_peers import AgentPeers, Peer
+from ztna.roles.agent_seen import Round, Seen
 from ztna.roles.control_client import ControlLink
-from ztna.roles.control_keeper import ControlKeeper
-from ztna.roles.echoes import EchoBook
-from ztna.roles.granted import Granted
-from ztna.roles.peer_link import PeerLink
-from ztna.roles.signed_policy import SignedPolicy
+from ztna.roles.resolve import family_of, resolve
 from ztna.roles.trouble import Trouble, TroubleKind
-from ztna.roles.ways import DIRECT, NONE, Way, way_of
 
 # Our choices: echoes of one look, and s that each may take; most of a second suffices for any path
 # that people would call working.
@@ -44,130 +33,6 @@ TRIES = 3
 PATIENCE = 1.0
 # docs/protocol.md section 3: a message with a service number, before the packet.
 MESSAGE_HEADER = 3
-DOMAIN = ".ztna.internal"
-
-
-CheckRoute = Callable[[ipaddress.IPv4Address, ipaddress.IPv4Address], str]
-"""What stands in the way of the host's packets to an address, in words; empty if nothing. The
-first is the service's, the second our own tunnel address."""
-
-
-def no_obstacle(_address: ipaddress.IPv4Address, _own: ipaddress.IPv4Address) -> str:
-    """Where the host's routes do not lead into the tunnel, as without an interface."""
-    return ""
-
-
-class AgentState(Protocol):
-    """What is read of the agent."""
-
-    config: AgentConfig
-    identity: Identity
-    granted: Granted[AgentService]
-    policy: SignedPolicy | None
-    routes: RouteTable
-    address: ipaddress.IPv4Address | None
-    link: ControlLink | None
-    peers: AgentPeers | None
-
-
-@attrs.frozen
-class Round:
-    """One echo. rtt: s; None without an answer. way: the answer's; the request's without one."""
-
-    rtt: float | None
-    way: Way
-    words: str
-
-
-@attrs.define(eq=False)
-class Seen:
-    """The agent, as those see it who only look. check_route: asks the system's own routes."""
-
-    agent: AgentState
-    keeper: ControlKeeper
-    echoes: EchoBook
-    check_route: CheckRoute = no_obstacle
-
-    @property
-    def intermediate(self) -> str:
-        """Its name and port, as configured."""
-        there = self.keeper.intermediate
-        return format_address((there.host, there.port))
-
-    def service(self, service_id: str) -> AgentService | None:
-        """A service by its id."""
-        found = [each for each in self.agent.granted.services if each.id == service_id]
-        return found[0] if found else None
-
-    def peer_of(self, service_id: str) -> Peer | None:
-        """The connector of a service: the one that carries it, else one that shall."""
-        peers = [] if self.agent.peers is None else list(self.agent.peers.peers)
-        carrying = [peer for peer in peers if peer.carries(service_id)]
-        return next(iter(carrying or [each for each in peers if service_id in each.granted]), None)
-
-    def carrier(self, service_id: str) -> tuple[PeerLink | ControlLink, ServiceLabel] | None:
-        """The session that carries a service now, and the service's label there."""
-        agent = self.agent
-        link = agent.link if agent.peers is None else agent.peers.link_for(service_id)
-        if link is None or service_id not in link.labels:
-            return None
-        return link, link.labels[service_id]
-
-    async def echo(self, service: AgentService, patience: float, size: int) -> Round:
-        """One round trip to a service, put on record."""
-        peer, carrier = self.peer_of(service.id), self.carrier(service.id)
-        before = self._received(peer)
-        if carrier is None or service.virtual_ip is None or self.agent.address is None:
-            # Also what keeps the pace of who asks again and again.
-            await trio.sleep(patience)
-            return Round(None, Way(NONE), "no session carries it; ztna why says more")
-        link, label = carrier
-
-        async def send(packet: IpPacket) -> None:
-            await link.send_packets([(label, packet)])
-
-        ends = (self.agent.address.packed, service.virtual_ip.packed)
-        rtt = await self.echoes.ask(service.id, ends, send, patience, size)
-        way, record = self._way(peer), self.echoes.record(service.id)
-        record.outcomes.append(rtt is not None)
-        if rtt is None:
-            return Round(None, way, f"no answer in {patience:g} s, sent {way.words}")
-        after = self._received(peer)
-        relayed, direct = after[0] - before[0], after[1] - before[1]
-        if way.kind == DIRECT and not direct and relayed and peer is not None:
-            # It went directly, and came back by the relay.
-            way = way_of(attrs.evolve(peer.path, direct=None), self.intermediate)
-        record.proven_at, record.rtt, record.path = trio.current_time(), rtt, way.kind
-        return Round(rtt, way, way.words)
-
-    def session_words(self) -> str:
-        """The control session, or why there is none."""
-        link = self.agent.link
-        if link is not None:
-            over = "TLS" if is_virtual(link.session.remote_address) else "UDP"
-            return f"session over {over}"
-        trouble = self.keeper.trouble
-        return "no session yet" if trouble is None else trouble.words
-
-    def _way(self, peer: Peer | None) -> Way:
-        if peer is not None:
-            return way_of(peer.path, self.intermediate)
-        return Way("plain relay", self.intermediate)
-
-    @staticmethod
-    def _received(peer: Peer | None) -> tuple[int, int]:
-        if peer is None:
-            return 0, 0
-        counters = peer.path.counters
-        return counters["received_relay_bytes"], counters["received_direct_bytes"]
-
-
-def find_service(seen: Seen, name: str) -> AgentService | None:
-    """By id, by name under `DOMAIN`, or by virtual address."""
-    for service in seen.agent.granted.services:
-        if name in {service.id, service.id + DOMAIN, str(service.virtual_ip)}:
-            return service
-    return None
 
 
 @attrs.define(eq=False)
@@ -194,6 +59,8 @@ class Walk:
         ):
             stages.append(look())
             if stages[-1].state is StageState.BROKEN:
+                if stages[-1].name is StageName.INTERMEDIATE:
+                    stages[-1] = await self._knock(stages[-1])
                 return Diagnosis.of(self.name, stages)
         service = self.seen.service(self.name)
         assert service is not None, "its name was looked at first"
@@ -256,6 +123,26 @@ class Walk:
         if peer is not None and peer.carries(self.name) and peer.path.direct is not None:
             return degraded(stage, f"{found}; the direct session goes on without it", todo)
         return broken(stage, found, todo)
+
+    async def _knock(self, stage: Stage) -> Stage:
+        """No answer to QUIC, whose first packets have 1,200 bytes: do small ones pass?"""
+        seen, there = self.seen, self.seen.keeper.intermediate
+        peers, trouble = seen.agent.peers, seen.keeper.trouble
+        silent = trouble is not None and trouble.kind is TroubleKind.NO_ANSWER
+        if not silent or peers is None or peers.puncher is None:
+            return stage
+        family = family_of(seen.keeper.endpoint.port.local_address)
+        try:
+            address = await resolve(there.host, there.port, family)
+        except UnreachableError:
+            return stage
+        if not await peers.puncher.gatherer.knock(address):
+            return stage
+        found = (
+            f"MTU black hole: {seen.intermediate} answers small packets over UDP, and none of the "
+            "1,200 bytes that a QUIC handshake begins with"
+        )
+        return broken(StageName.INTERMEDIATE, found, _SMALL_MTU)
 
     def _look_session(self, link: ControlLink) -> Stage:
         stage, there = StageName.INTERMEDIATE, self.seen.intermediate
@@ -367,8 +254,7 @@ class Walk:
                 f"MTU black hole: echoes of 64 bytes are answered, those of {room} are not; "
                 f"something on the way drops large packets ({small.words})"
             )
-            todo = "find the link with the small MTU: a VPN, PPPoE or a firewall that drops ICMP"
-            return broken(stage, found, todo)
+            return broken(stage, found, _SMALL_MTU)
         self.largest = room
         words = f"{small.words}, round trip {small.rtt * 1000:.1f} ms"
         return ok(stage, f"{words}, {room} bytes go in one piece")
@@ -381,6 +267,7 @@ class Walk:
         return await self.seen.echo(service, PATIENCE, size)
 
 
+_SMALL_MTU = "find the link with the small MTU: a VPN, PPPoE or a firewall that drops ICMP"
 _TODO = {
     TroubleKind.NO_NAME: "check `intermediate.host` and this machine's DNS",
     TroubleKind.NO_ANSWER: "is it running (ss -ulnp there), do its firewall and this network let "

@@ -91,6 +91,15 @@ class Gatherer:
         version = 6 if ":" in (local or self.port.local_address[0]) else 4
         return Gathered(found, NatView(self.nat, last_port), {0: version}, frozenset(hosts))
 
+    async def knock(self, server: Address) -> bool:
+        """Whether a server answers a small question over UDP, also while there is no session."""
+        before, self.server = self.server, server
+        try:
+            return await self._ask(self.port.send) is not None
+        finally:
+            if self.server == server:
+                self.server = before
+
     def receive_response_untrusted(self, data: Buffer, number: bytes, source: Address) -> bool:
         """An answer to a question of ours; whether it was one."""
         if number not in self._asked or source != self.server:
