@@ -170,7 +170,7 @@ async def test_a_client_that_is_gone_when_the_service_answers(autojump_clock: Mo
         await client.receive_some()
         await client.send_all(named("web"))
         await trio.aclose_forcefully(client)
-        await trio.sleep(1)
+        await trio.sleep(3)  # the peer session may be a second younger than the connection's SYN
         assert scene.connections.statistics() == {"open": 0, "accepted": 1, "broken": 1}
         assert scene.host.statistics()["tcp_flows"] == 0
 

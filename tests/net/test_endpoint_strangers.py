@@ -89,7 +89,8 @@ async def test_version_negotiation_is_never_answered(autojump_clock: MockClock) 
     ("data", "counter"),
     [
         (b"\x00\x01" + bytes(18), "drop_stun"),
-        (b"\x80" + bytes(100), "drop_relayed"),
+        (b"\x80" + bytes(100), "drop_unknown_channel"),
+        (b"\x80" + bytes(8), "drop_relayed"),
         (b"\x81" + bytes(100), "drop_reserved"),
         (b"\x20" + bytes(100), "drop_unknown"),
         (b"\x40" + bytes(100), "drop_unknown_connection"),

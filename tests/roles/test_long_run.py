@@ -244,9 +244,10 @@ class Census:
         contents: Counter[str] = Counter()
         for thing in gc.get_objects():
             kind = type(thing)
-            if not kind.__module__.startswith(OURS):
-                continue
-            name = sys.intern(f"{kind.__module__}.{kind.__qualname__}")
+            module: object = kind.__module__
+            if not isinstance(module, str) or not module.startswith(OURS):
+                continue  # some classes of C have a descriptor there
+            name = sys.intern(f"{module}.{kind.__qualname__}")
             objects[name] += 1
             for attribute, value in _attributes(thing):
                 if isinstance(value, SIZES):

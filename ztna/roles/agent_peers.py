@@ -155,6 +155,8 @@ class AgentPeers:
         """It is gone. What goes through the relay may still: who knows how it was lost."""
         if self._control is link:
             self._control = None
+            self.unavailable = {}  # nobody says so any more
+            self.handler.peers_changed()
 
     def set_services(self, service_ids: Sequence[str]) -> None:
         """Want these services, and no others, from now on."""
