@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from scripts.fuzzing import policies
+from scripts.fuzzing import policies, portmaps
 from scripts.fuzzing.examples import (
     CONTAINER,
     CONTROL,
@@ -371,6 +371,7 @@ TARGETS: Mapping[str, Target] = {
     "stun": Target(lambda: parse_stun, STUN),
     "stun-server": Target(_stun_server, STUN),
     "nat-probe": Target(_prober, STUN),
+    "port-mapping": Target(portmaps.port_mapping, portmaps.ANSWERS, renew_after=2000),
     "mtu-probe": Target(_mtu_prober, STUN),
     "stream": Target(lambda: _stream, STREAMS),
     "ice-checks": Target(ice_checks, STUN, renew_after=2000),

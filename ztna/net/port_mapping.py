@@ -1,0 +1,254 @@
+"""A UDP port of this machine, mapped by the gateway of its network while somebody wants it.
+
+`open_port_mapping` asks the default gateway, as the kernel's routes name it, through
+`core.portmap`: PCP, else NAT-PMP, over IPv4. Where the network becomes another one, the new gateway
+is asked. The way of an answer: a socket that is connected, so that the kernel lets in the gateway's
+alone -> `PortMapper.receive_untrusted` -> `PortMapping.external`.
+"""
+
+import math
+import random
+import socket
+import struct
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import structlog
+import trio
+
+from ztna.core.addresses import format_address
+from ztna.core.portmap import MappingProtocol, PortMapper
+from ztna.core.portmap_messages import LARGEST_PCP, SERVER_PORT
+from ztna.core.ports import Address
+from ztna.errors import RemoteProtocolError, UnreachableError
+from ztna.net.network_changes import watch_network
+from ztna.net.udp_socket import source_address
+
+log = structlog.get_logger(__name__)
+
+STOP_TIME = 2.0
+"""s, our choice: how long a gateway may take to delete a mapping when its user stops."""
+
+_ROUTES = Path("/proc/self/net/route")
+_RTF_UP_GATEWAY = 0x0001 | 0x0002  # linux/route.h
+
+
+def default_gateway() -> str | None:
+    """The IPv4 address of the default route's gateway; None where there is no such route, and on
+    systems other than Linux. Of several it is the one with the smallest metric."""
+    if sys.platform != "linux":
+        return None
+    try:
+        lines = _ROUTES.read_text().splitlines()[1:]
+    except OSError:
+        return None
+    found = []
+    for fields in map(str.split, lines):
+        _, destination, gateway, flags, _, _, metric, mask = fields[:8]
+        if (int(destination, 16), int(mask, 16)) != (0, 0):
+            continue
+        if int(flags, 16) & _RTF_UP_GATEWAY == _RTF_UP_GATEWAY:
+            # The kernel prints the bytes as a number of this machine's order.
+            host = socket.inet_ntoa(struct.pack("=I", int(gateway, 16)))
+            found.append((int(metric), host))
+    return min(found)[1] if found else None
+
+
+@attrs.define(eq=False)
+class PortMapping:
+    """What the gateway gives for one port of ours."""
+
+    port: int
+    _protocols: tuple[MappingProtocol, ...]
+    _public_only: bool
+    _find_gateway: Callable[[], str | None]
+    _mapper: PortMapper | None = None
+    _socket: trio.socket.SocketType | None = None
+    _told: tuple[Address | None, str] = (None, "")
+    _changed: trio.Event = attrs.Factory(trio.Event)
+    _moved: trio.Event = attrs.Factory(trio.Event)
+    _counts: Counter[str] = attrs.Factory(Counter)
+
+    @property
+    def external(self) -> Address | None:
+        """Where peers come in; None while there is no such address."""
+        return self._told[0]
+
+    @property
+    def problem(self) -> str:
+        """Why there is none, in words; empty while it is being asked for."""
+        return self._told[1]
+
+    @property
+    def gateway(self) -> str:
+        """The gateway that is asked; empty while there is none."""
+        return "" if self._mapper is None else self._mapper.gateway
+
+    async def wait_changed(self) -> None:
+        """Wait until `external` or `problem` is another one."""
+        await self._changed.wait()
+
+    def statistics(self) -> Mapping[str, object]:
+        """For people and metrics: address, what is spoken, counters."""
+        mapper = self._mapper
+        return {
+            "external": "" if self.external is None else format_address(self.external),
+            "problem": self.problem,
+            "gateway": self.gateway,
+            "protocol": "" if mapper is None else mapper.protocol.value,
+            "gateway_restarts": 0 if mapper is None else mapper.restarts,
+            **self._counts,
+        }
+
+    async def run(self) -> None:
+        """Ask, and keep, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_network, self._network_changed)
+            while True:
+                self._moved = trio.Event()
+                place = self._place()
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(_cancel_on, self._moved, scope)
+                    if place is None:
+                        self._tell(None, "no gateway: this machine has no default route by IPv4")
+                        await trio.sleep_forever()
+                    else:
+                        await self._ask(*place)
+                self._forget()
+
+    async def withdraw(self) -> None:
+        """Have the mapping deleted, and wait for that."""
+        if self._mapper is not None and self._socket is not None:
+            self._mapper.stop(trio.current_time())
+            await self._pump(self._mapper, self._socket)
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._forget()
+
+    def _place(self) -> tuple[str, str] | None:
+        """Gateway, and our own address towards it."""
+        gateway = self._find_gateway()
+        if gateway is None:
+            return None
+        try:
+            return gateway, source_address((gateway, SERVER_PORT))
+        except UnreachableError:
+            return None
+
+    def _network_changed(self) -> None:
+        mapper, place = self._mapper, self._place()
+        if place != (None if mapper is None else (mapper.gateway, mapper.client)):
+            self._counts["networks"] += 1
+            self._moved.set()
+
+    async def _ask(self, gateway: str, client: str) -> None:
+        sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            await sock.bind((client, 0))
+            await sock.connect((gateway, SERVER_PORT))
+        except OSError:
+            sock.close()  # the network is gone again, and we shall hear of the next one
+            await trio.sleep_forever()
+        mapper = PortMapper(
+            client,
+            gateway,
+            self.port,
+            random.SystemRandom(),
+            self._protocols,
+            self._public_only,
+        )
+        self._mapper, self._socket = mapper, sock
+        mapper.start(trio.current_time())
+        await self._pump(mapper, sock)
+
+    async def _pump(self, mapper: PortMapper, sock: trio.socket.SocketType) -> None:
+        source = (mapper.gateway, SERVER_PORT)
+        while True:
+            now = trio.current_time()
+            timer = mapper.get_timer()
+            if timer is not None and timer <= now:
+                mapper.handle_timer(now)
+            for data in mapper.datagrams_to_send(now):
+                await self._send(mapper, sock, data)
+            self._tell(mapper.external, mapper.problem)
+            if mapper.done:
+                return
+            timer = mapper.get_timer()
+            with trio.move_on_at(math.inf if timer is None else timer):
+                try:
+                    data = await sock.recv(LARGEST_PCP + 1)
+                    mapper.receive_untrusted(data, source, trio.current_time())
+                except ConnectionRefusedError:
+                    mapper.refused(trio.current_time())
+                except RemoteProtocolError:
+                    self._counts["drop_answers"] += 1
+                except OSError:
+                    self._counts["receive_errors"] += 1
+
+    async def _send(self, mapper: PortMapper, sock: trio.socket.SocketType, data: bytes) -> None:
+        try:
+            await sock.send(data)
+            self._counts["requests"] += 1
+        except ConnectionRefusedError:
+            mapper.refused(trio.current_time())
+        except OSError:
+            self._counts["send_refused"] += 1  # it counts as lost, and goes again
+
+    def _tell(self, external: Address | None, problem: str) -> None:
+        if self._told == (external, problem):
+            return
+        before, self._told = self.external, (external, problem)
+        if external is not None and self._mapper is not None:
+            log.info(
+                "port mapped",
+                port=self.port,
+                external=format_address(external),
+                by=self._mapper.protocol.value,
+                gateway=self._mapper.gateway,
+            )
+        elif problem:
+            level = log.warning if before is not None else log.info
+            level("no port is mapped", reason=problem)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _forget(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._mapper = self._socket = None
+        self._tell(None, "")
+
+
+async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+@asynccontextmanager
+async def open_port_mapping(
+    port: int,
+    *,
+    protocols: tuple[MappingProtocol, ...] = tuple(MappingProtocol),
+    public_only: bool = True,
+    find_gateway: Callable[[], str | None] = default_gateway,
+) -> AsyncIterator[PortMapping]:
+    """Have a UDP port of this machine mapped while the context lasts; then it is deleted.
+
+    protocols: tried in this order. public_only: whether an outer address that is private itself, as
+    behind another NAT, is refused. find_gateway: whom to ask, by IPv4 address.
+    """
+    mapping = PortMapping(port, protocols, public_only, find_gateway)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mapping.run)
+            yield mapping
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.move_on_after(STOP_TIME, shield=True):
+            await mapping.withdraw()
+        mapping.close()
