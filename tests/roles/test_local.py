@@ -147,6 +147,24 @@ async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
         assert not open_
 
 
+async def test_strangers_are_refused_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever gets past the mode of the socket is judged by what the kernel says of him."""
+    asked: list[tuple[int, int]] = []
+
+    def nobody(uid: int, gid: int) -> bool:
+        asked.append((uid, gid))
+        return False
+
+    monkeypatch.setattr("ztna.roles.local.may_ask", nobody)
+    path = tmp_path / "agent.sock"
+    async with served(path):
+        (got,) = await ask(path, request("twice"))
+    assert "answers root, user" in got["error"]
+    assert asked == [(os.geteuid(), os.getegid())]
+
+
 def test_who_may_ask() -> None:
     own, group = os.geteuid(), os.getegid()
     stranger = 4_000_000_000
@@ -166,6 +184,9 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/home/u/state")
     state = Path("/home/u/state/ztna")
     assert socket_path(Role.AGENT, state) == Path("/run/user/1000/ztna/agent.sock")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/ztna:/run/more")
+    assert socket_path(Role.AGENT, tmp_path) == Path("/run/ztna/agent.sock")
+    monkeypatch.delenv("RUNTIME_DIRECTORY")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert socket_path(Role.AGENT, state) == state / "agent.sock"
 

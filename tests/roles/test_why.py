@@ -23,6 +23,7 @@ from ztna.core.identity import Identity
 from ztna.core.policy import PolicyRule
 from ztna.errors import UsageError
 from ztna.nat.link import LinkSpec
+from ztna.roles.agent_view import AgentView
 
 POLICY = [
     PolicyRule("agent/laptop", services=("echo", "web")),
@@ -255,6 +256,26 @@ async def test_backend(
         answer = await why(agent)
         assert_broken(answer, "backend", words)
         assert states(answer)["path"] == "ok"
+
+
+async def test_an_agent_learns_nothing_of_services_that_it_may_not_have(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world([*POLICY, PolicyRule("agent/other", services=("echo",))]) as world:
+        await open_all(world)
+        other = await world.start_agent([AgentService("echo", ECHO_IP)], "other", "203.0.113.2")
+        await trio.sleep(1)
+        assert other.answer is not None
+        view = getattr(other.answer, "__self__", None)
+        assert isinstance(view, AgentView)
+        peer = view.seen.peer_of("echo")
+        assert peer is not None
+        assert peer.link is not None
+        answers = [await peer.link.health.ask(each, peer.link.send) for each in ("web", "echo")]
+        assert [None if each is None else each.state for each in answers] == [
+            "not offered",
+            "answers",
+        ]
 
 
 async def test_udp_backend_that_is_silent_is_not_told(autojump_clock: MockClock) -> None:

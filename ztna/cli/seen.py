@@ -237,8 +237,10 @@ def _socket(config: Path | None) -> Path:
         if config is not None:
             raise
         own = socket_path(Role.AGENT, default_state_dir())
-        return own if own.exists() else RUNTIME_FOLDER / own.name
-    return loaded.status_socket or socket_path(Role.AGENT, loaded.state_dir)
+    else:
+        own = loaded.status_socket or socket_path(Role.AGENT, loaded.state_dir)
+    # An agent that systemd runs has its state, but not its socket, where its unit says.
+    return own if config is not None or own.exists() else RUNTIME_FOLDER / own.name
 
 
 def _check_files(config: Path | None, error: UnreachableError) -> None:

@@ -314,8 +314,7 @@ class ConnectorPeers:
                         )
                     )
             case Health() if link.up:
-                offered = message.service in link.labels
-                offer = side.terminator.table.services.get(message.service) if offered else None
+                offer = side.terminator.table.services.get(message.service)
                 backend = None if offer is None else side.terminator.backends[offer.id]
                 side.health.receive(nursery, message, offer, backend, link.send)
             case _:

@@ -46,7 +46,11 @@ Answer = Callable[[Request, Send], Awaitable[None]]
 
 def socket_path(role: Role, state_dir: Path) -> Path:
     """Where a node's socket is unless its file says so. Nodes with a state folder of their own
-    have it there, so that several on one machine do not meet."""
+    have it there, so that several on one machine do not meet. RUNTIME_DIRECTORY is systemd's word
+    (systemd.exec(5)) for a folder that it has made."""
+    given = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    if Path(given).is_absolute():
+        return Path(given) / f"{role}.sock"
     if os.geteuid() == 0 and state_dir == SYSTEM_STATE:
         return RUNTIME_FOLDER / f"{role}.sock"
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -152,6 +156,7 @@ class _Server:
         try:
             async with stream:
                 await self._answer(stream)
+                await _part(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # who asked has left
         finally:
@@ -182,7 +187,17 @@ class _Server:
 async def _refuse(stream: trio.SocketStream, words: str) -> None:
     with suppress(trio.BrokenResourceError), trio.move_on_after(1):
         await stream.send_all(_line({"error": words, "exit_code": 9}))
+        await _part(stream)
     await trio.aclose_forcefully(stream)
+
+
+async def _part(stream: trio.SocketStream) -> None:
+    """End in order: closed over bytes that nobody has read, a Unix socket resets, and the client
+    would lose what it was told."""
+    await stream.send_eof()
+    with trio.move_on_after(1):
+        while await stream.receive_some(MAX_REQUEST):
+            pass
 
 
 async def _wait_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
