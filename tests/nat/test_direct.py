@@ -10,8 +10,10 @@ import trio
 from trio.testing import MockClock
 from trio_util import periodic
 
-from tests.nat.test_roles import Deployment, deployed, echo
+from tests.nat.test_roles import BACKEND, Deployment, deployed, echo
+from tests.roles.memory import ECHO_IP
 from tests.roles.user_host import UserHost
+from ztna.config.model import AgentService, ConnectorService
 from ztna.nat.spec import (
     ADDRESS_RESTRICTED,
     CGNAT,
@@ -185,3 +187,30 @@ async def test_two_symmetric_nats_stay_on_the_relay(autojump_clock: MockClock) -
         reasons = {each["reason"] for each in entries if each["event"] == "no direct path"}
         assert reasons
         assert not any("DIRECT" in str(each["event"]) for each in entries)
+
+
+@pytest.mark.parametrize("who", ["laptop", "home"])
+async def test_killed_and_started_again(who: str, autojump_clock: MockClock) -> None:
+    """The newer session finds its own direct path; the older one's end takes nothing from it."""
+    with structlog.testing.capture_logs() as entries:
+        lines = Lines(entries)
+        async with deployed(PORT_RESTRICTED, FULL_CONE) as it:
+            it.world.direct = True
+            agent = await it.start()
+            with trio.fail_after(200):
+                async with UserHost.open(agent) as user:
+                    await echo(user, b"at once")
+                    await lines.until("DIRECT")
+                await it.world.kill(who)
+                entries.clear()
+                if who == "laptop":
+                    agent = await it.world.start_agent([AgentService("echo", ECHO_IP)])
+                else:
+                    await it.world.start_connector([ConnectorService("echo", BACKEND, ECHO_IP)])
+                async with UserHost.open(agent) as user:
+                    await echo(user, b"again")
+                    await lines.until("DIRECT")
+                    await trio.sleep(1)
+                    before = relayed(it)
+                    await echoes(user, 150, b"and stays", 1)
+                    assert relayed(it) == before

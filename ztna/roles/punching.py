@@ -199,7 +199,9 @@ class DirectPath:
         session, path = self.link.session, self.path
         self.link.receive_signal = self._receive_signal
         session.on_use = self._receive_use
-        path.on_relayed = self._receive_hint
+        # What an older session of the same peer has found is not ours.
+        path.on_relayed = hint = self._receive_hint
+        path.direct, path.port, path.relay_too = None, None, False
         self._say_path(None)
         try:
             async with trio.open_nursery() as nursery:
@@ -219,7 +221,8 @@ class DirectPath:
         finally:
             self._nursery = None
             self.link.receive_signal = session.on_use = None
-            path.on_relayed, path.direct, path.port, path.relay_too = None, None, None, False
+            if path.on_relayed is hint:  # else a newer session has taken over
+                path.on_relayed, path.direct, path.port, path.relay_too = None, None, None, False
 
     def owns(self, owner: str | bytes | None) -> bool:
         """Whether a STUN message of this owner is ours."""
