@@ -32,7 +32,7 @@ from ztna.config.values import format_host_port, parse_host_port
 from ztna.core.identity import Role
 from ztna.core.ports import Address
 from ztna.errors import ConfigError
-from ztna.roles.agent import run_agent_from_config
+from ztna.roles.agent_start import run_agent_from_config
 from ztna.roles.connector import run_connector_from_config
 from ztna.roles.intermediate import run_intermediate_from_config
 from ztna.roles.tree import process_statistics, run_role, statistics_registry

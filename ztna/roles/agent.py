@@ -7,20 +7,18 @@ one that gives the interface its address and routes when the intermediate has na
 
 import functools
 import ipaddress
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 
 import attrs
 import structlog
 import trio
 
-from ztna.config.model import NO_TUN, AgentConfig, AgentService
+from ztna.config.model import AgentConfig, AgentService
 from ztna.core.addresses import (
     DEFAULT_TUNNEL_RANGE,
-    TWIN_PREFIX,
     packed_pair,
     twin,
-    twin_network,
 )
 from ztna.core.allocation import allocate
 from ztna.core.coalesce import coalesce
@@ -32,13 +30,9 @@ from ztna.core.packet.ip import TCP, UDP
 from ztna.core.ports import IpPacket, TunDevice, UdpPort
 from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.errors import SessionClosedError
-from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.endpoint import Endpoint
-from ztna.net.keyed_ids import OUR_IDS
 from ztna.net.session import Session
 from ztna.net.stream_dialer import StreamDialer
-from ztna.net.stream_port import open_stream_port
-from ztna.net.udp import open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.agent_peers import AgentPeers
 from ztna.roles.agent_seen import CheckRoute, Seen, no_obstacle
@@ -49,24 +43,16 @@ from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.echoes import EchoBook
 from ztna.roles.gathering import OpenPort
 from ztna.roles.granted import Granted, grant
-from ztna.roles.local import Serve, status_server
-from ztna.roles.local_ports import open_local_ports
+from ztna.roles.local import Serve
 from ztna.roles.peer_link import PeerLink
 from ztna.roles.punching import open_puncher
 from ztna.roles.reload import (
     NodeFiles,
     ReadFiles,
     keep_reloading,
-    load_policy,
-    read_files,
-    reader,
 )
-from ztna.roles.resolve import any_address, resolve
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
-from ztna.tun.device import open_tun
-from ztna.tun.netlink import check_outside, repair, tun_network
-from ztna.tun.source import source_obstacle
 
 log = structlog.get_logger(__name__)
 
@@ -80,88 +66,6 @@ ROOM_PATIENCE = 0.1
 
 Configure = Callable[[ipaddress.IPv4Address], AbstractAsyncContextManager[None]]
 """Gives the interface a tunnel address and the routes; takes both back at its exit."""
-
-
-async def run_agent_from_config(
-    config: AgentConfig, read_config: Callable[[], AgentConfig]
-) -> None:
-    """Carry the host's packets until cancelled, then leave the host as it was.
-
-    read_config: reads the configuration again, for a reload.
-    """
-    files = read_files(config, Role.AGENT)
-    read = reader(read_config, Role.AGENT)
-    if config.tun.name == NO_TUN:
-        await _run_without_tun(files, read)
-        return
-    await repair(config.state_dir)
-    server = await resolve(config.intermediate.host, config.intermediate.port)
-    check_outside(
-        server[0],
-        [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
-    )
-    async with AsyncExitStack() as stack:
-        udp = await stack.enter_async_context(
-            open_udp_port(any_address(server), 0, sorted_by=OUR_IDS)
-        )
-        port = await stack.enter_async_context(open_stream_port(udp))
-        tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
-        log.info("tunnel interface open", name=tun.name, mtu=config.tun.mtu)
-
-        @asynccontextmanager
-        async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:
-            async with tun_network(
-                tun.name,
-                config.tun.mtu,
-                [
-                    ipaddress.IPv4Interface((address, 32)),
-                    ipaddress.IPv6Interface((twin(address), 128)),
-                ],
-                [config.service_range, twin_network(config.service_range)],
-                state_dir=config.state_dir,
-            ):
-                yield
-
-        await run_agent(
-            config,
-            port,
-            tun,
-            files.credentials,
-            configure,
-            denied_serials=files.denied_serials,
-            read=read,
-            policy=load_policy(files),
-            streams=StreamDialer(port, utc_now),
-            serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
-            check_route=source_obstacle,
-            open_port=functools.partial(open_udp_port, port=0),
-        )
-
-
-async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentConfig]) -> None:
-    """Carry the packets of local ports. Nothing on this way needs a privilege."""
-    config = files.config
-    server = await resolve(config.intermediate.host, config.intermediate.port)
-    routes = _routes(config.services)
-    async with (
-        open_udp_port(any_address(server), 0, sorted_by=OUR_IDS) as udp,
-        open_stream_port(udp) as port,
-        open_local_ports(config, routes) as local,
-    ):
-        await run_agent(
-            config,
-            port,
-            local.host,
-            files.credentials,
-            local.host.configure,
-            denied_serials=files.denied_serials,
-            read=read,
-            on_services=local.directory.set_services,
-            policy=load_policy(files),
-            streams=StreamDialer(port, utc_now),
-            serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
-            open_port=functools.partial(open_udp_port, port=0),
-        )
 
 
 async def run_agent(
@@ -342,7 +246,7 @@ class _Agent:
             self.granted.log_changes(before)
         # What is refused comes first: where a refused one has the address of another, that wins.
         in_order = sorted(self.granted.services, key=lambda s: s.id not in self.granted.refused)
-        routes = _routes(in_order)
+        routes = routes_of(in_order)
         self.routes.set_services(routes)
         others = {i: why for i, why in self.routes.refused.items() if i not in before.refused}
         self.routes.refused = {**others, **self.granted.refused}
@@ -429,7 +333,7 @@ async def _wait_room(session: Session) -> None:
         await session.wait_datagram_room()
 
 
-def _routes(services: Sequence[AgentService]) -> list[ServiceRoute]:
+def routes_of(services: Sequence[AgentService]) -> list[ServiceRoute]:
     """Of those whose address is known: without one nothing can be sent to it."""
     return [
         ServiceRoute(

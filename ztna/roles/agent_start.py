@@ -1,0 +1,109 @@
+"""An agent on this machine: from its file to ports, an interface or local ones, and `run_agent`."""
+
+import functools
+import ipaddress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
+
+from ztna.config.model import NO_TUN, AgentConfig
+from ztna.core.addresses import DEFAULT_TUNNEL_RANGE, TWIN_PREFIX, twin, twin_network
+from ztna.core.identity import Role
+from ztna.net.aioquic_private.mutual_tls import utc_now
+from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.stream_dialer import StreamDialer
+from ztna.net.stream_port import open_stream_port
+from ztna.net.udp import open_udp_port
+from ztna.roles.agent import routes_of, run_agent
+from ztna.roles.local import status_server
+from ztna.roles.local_ports import open_local_ports
+from ztna.roles.reload import NodeFiles, ReadFiles, load_policy, read_files, reader
+from ztna.roles.resolve import any_address, resolve
+from ztna.tun.device import open_tun
+from ztna.tun.netlink import check_outside, repair, tun_network
+from ztna.tun.source import source_obstacle
+
+log = structlog.get_logger(__name__)
+
+
+async def run_agent_from_config(
+    config: AgentConfig, read_config: Callable[[], AgentConfig]
+) -> None:
+    """Carry the host's packets until cancelled, then leave the host as it was.
+
+    read_config: reads the configuration again, for a reload.
+    """
+    files = read_files(config, Role.AGENT)
+    read = reader(read_config, Role.AGENT)
+    if config.tun.name == NO_TUN:
+        await _run_without_tun(files, read)
+        return
+    await repair(config.state_dir)
+    server = await resolve(config.intermediate.host, config.intermediate.port)
+    check_outside(
+        server[0],
+        [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
+    )
+    async with AsyncExitStack() as stack:
+        udp = await stack.enter_async_context(
+            open_udp_port(any_address(server), 0, sorted_by=OUR_IDS)
+        )
+        port = await stack.enter_async_context(open_stream_port(udp))
+        tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
+        log.info("tunnel interface open", name=tun.name, mtu=config.tun.mtu)
+
+        @asynccontextmanager
+        async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:
+            async with tun_network(
+                tun.name,
+                config.tun.mtu,
+                [
+                    ipaddress.IPv4Interface((address, 32)),
+                    ipaddress.IPv6Interface((twin(address), 128)),
+                ],
+                [config.service_range, twin_network(config.service_range)],
+                state_dir=config.state_dir,
+            ):
+                yield
+
+        await run_agent(
+            config,
+            port,
+            tun,
+            files.credentials,
+            configure,
+            denied_serials=files.denied_serials,
+            read=read,
+            policy=load_policy(files),
+            streams=StreamDialer(port, utc_now),
+            serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
+            check_route=source_obstacle,
+            open_port=functools.partial(open_udp_port, port=0),
+        )
+
+
+async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentConfig]) -> None:
+    """Carry the packets of local ports. Nothing on this way needs a privilege."""
+    config = files.config
+    server = await resolve(config.intermediate.host, config.intermediate.port)
+    routes = routes_of(config.services)
+    async with (
+        open_udp_port(any_address(server), 0, sorted_by=OUR_IDS) as udp,
+        open_stream_port(udp) as port,
+        open_local_ports(config, routes) as local,
+    ):
+        await run_agent(
+            config,
+            port,
+            local.host,
+            files.credentials,
+            local.host.configure,
+            denied_serials=files.denied_serials,
+            read=read,
+            on_services=local.directory.set_services,
+            policy=load_policy(files),
+            streams=StreamDialer(port, utc_now),
+            serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
+            open_port=functools.partial(open_udp_port, port=0),
+        )
