@@ -23,6 +23,7 @@ from ztna.nat.spec import (
     PORT_RESTRICTED,
     SYMMETRIC,
     NatSpec,
+    PortMapping,
 )
 
 
@@ -172,6 +173,32 @@ async def test_rebinding_of_either_nat(autojump_clock: MockClock) -> None:
                         gateway.rebind(f"198.51.100.24{number}")
                         assert await echoes(user, 30, b"rebound %d" % number, 0.2) < 3
                         await lines.until("DIRECT")
+
+
+async def test_a_mapped_port_lets_a_symmetric_nat_in(autojump_clock: MockClock) -> None:
+    """What the test below cannot without."""
+    inner, outer = ("10.0.0.2", 4434), 7000
+    home = attrs.evolve(SYMMETRIC, port_mappings=(PortMapping(outer, inner),))
+    with structlog.testing.capture_logs() as entries:
+        lines = Lines(entries)
+        async with deployed(SYMMETRIC, home) as it:
+            assert it.world.hosts["home"].address == inner[0]
+            it.world.direct = True
+            it.world.mapped["home"] = (it.connector_nat.address, outer)
+            agent = await it.start()
+            with trio.fail_after(30):
+                async with UserHost.open(agent) as user:
+                    await echo(user, b"at once")
+                    await lines.until("DIRECT")
+                    before = relayed(it)
+                    await echoes(user, 3, b"direct")
+                    assert relayed(it) == before
+        (seen,) = [
+            each["event"]
+            for each in entries
+            if "DIRECT" in each["event"] and each["peer"] == "connector/home"
+        ]
+        assert str(seen).endswith(f"(peer: {it.connector_nat.address}:{outer})")
 
 
 async def test_two_symmetric_nats_stay_on_the_relay(autojump_clock: MockClock) -> None:

@@ -1,40 +1,26 @@
 """Mapped ports against Debian's miniupnpd, on a gateway of the kernel laboratory."""
 
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import attrs
 import pytest
 
+from tests.nat.miniupnpd import MISSING, OUTER, PROGRAM, installed_rules, miniupnpd
 from ztna.nat.kernel_lab import Gateway, Host, KernelLab, supported
 from ztna.nat.kernel_settle import flush_backlogs
 
-PROGRAM = shutil.which("miniupnpd") or shutil.which("miniupnpd", path="/usr/sbin:/sbin")
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.skipif(supported() is not None, reason=supported() or ""),
-    pytest.mark.skipif(PROGRAM is None, reason="miniupnpd is missing (scripts/setup miniupnpd)"),
+    pytest.mark.skipif(PROGRAM is None, reason=MISSING),
 ]
 
-# miniupnpd refuses to serve on the documentation's networks, so this one is anybody's.
-OUTER, ROUTER, HOST, PORT = "11.0.0.20", "10.1.0.1", "10.1.0.2", 4433
-
-# The chains that miniupnpd's nftables back end fills, as its nft_init.sh makes them.
-CHAINS = """
-table inet filter {
- chain forward { type filter hook forward priority 0; jump miniupnpd; }
- chain miniupnpd { }
- chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
- chain prerouting_miniupnpd { }
- chain postrouting { type nat hook postrouting priority 90; jump postrouting_miniupnpd; }
- chain postrouting_miniupnpd { }
-}
-"""
+ROUTER, HOST, PORT = "10.1.0.1", "10.1.0.2", 4433
 
 # Says each change, echoes UDP at the port, and ends when its input does.
 USER = """
@@ -79,32 +65,9 @@ class Network:
     stranger: Host
     folder: Path
 
-    @contextmanager
-    def miniupnpd(self) -> Iterator[None]:
-        """The server, from when it listens until it is killed; it forgets everything."""
-        namespace = self.gateway.outside.namespace
-        namespace.nft(f"add table inet filter\ndelete table inet filter\n{CHAINS}")
-        file, lease = self.folder / "miniupnpd.conf", self.folder / "leases"
-        lease.unlink(missing_ok=True)
-        file.write_text(
-            f"ext_ifname=wan\nlistening_ip={ROUTER}/24\nipv6_disable=yes\nenable_natpmp=yes\n"
-            f"enable_upnp=no\nsecure_mode=yes\nsystem_uptime=no\nlease_file={lease}\n"
-            "uuid=cc2d41e6-98d8-4ef8-b38b-b8bff0c4a70a\n"
-            "allow 1024-65535 10.1.0.0/24 1024-65535\ndeny 0-65535 0.0.0.0/0 0-65535\n"
-        )
-        words = (str(PROGRAM), "-d", "-f", file, "-P", self.folder / "miniupnpd.pid")
-        server = namespace.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert server.stdout is not None
-        heard = ""
-        while "Listening for NAT-PMP/PCP" not in heard:
-            line = server.stdout.readline()
-            assert line, heard
-            heard += line
-        try:
-            yield
-        finally:
-            server.kill()
-            server.wait()
+    def miniupnpd(self) -> AbstractContextManager[None]:
+        """The server, for a while."""
+        return miniupnpd(self.gateway.outside.namespace, ROUTER, self.folder)
 
     @contextmanager
     def user(self, *protocols: str) -> Iterator[subprocess.Popen[str]]:
@@ -128,9 +91,7 @@ class Network:
 
     def rules(self) -> str:
         """What miniupnpd has installed."""
-        namespace = self.gateway.outside.namespace
-        words = ("nft", "list", "chain", "inet", "filter", "prerouting_miniupnpd")
-        return namespace.run(*words).stdout
+        return installed_rules(self.gateway.outside.namespace)
 
     def wait_for_rule(self, host: str) -> None:
         """Wait until the port leads to this host."""

@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
 from ztna.roles.agent_seen import CheckRoute, no_obstacle
 from ztna.roles.connector import run_connector
+from ztna.roles.gathering import MapPort
 from ztna.roles.intermediate import run_intermediate
 from ztna.roles.local import Answer
 from ztna.roles.reload import NodeFiles
@@ -86,6 +87,17 @@ class MemoryDatagrams:
 
     def close(self) -> None:
         pass
+
+
+@attrs.frozen
+class FixedMapping:
+    """A port that a gateway has open for ever, as `NatSpec.port_mappings`."""
+
+    external: Address
+    gateway: str = "the laboratory"
+
+    async def wait_changed(self) -> None:
+        await trio.sleep_forever()
 
 
 class BackendResetsError(Exception):
@@ -165,6 +177,7 @@ class World:
     """What a test holds in its hands.
 
     files: what each role reads at a reload, or why it cannot.
+    mapped: what a gateway of the laboratory leads to a host's port from, by the host's name.
     signed: the signed policy of the intermediate, in place of `policy`; policy_keys opens it.
     """
 
@@ -187,6 +200,7 @@ class World:
     policy_keys: PolicyKeys | None = None
     tcp: MemoryTcp | None = None
     network_changed: list[Callable[[], None]] = attrs.Factory(list)
+    mapped: dict[str, Address] = attrs.Factory(dict)
 
     @asynccontextmanager
     async def client_port(
@@ -304,6 +318,7 @@ class World:
                         policy=policy,
                         streams=streams,
                         open_port=lambda _: self.hosts[name].open_udp_port(),
+                        map_port=self.map_port(name),
                         task_status=task_status,
                     )
 
@@ -354,11 +369,19 @@ class World:
                         serve=host.serve,
                         check_route=check_route,
                         open_port=lambda _: self.hosts[name].open_udp_port(),
+                        map_port=self.map_port(name),
                         task_status=task_status,
                     )
 
         await self.nursery.start(run)
         return host
+
+    def map_port(self, name: str) -> MapPort | None:
+        """What a host's gateway gives for its port; None where it gives nothing."""
+        external = self.mapped.get(name)
+        if external is None:
+            return None
+        return lambda _: nullcontext(FixedMapping(external))
 
     async def _read(self, name: str) -> NodeFiles[Any]:
         await trio.lowlevel.checkpoint()

@@ -24,6 +24,13 @@ class DirectConfig:
         ),
         default=True,
     )
+    port_mapping: Flag = attrs.field(
+        metadata=means(
+            "Whether the network's gateway is asked to open the UDP port, by PCP or NAT-PMP, so "
+            "that peers behind any NAT come in."
+        ),
+        default=True,
+    )
     private_prefixes: tuple[Ipv4Range, ...] = attrs.field(
         metadata=means(
             "Private networks that are the same network for both sides, such as a company's, "

@@ -212,7 +212,8 @@ class PortMapping:
                 gateway=self._mapper.gateway,
             )
         elif problem:
-            level = log.warning if before is not None else log.info
+            # Most networks do not offer it: that is worth a line only to who asks.
+            level = log.warning if before is not None else log.debug
             level("no port is mapped", reason=problem)
         self._changed.set()
         self._changed = trio.Event()

@@ -41,7 +41,7 @@ from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.echoes import EchoBook
-from ztna.roles.gathering import OpenPort
+from ztna.roles.gathering import MapPort, OpenPort
 from ztna.roles.granted import Granted, grant
 from ztna.roles.local import Serve
 from ztna.roles.peer_link import PeerLink
@@ -83,6 +83,7 @@ async def run_agent(
     serve: Serve | None = None,
     check_route: CheckRoute = no_obstacle,
     open_port: OpenPort | None = None,
+    map_port: MapPort | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry packets between tun and the intermediate until cancelled.
@@ -90,7 +91,8 @@ async def run_agent(
     read: gives the files anew for a reload. on_services: hears of the services that it, or a new
     policy, brought. policy: judges beside the intermediate; None if no policy key is pinned.
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
-    ports, to learn what the NAT is like and to guess its ports.
+    ports, to learn what the NAT is like and to guess its ports. map_port: asks the gateway to open
+    this one.
     serve: answers those who ask what this agent sees. check_route: see `Seen`.
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
@@ -111,7 +113,9 @@ async def run_agent(
         registry.register("endpoint", endpoint.statistics)
         if not config.plain_relay:
             judge = None if policy is None else policy.may_provide
-            puncher = open_puncher(config.direct, config.service_range, endpoint, open_port)
+            puncher = open_puncher(
+                config.direct, config.service_range, endpoint, open_port, map_port
+            )
             if puncher is not None:
                 nursery.start_soon(puncher.run)
                 registry.register("direct", puncher.statistics)

@@ -12,6 +12,7 @@ from ztna.core.addresses import DEFAULT_TUNNEL_RANGE, TWIN_PREFIX, twin, twin_ne
 from ztna.core.identity import Role
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.port_mapping import open_port_mapping
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_udp_port
@@ -80,6 +81,7 @@ async def run_agent_from_config(
             serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
             check_route=source_obstacle,
             open_port=functools.partial(open_udp_port, port=0),
+            map_port=open_port_mapping,
         )
 
 
@@ -106,4 +108,5 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
             streams=StreamDialer(port, utc_now),
             serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
             open_port=functools.partial(open_udp_port, port=0),
+            map_port=open_port_mapping,
         )

@@ -32,6 +32,7 @@ from ztna.errors import SessionClosedError
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.port_mapping import open_port_mapping
 from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_port import open_stream_port
@@ -41,7 +42,7 @@ from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.connector_peers import ConnectorPeers
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
-from ztna.roles.gathering import OpenPort
+from ztna.roles.gathering import MapPort, OpenPort
 from ztna.roles.granted import Granted, grant
 from ztna.roles.peer_link import PEER_SETTINGS
 from ztna.roles.punching import open_puncher
@@ -95,6 +96,7 @@ async def run_connector_from_config(
             policy=load_policy(files),
             streams=StreamDialer(port, utc_now),
             open_port=functools.partial(open_udp_port, port=0),
+            map_port=open_port_mapping,
         )
 
 
@@ -110,6 +112,7 @@ async def run_connector(
     policy: SignedPolicy | None = None,
     streams: StreamDialer | None = None,
     open_port: OpenPort | None = None,
+    map_port: MapPort | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Provide services over one UDP port until cancelled.
@@ -117,7 +120,8 @@ async def run_connector(
     reset_key: by which agents learn that a restart has forgotten their sessions. read: gives the
     files for a reload. policy: judges beside the intermediate; None if no policy key is pinned.
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
-    ports, to learn what the NAT is like and to guess its ports.
+    ports, to learn what the NAT is like and to guess its ports. map_port: asks the gateway to open
+    this one.
     """
     secret = os.urandom(16)
 
@@ -146,7 +150,7 @@ async def run_connector(
             peers_only=True,
         )
         judge = None if policy is None else policy.may_reach
-        puncher = open_puncher(config.direct, config.service_range, endpoint, open_port)
+        puncher = open_puncher(config.direct, config.service_range, endpoint, open_port, map_port)
         if puncher is not None:
             nursery.start_soon(puncher.run)
             registry.register("direct", puncher.statistics)

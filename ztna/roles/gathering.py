@@ -10,6 +10,7 @@ need none of it.
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Protocol
 
 import attrs
 import structlog
@@ -37,6 +38,25 @@ from ztna.net.udp_socket import source_address
 
 log = structlog.get_logger(__name__)
 
+
+class MappedPort(Protocol):
+    """What a gateway gives for a port of ours; `net.port_mapping` keeps it."""
+
+    @property
+    def external(self) -> Address | None:
+        """Where anybody comes in."""
+
+    @property
+    def gateway(self) -> str:
+        """Whose address that is."""
+
+    async def wait_changed(self) -> None:
+        """Wait until it is another one."""
+
+
+MapPort = Callable[[int], AbstractAsyncContextManager[MappedPort]]
+"""Has a UDP port of this machine mapped."""
+
 OpenPort = Callable[[str], AbstractAsyncContextManager[UdpPort]]
 """Opens a UDP port of this machine on an IP address, of any number."""
 
@@ -49,10 +69,11 @@ ASK_TIME = 1.2
 class Gatherer:
     """Of one endpoint. port: the one that carries QUIC. server: the intermediate, over UDP; None
     while there is none. observed: as what it sees us. open_port: None where there are no other
-    ports: then the NAT stays unknown."""
+    ports: then the NAT stays unknown. mapping: what the gateway gives."""
 
     port: UdpPort
     open_port: OpenPort | None = None
+    mapping: MappedPort | None = None
     server: Address | None = None
     observed: Address | None = None
     nat: NatBehaviour = attrs.Factory(lambda: NatBehaviour(Presence.NAT))
@@ -88,6 +109,9 @@ class Gatherer:
                 hosts.add(address[0])
                 kind = CandidateKind.SERVER_REFLEXIVE
                 found.append(candidate(kind, address, base=local, server=str(self.server)))
+        if self.mapping is not None and (external := self.mapping.external) is not None:
+            kind, gateway = CandidateKind.PORT_MAPPED, self.mapping.gateway
+            found.append(candidate(kind, external, base=local, server=gateway))
         version = 6 if ":" in (local or self.port.local_address[0]) else 4
         return Gathered(found, NatView(self.nat, last_port), {0: version}, frozenset(hosts))
 

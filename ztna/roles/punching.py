@@ -47,7 +47,7 @@ from ztna.net.demux import Kind, kind_of, segments
 from ztna.net.endpoint import Endpoint
 from ztna.net.peer_path import PeerPath
 from ztna.roles.control_client import ControlLink
-from ztna.roles.gathering import Gatherer, OpenPort, stun_server
+from ztna.roles.gathering import Gatherer, MapPort, OpenPort, stun_server
 from ztna.roles.peer_link import PeerLink
 
 log = structlog.get_logger(__name__)
@@ -62,15 +62,17 @@ def open_puncher(
     service_range: ipaddress.IPv4Network,
     endpoint: Endpoint,
     open_port: OpenPort | None,
+    map_port: MapPort | None = None,
 ) -> "Puncher | None":
     """By an operator's file; None where direct paths are switched off. Nothing that goes into the
-    tunnel is a candidate."""
+    tunnel is a candidate. map_port: asks the gateway, if the file lets it."""
     if not config.enabled:
         return None
     ranges = (service_range, twin_network(service_range), DEFAULT_TUNNEL_RANGE, TWIN_PREFIX)
     rules = CandidateRules(ranges, config.private_prefixes)
     budget = BirthdayBudget(enabled=config.birthday)
-    return Puncher(endpoint, IceSettings(rules, budget, config.predict), open_port)
+    map_port = map_port if config.port_mapping else None
+    return Puncher(endpoint, IceSettings(rules, budget, config.predict), open_port, map_port)
 
 
 @attrs.define(eq=False)
@@ -80,6 +82,7 @@ class Puncher:
     endpoint: Endpoint
     settings: IceSettings
     open_port: OpenPort | None = None
+    map_port: MapPort | None = None
     gatherer: Gatherer = attrs.field(init=False)
     _peers: list["DirectPath"] = attrs.Factory(list)
     _control: ControlLink | None = None
@@ -92,17 +95,31 @@ class Puncher:
         self.endpoint.stun = self.receive
 
     async def run(self) -> None:
-        """Probe the NAT whenever the network is another one."""
-        while True:
-            await self._stale.wait()
-            self._stale = trio.Event()
-            if await self.gatherer.probe():
-                # What is known now may open another way to those who found none.
-                now = trio.current_time()
-                for peer in self._peers:
-                    if peer.ice.paths.current is None:
-                        peer.ice.network_changed(now)
-                        peer.wake.set()
+        """Keep our port mapped, and probe the NAT whenever the network is another one."""
+        async with trio.open_nursery() as nursery:
+            if self.map_port is not None:
+                nursery.start_soon(self._keep_mapped, self.map_port)
+            while True:
+                await self._stale.wait()
+                self._stale = trio.Event()
+                if await self.gatherer.probe():
+                    self._try_again()
+
+    async def _keep_mapped(self, map_port: MapPort) -> None:
+        async with map_port(self.endpoint.port.local_address[1]) as mapping:
+            self.gatherer.mapping = mapping
+            while True:
+                if mapping.external is not None:
+                    self._try_again()
+                await mapping.wait_changed()
+
+    def _try_again(self) -> None:
+        """What is known now may open another way to those who found none."""
+        now = trio.current_time()
+        for peer in self._peers:
+            if peer.ice.paths.current is None:
+                peer.ice.network_changed(now)
+                peer.wake.set()
 
     def control_up(self, link: ControlLink) -> None:
         """A control session is up: its server tells who we are."""

@@ -1,0 +1,62 @@
+"""Debian's miniupnpd on a gateway of the kernel laboratory."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ztna.nat.netns import Namespace
+
+PROGRAM = shutil.which("miniupnpd") or shutil.which("miniupnpd", path="/usr/sbin:/sbin")
+MISSING = "miniupnpd is missing (scripts/setup miniupnpd)"
+# It refuses to serve on the documentation's networks, so this one is anybody's.
+OUTER = "11.0.0.20"
+
+# The chains that its nftables back end fills, as its nft_init.sh makes them.
+_CHAINS = """
+table inet filter {
+ chain forward { type filter hook forward priority 0; jump miniupnpd; }
+ chain miniupnpd { }
+ chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
+ chain prerouting_miniupnpd { }
+ chain postrouting { type nat hook postrouting priority 90; jump postrouting_miniupnpd; }
+ chain postrouting_miniupnpd { }
+}
+"""
+
+
+@contextmanager
+def miniupnpd(namespace: Namespace, router: str, folder: Path) -> Iterator[None]:
+    """The server, from when it listens until it is killed; it begins with nothing mapped.
+
+    router: the gateway's address in its LAN, a /24. folder: for its files.
+    """
+    namespace.nft(f"add table inet filter\ndelete table inet filter\n{_CHAINS}")
+    file, lease = folder / "miniupnpd.conf", folder / "leases"
+    lease.unlink(missing_ok=True)
+    file.write_text(
+        f"ext_ifname=wan\nlistening_ip={router}/24\nipv6_disable=yes\nenable_natpmp=yes\n"
+        f"enable_upnp=no\nsecure_mode=yes\nsystem_uptime=no\nlease_file={lease}\n"
+        "uuid=cc2d41e6-98d8-4ef8-b38b-b8bff0c4a70a\n"
+        f"allow 1024-65535 {router}/24 1024-65535\ndeny 0-65535 0.0.0.0/0 0-65535\n"
+    )
+    words = (str(PROGRAM), "-d", "-f", file, "-P", folder / "miniupnpd.pid")
+    server = namespace.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert server.stdout is not None
+    heard = ""
+    while "Listening for NAT-PMP/PCP" not in heard:
+        line = server.stdout.readline()
+        assert line, heard
+        heard += line
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def installed_rules(namespace: Namespace) -> str:
+    """What it has installed."""
+    words = ("nft", "list", "chain", "inet", "filter", "prerouting_miniupnpd")
+    return namespace.run(*words).stdout
