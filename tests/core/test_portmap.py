@@ -433,6 +433,7 @@ def test_stopping(protocol: MappingProtocol) -> None:
         (100, 160, 60, False),
         (100, 99, 0.1, False),
         (100, 98, 0.1, True),
+        (100, 98, 0.0, True),
         (100, 0, 60, True),
         (100, 155, 60, False),
         (100, 150, 60, True),
