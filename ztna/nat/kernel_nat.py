@@ -25,6 +25,8 @@ from ztna.nat.lab import PUBLIC, AddressPool, LanPlan, check_link
 from ztna.nat.link import LinkSpec
 from ztna.nat.netns import Namespace, supported
 from ztna.nat.ruleset import (
+    GO_ON,
+    PAUSE,
     TABLE,
     conntrack_timeout,
     forget_mappings,
@@ -80,7 +82,17 @@ class KernelGateway:
             self.namespace.ip(*lines, version=nat.ip_version)
 
     def rebind(self, address: str | None = None) -> None:
-        """Forget all mappings; with an address, get that outer one."""
+        """Forget all mappings; with an address, get that outer one.
+
+        Nothing passes meanwhile: one packet between two of these steps, and the flow that it
+        belongs to would bring its old mapping back."""
+        self.namespace.nft(PAUSE)
+        try:
+            self._forget(address)
+        finally:
+            self.namespace.nft(GO_ON)
+
+    def _forget(self, address: str | None) -> None:
         nat = self.spec
         if address is None and nat.ports is not PortKind.PRESERVED:
             self.namespace.nft(forget_mappings(nat))

@@ -67,6 +67,16 @@ def ruleset(nat: NatSpec, wan_address: str) -> str:
     return "\n".join([*lines, "}\n"])
 
 
+_PAUSE_TABLE = f"inet {TABLE}_pause"
+PAUSE = f"""add table {_PAUSE_TABLE}
+add chain {_PAUSE_TABLE} nothing {{ type filter hook prerouting priority -400; policy drop; }}
+"""
+"""The text for `nft -f` that lets nothing in, before conntrack (priority -200) sees it."""
+
+GO_ON = f"delete table {_PAUSE_TABLE}\n"
+"""The text that ends `PAUSE`."""
+
+
 def forget_mappings(nat: NatSpec) -> str:
     """The text for `nft -f` that empties what the rules of `ruleset` have learnt. The ports of a
     sequential NAT go on where they were. Conntrack has to be flushed as well."""
