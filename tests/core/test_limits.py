@@ -55,3 +55,14 @@ def test_virtual_addresses_are_told_apart() -> None:
     assert not limiter.allow(virtual_address(VirtualKind.STREAM, 1)[0], 0.0)
     assert limiter.allow("2001:db8::1", 0.0)
     assert not limiter.allow("2001:db8::2", 0.0)
+
+
+def test_a_source_that_will_not_come_again_is_forgotten() -> None:
+    limiter = SourceLimiter(1.0, 1.0)
+    for host in ("100::1:0:0:1", "100::1:0:0:2"):
+        assert limiter.allow(host, 0.0)
+    limiter.forget("100::1:0:0:1")
+    limiter.forget("100::1:0:0:1")
+    assert len(limiter) == 1
+    assert limiter.allow("100::1:0:0:1", 0.0)
+    assert not limiter.allow("100::1:0:0:2", 0.0)

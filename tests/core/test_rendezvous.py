@@ -222,6 +222,17 @@ def test_an_agent_that_is_gone() -> None:
     assert scene.said() == []
 
 
+def test_an_agent_that_is_sent_away_loses_its_peer_sessions_too() -> None:
+    scene = Scene()
+    connector, agent = scene.connector(), scene.agent()
+    scene.open(agent, "web")
+    session = scene.channels_said()[agent].session
+    scene.registry.remove(agent)
+    scene.rendezvous.gone(agent, scene.now, withdrawn=True)
+    message = ChannelClosed(session, "agent/laptop is gone", withdrawn=True)
+    assert (connector, message) in scene.said()
+
+
 def test_a_newer_session_of_the_connector_keeps_the_channel() -> None:
     scene = Scene()
     scene.connector()

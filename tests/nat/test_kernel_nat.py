@@ -169,7 +169,8 @@ async def test_what_cannot_be_is_refused_before_anything_is_built(
     kernel_lab.host()
     before = sorted(NAMESPACES.glob(f"ztlab{os.getpid():x}-*"))
     for nat in (NatSpec(mapping_timeout=0.5), NatSpec(mapping_timeout=1.5, ip_version=6)):
-        for wanted in (nat, attrs.evolve(PORT_RESTRICTED, above=nat)):
+        below = attrs.evolve(PORT_RESTRICTED, above=nat, ip_version=nat.ip_version)
+        for wanted in (nat, below):
             with pytest.raises(NotExpressibleError):
                 kernel_lab.gateway(wanted)
     assert sorted(NAMESPACES.glob(f"ztlab{os.getpid():x}-*")) == before

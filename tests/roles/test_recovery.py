@@ -119,6 +119,18 @@ async def test_address_changes(who: str, autojump_clock: MockClock) -> None:
         assert counts["clients"] == 2
 
 
+@pytest.mark.parametrize("who", ["laptop", "home"])
+async def test_address_changes_long_after_the_start(who: str, autojump_clock: MockClock) -> None:
+    """The control session carries nothing any more, and yet the relay's channel follows it."""
+    async with open_stream_world() as (world, stream):
+        await trio.sleep(300)
+        for number in range(3):
+            world.hosts[who].change_address(f"198.18.0.{77 + number}")
+            moved = trio.current_time()
+            await trio.sleep(4 + number)
+            assert stream.gap_after(moved) < 2
+
+
 async def test_a_slow_answer_begins_no_second_session(autojump_clock: MockClock) -> None:
     """Silence shorter than a second is no reason."""
     async with open_stream_world() as (world, stream):

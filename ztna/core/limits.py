@@ -69,6 +69,10 @@ class KeyedLimiter:
         self._buckets[key] = bucket
         return bucket.take(now)
 
+    def forget(self, key: bytes) -> None:
+        """A key that will not come again."""
+        self._buckets.pop(key, None)
+
 
 @attrs.define
 class SourceLimiter:
@@ -93,6 +97,13 @@ class SourceLimiter:
 
     def allow(self, host: str, now: float) -> bool:
         """Whether a request from this host may be answered at `now`."""
-        # A virtual address stands for one far end, whose /64 it shares with all others.
-        key = ipaddress.ip_address(host).packed[: 16 if is_virtual((host, 0)) else 8]
-        return self._sources.allow(key, now) and self.total.take(now)
+        return self._sources.allow(_source_key(host), now) and self.total.take(now)
+
+    def forget(self, host: str) -> None:
+        """A host that will not come again: a virtual address that is given up."""
+        self._sources.forget(_source_key(host))
+
+
+def _source_key(host: str) -> bytes:
+    # A virtual address stands for one far end, whose /64 it shares with all others.
+    return ipaddress.ip_address(host).packed[: 16 if is_virtual((host, 0)) else 8]

@@ -110,12 +110,13 @@ class Rendezvous:
             pair.told.pop((pair.connector if client is pair.agent else pair.agent).key, None)
             self.reconcile(pair.agent, now)
 
-    def gone(self, client: Client, now: float) -> None:
-        """A client's session has ended, and no newer one is there."""
+    def gone(self, client: Client, now: float, *, withdrawn: bool = False) -> None:
+        """A client's session has ended, and no newer one is there. withdrawn: it was sent away, and
+        its peer sessions are to end as well; else those on a direct path may go on."""
         self._wishes.pop(client, None)
         pairs = self._pairs_of(client)
         for pair in pairs:
-            self._close(pair, f"{client.identity} is gone", withdrawn=False)
+            self._close(pair, f"{client.identity} is gone", withdrawn=withdrawn)
         self.channels.forget(client.key)
         for pair in pairs:
             self.reconcile(pair.agent, now)

@@ -41,7 +41,7 @@ from ztna.net.demux import (
     segments,
     uniform_connection_id,
 )
-from ztna.net.peer_path import PathTable, RoutedPort
+from ztna.net.peer_path import PathTable, PeerPath, RoutedPort
 from ztna.net.session import Session
 from ztna.net.session_queues import SessionSettings
 from ztna.net.session_table import SessionTable
@@ -212,6 +212,11 @@ class Endpoint:
             peers_only,
         )
         return sessions
+
+    def close_path(self, path: PeerPath) -> None:
+        """Give up a peer path, and what was kept of its virtual address."""
+        self.paths.close(path)
+        self._doorkeeper.forget(path.address)
 
     @property
     def credentials(self) -> Credentials:

@@ -55,6 +55,8 @@ _OTHER_STREAM_DATA = 1024
 # each side as much as 50 packets of a batch, and ten batches may come in that time.
 _ACK_DELAY = 0.005
 _MIN_WAIT = 0.001
+# Our choice: seconds for which one `keep_awake` holds, far less than a session counts as in use.
+_AWAKE_FOR = 0.5
 
 
 @attrs.define(eq=False)
@@ -76,6 +78,7 @@ class Session(SessionQueues):
     _finished: bool = attrs.field(default=False, init=False, repr=False)
     # Whether aioquic may have something to send: it was fed, told something, or its timer fired.
     _stirred: bool = attrs.field(default=True, init=False, repr=False)
+    _awake_until: float = attrs.field(default=-math.inf, init=False, repr=False)
     _broken: bool = attrs.field(default=False, init=False, repr=False)
     _farewell: Farewell = attrs.field(factory=Farewell, init=False, repr=False)
     _paths: PathBook = attrs.field(factory=PathBook, init=False, repr=False)
@@ -106,6 +109,15 @@ class Session(SessionQueues):
             "max_datagram_data": self.max_datagram_data,
             "suspect": int(self.suspect),
         }
+
+    def keep_awake(self) -> None:
+        """Something relies on this session although it carries nothing now: ask as in a session in
+        use whether the peer is there, and so that it sees our address, too."""
+        now = trio.current_time()
+        if now >= self._awake_until:
+            self._awake_until = now + _AWAKE_FOR
+            self._heartbeat.used(now)
+            self._wake.set()
 
     # --- for the endpoint ---------------------------------------------------------------------
 

@@ -96,6 +96,11 @@ class Doorkeeper:
         default=attrs.Factory(lambda self: RateGate(self.resets, self.resets), takes_self=True)
     )
 
+    def forget(self, address: Address) -> None:
+        """A virtual address that is given up."""
+        self.handshakes.forget(address[0])
+        self.greetings.forget(address[0])
+
     def version_negotiation(self, header: LongHeader, address: Address) -> UdpBatch:
         """RFC 9000 section 6.1; the bit 0x40 set, as this port tells QUIC by it."""
         packet = bytearray(

@@ -194,7 +194,8 @@ class _Agent:
             return  # not up: nothing of a user may leave
         self.routes.refused = {**link.refused, **self.granted.refused}
         if self.peers is not None:
-            return  # `peers_changed` says what can be reached
+            self.peers_changed()  # a refusal counts at once, before the peers hear of it
+            return
         fresh = link.labels.keys() - self.routes.labels.keys()
         self.routes.set_labels(link.labels)
         if fresh and (echoes := self.routes.echoes(fresh)):
@@ -217,7 +218,10 @@ class _Agent:
     def peers_changed(self) -> None:
         assert self.peers is not None
         carried = self.peers.carried()
-        self.routes.set_labels({each: link.labels[each] for each, link in carried.items()})
+        refused = self.routes.refused
+        self.routes.set_labels(
+            {each: link.labels[each] for each, link in carried.items() if each not in refused}
+        )
         self.routes.unavailable = self.peers.unavailable.keys()
 
     def peer_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
@@ -303,6 +307,7 @@ class _Agent:
             return []
         if self.peers is None:
             return [] if self.link is None else [(self.link, forward)]
+        self.peers.keep_control_awake()
         carried = self.peers.carried()
         links = [carried.get(label.id) for label, _ in forward]
         batches: list[tuple[ControlLink | PeerLink, list[tuple[ServiceLabel, IpPacket]]]] = []

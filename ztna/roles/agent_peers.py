@@ -198,6 +198,12 @@ class AgentPeers:
             if peer.link is not None:
                 peer.link.session.close(code, reason)
 
+    def keep_control_awake(self) -> None:
+        """The relay's channel follows the control session: while peers are in use, that one must
+        notice at once that our address is another one."""
+        if self._control is not None:
+            self._control.session.keep_awake()
+
     def statistics(self) -> Mapping[str, object]:
         """Of each session, by the connector's name."""
         sessions = {
@@ -261,7 +267,7 @@ class AgentPeers:
             with peer.scope:
                 await self._keep_session(peer)
         finally:
-            self.endpoint.paths.close(peer.path)
+            self.endpoint.close_path(peer.path)
             if self._peers.get(peer.identity) is peer:
                 del self._peers[peer.identity]
             self.handler.peers_changed()
@@ -399,6 +405,7 @@ class AgentPeers:
         self.handler.peers_changed()
 
     def _receive_datagrams(self, peer: Peer, link: PeerLink, messages: list[bytes]) -> None:
+        self.keep_control_awake()
         packets = [
             (service_id, packet)
             for service_id, packet in link.receive_messages(messages, trio.current_time())

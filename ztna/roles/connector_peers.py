@@ -104,6 +104,7 @@ class ConnectorPeers:
     puncher: Puncher | None = None
     strangers: int = 0
     refused_agents: int = 0
+    control: ControlLink | None = None
     _numbers: dict[str, int] = attrs.Factory(dict)
     _agents: dict[Identity, AgentSide] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
@@ -124,6 +125,7 @@ class ConnectorPeers:
 
     def receive_signal_untrusted(self, link: ControlLink, message: Message, now: float) -> None:
         """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
+        self.control = link
         match message:
             case RelayChannel():
                 self._receive_channel_untrusted(message, link.session.remote_address)
@@ -208,7 +210,7 @@ class ConnectorPeers:
     async def _run_side(self, side: AgentSide) -> None:
         with side.scope:
             await side.terminator.run()
-        self.endpoint.paths.close(side.path)
+        self.endpoint.close_path(side.path)
 
     def _settle(self, side: AgentSide) -> None:
         """Offer an agent what it may have: flows of anything else are reset."""
@@ -343,6 +345,10 @@ class ConnectorPeers:
     def _receive_datagrams(self, side: AgentSide, link: PeerLink, messages: list[bytes]) -> None:
         if side.link is not link:
             return
+        if self.control is not None:
+            # The relay's channels follow that session: it must notice at once that our address is
+            # another one.
+            self.control.session.keep_awake()
         packets = []
         for service_id, packet in link.receive_messages(messages, trio.current_time()):
             addresses = source_and_destination(bytes(packet.data[:40]))

@@ -16,6 +16,7 @@ import attrs
 import structlog
 import trio
 
+from ztna.config.stun import DEFAULT_ALTERNATE_PORT
 from ztna.core.addresses import is_virtual
 from ztna.core.ice.candidate import Candidate, CandidateKind, candidate
 from ztna.core.ice.plan import NatView
@@ -150,7 +151,9 @@ class Gatherer:
                 addresses: Mapping[ProbeSocket, Address] = {
                     name: (local, port.local_address[1]) for name, port in ports.items()
                 }
-                prober = NatProber(server, addresses, random.SystemRandom())
+                # A server of one address does not name its other port, but answers there.
+                other = (server[0], DEFAULT_ALTERNATE_PORT)
+                prober = NatProber(server, addresses, random.SystemRandom(), other)
                 found = await run_probe(prober, ports)
         except SystemSetupError as error:
             log.warning("the NAT is not probed", reason=str(error))

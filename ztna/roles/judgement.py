@@ -99,7 +99,7 @@ def _expel(intermediate: Intermediate, served: Served, reason: str) -> None:
     # Its packets end here and now; the session itself with the next round of its pump.
     intermediate.registry.remove(client)
     intermediate.relay.remove(client)
-    intermediate.rendezvous.gone(client, trio.current_time())
+    intermediate.rendezvous.gone(client, trio.current_time(), withdrawn=True)
     intermediate.served.pop(client.key, None)
     served.session.close(CloseCode.EXPIRED, reason)
 

@@ -253,7 +253,10 @@ class Punching:
         checked = sum(pair.sends > 0 for pair in self.pairs)
         if not checked:
             return "the peer has no address that may be checked from here"
-        return f"no check was answered at any of {checked} addresses: UDP is dropped on the way"
+        return (
+            f"no check was answered at any of {checked} addresses: UDP is dropped on the way, "
+            "or one NAT uses another port for each destination"
+        )
 
     def told(self) -> tuple[PairEntry, ...]:
         """The pairs, for the peer: those that work first."""
