@@ -328,6 +328,19 @@ def test_it_does_not_wait_for_ever() -> None:
     assert said[agent].session != "00000000deadbeef"
 
 
+def test_one_of_two_sessions_ends_alone() -> None:
+    scene = Scene()
+    home, office = scene.connector("home", ("web",)), scene.connector("office", ("db",))
+    agent = scene.agent(services=("web", "db"))
+    scene.open(agent, "web", "db")
+    scene.said()
+    scene.gone(office)
+    closed = [client for client, m in scene.said() if isinstance(m, ChannelClosed)]
+    assert set(closed) == {agent, office}
+    assert home not in closed
+    assert scene.rendezvous.statistics()["peer_sessions"] == 1
+
+
 def test_one_id_is_not_given_to_two_sessions() -> None:
     scene = Scene()
     scene.connector("home", ("web",))

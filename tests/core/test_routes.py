@@ -250,6 +250,9 @@ def test_a_service_that_is_not_registered(version: int) -> None:
     assert icmp_of(answer)[0] == (str(ANY) if version == 4 else str(twin(ANY)))
     assert icmp_of(answer)[2:] == ((3, 13) if version == 4 else (1, 1))
     assert drops(found) == {"service_not_registered": 1, "refused_by_policy": 1}
+    found.refused, found.unavailable = {}, ["any"]
+    _, (answer,) = out(found, packet)
+    assert icmp_of(answer)[2:] == ((3, 1) if version == 4 else (1, 3))
     found.set_labels({**LABELS, "any": ServiceLabel("any")})
     assert out(found, packet) == ([("any", packet)], [])
 
