@@ -154,7 +154,9 @@ def test_blocked() -> None:
         ({ADM}, {EIF}, "symmetric NAT"),
         ({APDM}, {APDF}, "symmetric NAT"),
         ({ADM, APDM}, {ADF, APDF}, "symmetric NAT"),
-        ({EIM, ADM}, {APDF}, "NAT of unknown kind"),
+        ({EIM, ADM}, {APDF}, "port-restricted cone NAT, as far as one server address tells"),
+        ({EIM, ADM}, {ADF, APDF}, "cone NAT, as far as one server address tells"),
+        ({EIM, ADM, APDM}, {APDF}, "NAT of unknown kind"),
     ],
 )
 def test_classic_name(

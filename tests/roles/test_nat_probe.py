@@ -9,6 +9,8 @@ import pytest
 import trio
 
 from tests.net.certificates import Deployment, make_agent, make_deployment
+from ztna.config.model import DEFAULT_PORT
+from ztna.config.stun import DEFAULT_ALTERNATE_PORT
 from ztna.core import natprobe, wire
 from ztna.core.identity import Role
 from ztna.core.mtuprobe import PathMtu
@@ -112,6 +114,15 @@ async def test_bound_to_an_address(deployment: Deployment) -> None:
             await probe_nat(ProbeOptions((server,), bind="203.0.113.1"), lambda _: None)
         with pytest.raises(UnreachableError, match="no IPv6 address of 127"):
             await probe_nat(ProbeOptions((server,), bind="::1"), lambda _: None)
+
+
+async def test_an_intermediates_other_port_is_asked_unnamed(deployment: Deployment) -> None:
+    """It has one address, and the usual ports."""
+    said: list[str] = []
+    addresses, host = StunAddresses(None, DEFAULT_ALTERNATE_PORT), "127.44.33.1"
+    async with relay(host, addresses, deployment.intermediate, DEFAULT_PORT) as server:
+        await probe_nat(ProbeOptions((server,), bind=LOOP), said.append)
+    assert f"IPv4: mapping towards {host} port {DEFAULT_ALTERNATE_PORT}: answered" in said
 
 
 async def test_a_second_port_as_a_second_server(deployment: Deployment) -> None:

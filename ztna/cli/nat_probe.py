@@ -60,8 +60,9 @@ def nat_probe(
 ) -> None:
     """Find out what NAT this machine is behind, and how peers will reach it.
 
-    Asks an intermediate, or any STUN server. One with two addresses (RFC 5780) tells all; one with
-    two ports tells more when both are given: --server HOST --server HOST:3479.
+    Asks an intermediate, or any STUN server. One with two addresses (RFC 5780) tells all. Of an
+    intermediate with one address both ports are asked; where they are not the usual ones, name
+    both: --server HOST:4400 --server HOST:4401.
 
     With --cert, --key and --ca it also opens sessions to the intermediate and compares the
     addresses that these are seen under; use a certificate of its own, for a node that runs with the

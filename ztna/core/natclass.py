@@ -143,7 +143,13 @@ class NatBehaviour:
                 return _CONES[filtering]
             case _, MappingKind.EIM, None:
                 return "cone NAT of unknown kind"
-        return "NAT of unknown kind" if MappingKind.EIM in self.mappings else "symmetric NAT"
+        if MappingKind.EIM not in self.mappings:
+            return "symmetric NAT"
+        if MappingKind.APDM in self.mappings:
+            return "NAT of unknown kind"
+        # Two ports of one address were asked. Few NATs map by address (RFC 4787 section 4.1).
+        cone = "cone NAT" if self.filtering is None else _CONES[self.filtering]
+        return f"{cone}, as far as one server address tells"
 
 
 _CONES = {

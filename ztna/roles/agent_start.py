@@ -5,8 +5,6 @@ import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import structlog
-
 from ztna.config.model import NO_TUN, AgentConfig
 from ztna.core.addresses import DEFAULT_TUNNEL_RANGE, TWIN_PREFIX, twin, twin_network
 from ztna.core.identity import Role
@@ -24,8 +22,6 @@ from ztna.roles.resolve import any_address, resolve
 from ztna.tun.device import open_tun
 from ztna.tun.netlink import check_outside, repair, tun_network
 from ztna.tun.source import source_obstacle
-
-log = structlog.get_logger(__name__)
 
 
 async def run_agent_from_config(
@@ -52,7 +48,6 @@ async def run_agent_from_config(
         )
         port = await stack.enter_async_context(open_stream_port(udp))
         tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
-        log.info("tunnel interface open", name=tun.name, mtu=config.tun.mtu)
 
         @asynccontextmanager
         async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:

@@ -14,6 +14,8 @@ from functools import partial
 import attrs
 import trio
 
+from ztna.config.model import DEFAULT_PORT
+from ztna.config.stun import DEFAULT_ALTERNATE_PORT
 from ztna.core.error_groups import leaves
 from ztna.core.mtuprobe import MtuProber, PathMtu
 from ztna.core.natclass import LifetimeSearch, MappingSample, NatBehaviour, Presence
@@ -125,6 +127,9 @@ async def _probe_family(version: int, options: ProbeOptions, progress: Progress)
     for number, server in enumerate(addresses):
         progress(f"asking {server[0]} port {server[1]} from {source}")
         others = [*addresses[number + 1 :], *addresses[:number]]
+        if not others and server[1] == DEFAULT_PORT:
+            # An intermediate of one address does not name its other port, but answers there.
+            others = [(server[0], DEFAULT_ALTERNATE_PORT)]
         behaviour = await _probe(server, others[:1], observed, options.lifetime, source, progress)
         if behaviour.presence is not Presence.UDP_BLOCKED:
             progress("measuring the path's MTU")
