@@ -20,7 +20,8 @@ from ztna.core.wire import AGENT_WANTS
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
 from ztna.pki import Credentials
-from ztna.roles.agent_peers import AgentPeers, Peer
+from ztna.roles.agent_peer import Peer
+from ztna.roles.agent_peers import AgentPeers
 from ztna.roles.connector_peers import ConnectorPeers
 from ztna.roles.control_client import ControlLink
 from ztna.roles.peer_link import PeerLink
@@ -109,7 +110,7 @@ def agent_signals() -> Parser:
 def connector_signals() -> Parser:
     """What an intermediate says to a connector."""
     peers, link = _connector(), _control_link()
-    return _each(lambda message: peers.receive_signal_untrusted(link, message, 0.0))
+    return _each(lambda message: peers.receive_signal_untrusted(link, message))
 
 
 def agent_peer() -> Parser:

@@ -10,3 +10,8 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield error
+
+
+def words_of(error: BaseException) -> str:
+    """What the errors in a group say, each once."""
+    return "; ".join(dict.fromkeys(str(each) for each in leaves(error)))

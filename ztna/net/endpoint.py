@@ -214,8 +214,11 @@ class Endpoint:
         return sessions
 
     def close_path(self, path: PeerPath) -> None:
-        """Give up a peer path, and what was kept of its virtual address."""
+        """Give up a peer path with its sessions, and what was kept of its virtual address."""
         self.paths.close(path)
+        for session in self.sessions():
+            if session.remote_address == path.address:
+                session.close(CloseCode.GOODBYE, "its way is given up")
         self._doorkeeper.forget(path.address)
 
     @property

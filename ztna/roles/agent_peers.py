@@ -9,12 +9,14 @@ begun anew when it breaks, and a second one beside it when the connector leaves 
 import functools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NoReturn, Protocol
+from contextlib import suppress
+from typing import NoReturn
 
 import attrs
 import structlog
 import trio
 
+from ztna.core.error_groups import words_of
 from ztna.core.identity import Identity, Role
 from ztna.core.messages import (
     Accepted,
@@ -30,13 +32,13 @@ from ztna.core.messages import (
     encode_message,
 )
 from ztna.core.policy import Decision
-from ztna.core.ports import Address, IpPacket
-from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError
+from ztna.core.ports import Address
+from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
-from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
 from ztna.pki import Credentials, connector_dns_name
+from ztna.roles.agent_peer import Peer, PeerHandler
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.peer_link import (
@@ -48,7 +50,7 @@ from ztna.roles.peer_link import (
     new_link,
 )
 from ztna.roles.punching import Puncher
-from ztna.roles.tree import restart_with_backoff
+from ztna.roles.tree import RETRIED, restart_with_backoff
 from ztna.roles.waits import first_of
 
 log = structlog.get_logger(__name__)
@@ -61,42 +63,9 @@ MAX_PEERS = 256
 HANDSHAKE_DEADLINE = 5.0
 UP_DEADLINE = 5.0
 STEADY_AFTER = 5.0
-
-
-class PeerHandler(Protocol):
-    """What the agent does with its peer sessions."""
-
-    def peers_changed(self) -> None:
-        """Other services can be reached, or by another session."""
-
-    def peer_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
-        """Packets of services came in, each with the service's id."""
-
-
-@attrs.define(eq=False)
-class Peer:
-    """One connector. offered: services that it is to carry, by the intermediate's word. granted: of
-    these, those that we want and that it may answer for.
-
-    session_id: what this peer session is called in signalling. link: the session in use. host:
-    where the intermediate sees the connector.
-    """
-
-    identity: Identity
-    path: PeerPath
-    session_id: str
-    offered: Sequence[str] = ()
-    granted: frozenset[str] = frozenset()
-    link: PeerLink | None = None
-    host: str = ""
-    failure: str = ""
-    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
-    reachable: trio.Event = attrs.Factory(trio.Event)
-
-    def carries(self, service_id: str) -> bool:
-        """Whether packets for a service may go to this peer now."""
-        link = self.link
-        return link is not None and service_id in self.granted and service_id in link.labels
+# Seconds, our choice, before another session is begun beside a silent one, where the last one that
+# was begun so was refused at once.
+RIVAL_PAUSE = 1.0
 
 
 @attrs.define(eq=False)
@@ -297,10 +266,17 @@ class AgentPeers:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, peer, session, successor, nursery.cancel_scope)
                     await self._serve(peer, session, succeeded)
-            except* (SessionClosedError, RemoteProtocolError) as group:
+            except* RETRIED as group:
                 if not successor:
-                    peer.failure = str(group.exceptions[0])
+                    peer.failure = words_of(group)
                     raise
+            except* CONTAINED:
+                # A bug that one connector can reach must not end the agent.
+                log.exception("internal error in a peer session", peer=str(peer.identity))
+                peer.failure = "internal error of this agent; its log has the trace"
+                for rival in successor:
+                    rival.close(CloseCode.GOODBYE, "not needed")
+                raise SessionClosedError(peer.failure) from None
             session = successor[0] if successor else None
         return 0.0
 
@@ -321,12 +297,15 @@ class AgentPeers:
                 successor.append(rival)  # from here on it follows, however the running one ends
                 with trio.move_on_after(2 * HANDSHAKE_DEADLINE):
                     await first_of(
-                        rival.wait_verified, functools.partial(session.wait_suspect, suspect=False)
+                        functools.partial(_wait_settled, rival),
+                        functools.partial(session.wait_suspect, suspect=False),
                     )
-                if rival.verified:
+                if rival.verified and not rival.closed:
                     running.cancel()
                     return
                 successor.clear()
+                if rival.closed:
+                    await trio.sleep(RIVAL_PAUSE)
                 rival.close(CloseCode.GOODBYE, "not needed")
         except* SessionClosedError:
             pass  # the running session's end is told by `_serve`
@@ -413,3 +392,9 @@ class AgentPeers:
         ]
         if packets and peer.link is link:
             self.handler.peer_packets(packets)
+
+
+async def _wait_settled(session: Session) -> None:
+    """Wait until a session is verified, or has ended without."""
+    with suppress(SessionClosedError):
+        await session.wait_verified()

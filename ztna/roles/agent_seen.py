@@ -16,7 +16,8 @@ from ztna.core.encapsulation import ServiceLabel
 from ztna.core.identity import Identity
 from ztna.core.ports import IpPacket
 from ztna.core.routes import RouteTable
-from ztna.roles.agent_peers import AgentPeers, Peer
+from ztna.roles.agent_peer import Peer
+from ztna.roles.agent_peers import AgentPeers
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.echoes import EchoBook

@@ -13,7 +13,7 @@ import trio
 from ztna.core.addresses import format_address
 from ztna.core.ice.paths import Path
 from ztna.errors import RefusedError, UnreachableError, UsageError
-from ztna.roles.agent_peers import Peer
+from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_seen import Round, Seen, find_service
 from ztna.roles.agent_why import Walk
 from ztna.roles.local import Request, Send

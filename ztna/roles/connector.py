@@ -206,8 +206,7 @@ class _Connector:
 
     def session_up(self, link: ControlLink) -> None:
         self.link = link
-        if self.peers.puncher is not None:
-            self.peers.puncher.control_up(link)
+        self.peers.control_up(link)
         link.set_services(self.granted.ids)
         self.linked.set()
         statistics_registry().register("session", link.statistics)
@@ -231,7 +230,7 @@ class _Connector:
 
     def signal_received(self, link: ControlLink, message: Message) -> None:
         if link is self.link:
-            self.peers.receive_signal_untrusted(link, message, trio.current_time())
+            self.peers.receive_signal_untrusted(link, message)
 
     def session_down(self, link: ControlLink) -> None:
         if self.link is link:

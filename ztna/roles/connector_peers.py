@@ -18,7 +18,7 @@ import trio
 
 from ztna.backend.terminator import Terminator
 from ztna.core.addresses import source_and_destination
-from ztna.core.error_groups import leaves
+from ztna.core.error_groups import words_of
 from ztna.core.flow import OfferedService
 from ztna.core.identity import Identity, Role
 from ztna.core.messages import (
@@ -68,7 +68,8 @@ class AgentSide:
 
     granted: services by the intermediate's word. addresses: tunnel addresses that the agent's
     packets may come from, packed. link: its session, while there is one. host: where the
-    intermediate sees it. left_at: when it went.
+    intermediate sees it. told_by: the control session that announced it last. left_at: when it was
+    found to be neither here nor expected, s.
     """
 
     identity: Identity
@@ -79,6 +80,7 @@ class AgentSide:
     addresses: frozenset[bytes] = frozenset()
     link: PeerLink | None = None
     host: str = ""
+    told_by: ControlLink | None = None
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     left_at: float = math.inf
     health: HealthDesk = attrs.Factory(HealthDesk)
@@ -123,14 +125,19 @@ class ConnectorPeers:
             async for session in self.sessions:
                 nursery.start_soon(self._serve, session)
 
-    def receive_signal_untrusted(self, link: ControlLink, message: Message, now: float) -> None:
-        """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
+    def control_up(self, link: ControlLink) -> None:
+        """A control session is up: its intermediate announces all agents anew that may come."""
         self.control = link
+        if self.puncher is not None:
+            self.puncher.control_up(link)
+
+    def receive_signal_untrusted(self, link: ControlLink, message: Message) -> None:
+        """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
         match message:
             case RelayChannel():
                 self._receive_channel_untrusted(message, link.session.remote_address)
             case ChannelClosed():
-                self._receive_closed(message, now)
+                self._receive_closed(message)
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} is not for a connector")
 
@@ -171,7 +178,7 @@ class ConnectorPeers:
         if side is None:
             self.refused_agents += 1
             return
-        side.session_id = message.session
+        side.session_id, side.told_by = message.session, self.control
         side.host = message.observed or ""
         if self.puncher is not None:
             self.puncher.peer_seen_at(side.path, side.host)
@@ -183,13 +190,11 @@ class ConnectorPeers:
         self._settle(side)
         log.info("relay channel", peer=str(identity), services=sorted(side.granted)[:16])
 
-    def _receive_closed(self, message: ChannelClosed, now: float) -> None:
+    def _receive_closed(self, message: ChannelClosed) -> None:
         for side in self.agents:
             if side.session_id != message.session:
                 continue
             self.endpoint.paths.set_relay(side.path, None, None)
-            if side.link is None:
-                side.left_at = now
             log.info("relay channel closed", peer=str(side.identity), reason=message.reason[:200])
             if message.withdrawn:
                 side.granted = frozenset()
@@ -257,8 +262,12 @@ class ConnectorPeers:
             await trio.sleep(KEPT / 4)
             now = trio.current_time()
             for side in self.agents:
-                unused = side.link is None and side.path.channel is None
-                if unused and side.left_at + KEPT <= now:
+                expected = side.path.channel is not None and side.told_by is self.control
+                if side.link is not None or expected:
+                    side.left_at = math.inf
+                elif side.left_at == math.inf:
+                    side.left_at = now
+                elif side.left_at + KEPT <= now:
                     del self._agents[side.identity]
                     side.scope.cancel()
 
@@ -289,7 +298,7 @@ class ConnectorPeers:
         except* SessionClosedError:
             pass
         except* RemoteProtocolError as group:
-            words = "; ".join(str(error) for error in leaves(group))
+            words = words_of(group)
             log.warning("the agent breaks the protocol", agent=str(identity), error=words)
         except* CONTAINED:
             # A bug that one agent can reach must not end the sessions of the others.
@@ -298,7 +307,6 @@ class ConnectorPeers:
         finally:
             if side.link is link:
                 side.link = None
-                side.left_at = trio.current_time()
         closed = await session.wait_closed()
         log.info("peer session ended", agent=str(identity), reason=closed.reason)
 

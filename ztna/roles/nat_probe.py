@@ -16,7 +16,7 @@ import trio
 
 from ztna.config.model import DEFAULT_PORT
 from ztna.config.stun import DEFAULT_ALTERNATE_PORT
-from ztna.core.error_groups import leaves
+from ztna.core.error_groups import words_of
 from ztna.core.mtuprobe import MtuProber, PathMtu
 from ztna.core.natclass import LifetimeSearch, MappingSample, NatBehaviour, Presence
 from ztna.core.natplan import ProbeSocket
@@ -165,7 +165,7 @@ async def _observe(
     try:
         return tuple(await observed_addresses(servers, options.credentials, source)), ""
     except* (UnreachableError, RefusedError, SessionClosedError, RemoteProtocolError) as group:
-        reason = "; ".join(dict.fromkeys(str(error) for error in leaves(group)))
+        reason = words_of(group)
     return (), reason
 
 

@@ -50,6 +50,7 @@ class PeerLink:
     up: bool = False
     goodbye: str = ""
     unnamed: int = 0
+    complaints: int = 0
     said_hello: trio.Event = attrs.Factory(trio.Event)
     receive_signal: Callable[[IceMessage], None] | None = None
     health: HealthAsks = attrs.Factory(HealthAsks)
@@ -101,17 +102,20 @@ class PeerLink:
                         case Goodbye():
                             self.goodbye = message.reason[:80]
                         case ProtocolError():
-                            log.error(
-                                "the peer calls us in breach of the protocol",
-                                peer=str(self.peer),
-                                reason=message.reason[:200],
-                            )
+                            self._hear_complaint(message.reason)
                         case _:
                             receive(message)
             except RemoteProtocolError as error:
                 self.send(ProtocolError(str(error)))
                 self.session.close(CloseCode.PROTOCOL_ERROR, str(error))
                 raise
+
+    def _hear_complaint(self, reason: str) -> None:
+        """The peer ends a session with it, so a second one only fills the log."""
+        self.complaints += 1
+        if self.complaints == 1:
+            words = "the peer calls us in breach of the protocol"
+            log.error(words, peer=str(self.peer), reason=reason[:200])
 
     def statistics(self) -> Mapping[str, object]:
         """Counters of the session and of both directions."""
@@ -120,6 +124,7 @@ class PeerLink:
             **self.decapsulator.statistics(),
             "too_large": self.encapsulator.too_large,
             "unnamed": self.unnamed,
+            "complaints": self.complaints,
         }
 
 

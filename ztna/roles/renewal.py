@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import serialization
 
 from ztna.authority import request_for, request_of
 from ztna.config.model import IdentityFiles
-from ztna.core.error_groups import leaves
+from ztna.core.error_groups import words_of
 from ztna.errors import IdentityError
 from ztna.pki import (
     MALFORMED,
@@ -230,7 +230,7 @@ async def run_command(command: tuple[str, ...], data: bytes) -> bytes:
                 for stream, into in ((process.stdout, output), (process.stderr, errors)):
                     nursery.start_soon(_collect, stream, into, nursery.cancel_scope)
         except* OSError as group:
-            failure = "; ".join(str(error) for error in leaves(group))
+            failure = words_of(group)
     if failure:
         raise IdentityError(f"the command {name} cannot be run: {failure}")
     if deadline.cancelled_caught:

@@ -23,7 +23,7 @@ import structlog
 import trio
 
 from ztna.core.backoff import Backoff
-from ztna.core.error_groups import leaves
+from ztna.core.error_groups import leaves, words_of
 from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError, ZtnaError
 from ztna.roles.reload import reload_requests
 
@@ -188,7 +188,7 @@ async def restart_with_backoff(
         try:
             wait = await attempt(up)
         except* retried as group:
-            reason = "; ".join(dict.fromkeys(str(error) for error in leaves(group)))
+            reason = words_of(group)
             unanswered = all(isinstance(error, UnreachableError) for error in leaves(group))
         now = trio.current_time()
         delay = backoff.next_delay(now)

@@ -218,6 +218,14 @@ def test_a_path_that_failed_is_held_back() -> None:
     assert path._held_until - (now + 61) == 1
 
 
+def test_a_path_may_fail_any_number_of_times() -> None:
+    """A day of it, each time within a minute of the last one."""
+    path = current(table((A, 0.02)))
+    for number in range(2880):
+        path.fail("test", 30.0 * number)
+    assert path._held_until == 30.0 * 2879 + 30
+
+
 def test_new_generation_is_not_held_back() -> None:
     found = table((A, 0.02))
     path = current(found)

@@ -88,7 +88,7 @@ class Path:
     _awaiting: bool = False
     _repeats: int = 0
     _suspect_since: float = math.inf
-    _failures: int = 0
+    _hold: float = _FIRST_HOLD / 2
     _failed_at: float = -math.inf
     _held_until: float = -math.inf
 
@@ -139,10 +139,10 @@ class Path:
     def fail(self, reason: str, now: float) -> None:
         """It is down, and is held back for a while when it comes up again."""
         if now - self._failed_at > _FORGIVEN_AFTER:
-            self._failures = 0
-        self._failures += 1
+            self._hold = _FIRST_HOLD / 2
+        self._hold = min(2 * self._hold, _LONGEST_HOLD)
         self._failed_at = now
-        self._held_until = now + min(_FIRST_HOLD * 2 ** (self._failures - 1), _LONGEST_HOLD)
+        self._held_until = now + self._hold
         self.state, self.reason = PathState.DOWN, reason
         self.next_check_at = now + _DOWN_INTERVAL
 
