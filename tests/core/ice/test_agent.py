@@ -179,14 +179,60 @@ def test_messages_that_do_not_fit_are_ignored() -> None:
 
 
 def test_offers_are_limited() -> None:
-    """Each would make the connector gather, and check up to 16 addresses."""
+    """Each would make the connector gather, and check up to 16 addresses. The newest is put off."""
     both = couple()
+    agent = both.connector.agent
     for generation in range(1, 21):
-        both.connector.agent.receive_message(offer_of(both, generation), 0.0)
-    counts = both.connector.agent.statistics()
-    assert (counts["attempts"], counts["offers_too_often"]) == (4, 16)
-    both.connector.agent.receive_message(offer_of(both, 21), 5.0)
-    assert both.connector.agent.statistics()["attempts"] == 5
+        agent.receive_message(offer_of(both, generation), 0.0)
+    agent.receive_message(offer_of(both, 19), 0.0)
+    counts = agent.statistics()
+    assert (counts["attempts"], counts["offers_put_off"]) == (4, 16)
+    assert (counts["generation"], counts["messages_ignored"]) == (4, 1)
+    times = []
+    while agent.statistics()["attempts"] == 4:
+        timer = agent.get_timer()
+        assert timer is not None
+        times.append(timer)
+        agent.handle_timer(timer)
+    assert times == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert agent.statistics()["generation"] == 20
+    agent.receive_message(offer_of(both, 21), 10.0)
+    assert agent.statistics()["attempts"] == 6
+
+
+def test_relay_that_was_silent_for_long() -> None:
+    """All that the agent has offered meanwhile comes at once, more than the connector takes part
+    in; the answer to the last is late, and good."""
+    both = couple()
+    agent, connector = both.agent.agent, both.connector.agent
+    agent.start(0.0)
+    offers: list[CandidateOffer] = []
+    now = 0.0
+    while len(offers) < 6:
+        agent.gathered(both.agent.gathered(), now)
+        offers += [each for each in agent.messages_to_send(now) if isinstance(each, CandidateOffer)]
+        timer = agent.get_timer()
+        assert timer is not None
+        agent.handle_timer(now := timer)
+    for offer in offers:
+        connector.receive_message(offer, now)
+    connector.gathered(both.connector.gathered(), now)
+    (last,) = connector.messages_to_send(now)
+    assert isinstance(last, CandidateAnswer)
+    agent.receive_message(last, now)  # to one that was overtaken
+    assert agent.statistics()["messages_ignored"] == 1
+    while connector.statistics()["generation"] < offers[-1].generation:
+        timer = connector.get_timer()
+        assert timer is not None
+        connector.handle_timer(now := timer)
+    connector.messages_to_send(now)
+    connector.gathered(both.connector.gathered(), now)
+    (answer,) = connector.messages_to_send(now)
+    agent.receive_message(answer, now)
+    assert agent.phase is Phase.PUNCHING
+    assert StartPunching(offers[-1].generation) in agent.messages_to_send(now)
+    agent.receive_message(answer, now)  # once
+    assert agent.statistics()["messages_ignored"] == 2
 
 
 def test_failed_attempts_are_repeated_after_30_s() -> None:

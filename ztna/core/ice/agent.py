@@ -163,7 +163,8 @@ class IceAgent:
 
     def get_timer(self) -> float | None:
         """When to call `handle_timer`."""
-        timers = [self._talks.due, self.paths.get_timer(), self._nominate_at]
+        talks = self._talks
+        timers = [talks.due, talks.offer_due, self.paths.get_timer(), self._nominate_at]
         if self.punching is not None:
             timers.append(self.punching.get_timer())
         return min((timer for timer in timers if timer is not None), default=None)
@@ -172,6 +173,9 @@ class IceAgent:
         """Do what is due."""
         if self._talks.due is not None and now >= self._talks.due:
             self._step(now)
+        if self._talks.offer_due is not None and now >= self._talks.offer_due:
+            self._talks.take_offer(now)
+            self._follow(now)
         for path in self.paths.handle_timer(now):
             self._check(path, now, nominates=path is self.paths.current)
         if self.punching is not None:

@@ -32,8 +32,10 @@ RETRY_TIME = 30.0
 STEP_TIME = 5.0
 """s for gathering, and for each answer of the other side, which comes by the relay: our choice."""
 
-# Our choice: attempts that a controlled side takes part in: 4 at once, one in 5 s.
+# Our choice: attempts that a controlled side takes part in: 4 at once, one in 5 s. Of those beyond,
+# the newest is put off; after a silence of the relay all that were offered meanwhile come at once.
 _OFFER_RATE, _OFFER_BURST = 0.2, 4.0
+_OFFER_PAUSE = 1.0  # s until one that was put off is looked at again
 # Our choice: between attempts after a loss: at once, then 2 s, doubling while paths are lost within
 # a minute of each other.
 _FIRST_PAUSE, _LOSSES_FORGOTTEN = 2.0, 60.0
@@ -56,7 +58,7 @@ class Phase(enum.Enum):
 @attrs.define
 class Negotiation:
     """One side. due: s, when the phase ends, or the pause. peer: what the other side has said in
-    this generation, found: what this side has gathered."""
+    this generation, found: what this side has gathered. offer_due: s, when to call `take_offer`."""
 
     controlling: bool
     random: random.Random
@@ -69,8 +71,10 @@ class Negotiation:
     peer: CandidateOffer | CandidateAnswer | None = attrs.field(default=None, init=False)
     found: Gathered | None = attrs.field(default=None, init=False)
     peer_result: PunchingResult | None = attrs.field(default=None, init=False)
+    offer_due: float | None = attrs.field(default=None, init=False)
     counts: Counter[str] = attrs.field(factory=Counter, init=False)
     _messages: list[IceMessage] = attrs.field(factory=list, init=False)
+    _put_off: CandidateOffer | None = attrs.field(default=None, init=False)
     _offered_at: float = attrs.field(default=0.0, init=False)
     _losses: int = attrs.field(default=0, init=False)
     _lost_at: float = attrs.field(default=-math.inf, init=False)
@@ -128,19 +132,19 @@ class Negotiation:
     def receive_message(self, message: IceMessage, now: float) -> None:
         """What does not fit is counted and ignored: it was overtaken, or is not ours to hear."""
         match message:
-            case CandidateOffer() if not self.controlling and message.generation > self.generation:
-                if self._offers.take(now):
-                    self.begin(message.generation, now)
-                    self.peer = message
-                else:
-                    self.counts["offers_too_often"] += 1
-            case CandidateAnswer() if self._is_current(message, Phase.OFFERED):
+            case CandidateOffer() if self._is_newer(message):
+                self._put_off = message
+                self.take_offer(now)
+            case CandidateAnswer() if self._is_waited_for(message):
                 self.peer = message
                 self._messages.append(StartPunching(self.generation))
                 self.phase = Phase.PUNCHING
                 # Half of the way there and back: the other side begins when StartPunching comes.
                 self.due = now + min((now - self._offered_at) / 2, _MAX_HALF_TRIP)
-            case StartPunching() if self._is_current(message, Phase.ANSWERED):
+            case StartPunching() if (message.generation, self.phase) == (
+                self.generation,
+                Phase.ANSWERED,
+            ):
                 self.phase, self.due = Phase.PUNCHING, now
             case PunchingResult() if message.generation <= self.generation:
                 self.peer_result = message
@@ -150,6 +154,18 @@ class Negotiation:
                     self.begin_after_loss(now)
             case _:
                 self.counts["messages_ignored"] += 1
+
+    def take_offer(self, now: float) -> None:
+        """Begin what the other side has offered last, unless it offers too often."""
+        offer = self._put_off
+        assert offer is not None
+        if self._offers.take(now):
+            self._put_off = self.offer_due = None
+            self.begin(offer.generation, now)
+            self.peer = offer
+        else:
+            self.counts["offers_put_off"] += 1
+            self.offer_due = now + _OFFER_PAUSE
 
     def rest(self, now: float, *, failed: bool) -> None:
         """The attempt is over."""
@@ -166,8 +182,16 @@ class Negotiation:
         messages, self._messages = self._messages, []
         return messages
 
-    def _is_current(self, message: CandidateAnswer | StartPunching, phase: Phase) -> bool:
-        return message.generation == self.generation and self.phase is phase
+    def _is_newer(self, offer: CandidateOffer) -> bool:
+        last = self.generation if self._put_off is None else self._put_off.generation
+        return not self.controlling and offer.generation > last
+
+    def _is_waited_for(self, answer: CandidateAnswer) -> bool:
+        """A late one too, while nothing newer was begun: the relay may have been silent."""
+        waits = self.phase is Phase.OFFERED or (
+            self.phase is Phase.RESTING and self.found is not None and self.peer is None
+        )
+        return self.controlling and waits and answer.generation == self.generation
 
 
 def _entry(each: Candidate) -> CandidateEntry:
