@@ -12,11 +12,21 @@ ALL_FRAGMENTED = "ztna.core.packet.fragments:MAX_ALL_PACKETS"
 OWN_FILE = "from this node's own file, or for its own requests"
 EVENTS = "drained by the driver after every call, which one batch or timer fills"
 SERVICES = "ztna.core.registry:MAX_SERVICES"
+CHANNELS = "ztna.core.channels:MAX_CHANNELS"
+AGENTS = "ztna.roles.connector_peers:MAX_AGENTS"
+CONNECTORS = "ztna.roles.agent_peers:MAX_PEERS"
+GUESSED = "ztna.core.ice.birthday:BirthdayBudget.sockets"
+EXTRA_PORTS = "ztna.roles.punching:MAX_EXTRA_PORTS"
+STREAMS = "ztna.net.stream_listener:MAX_CONNECTIONS"
 
 TABLES = {
     "ztna.backend.terminator:Terminator._drivers": FLOWS,
     "ztna.core.bbr:Bbr._rates": "a fixed number of rounds",
     "ztna.core.bbr:Bbr._extras": "a fixed number of rounds",
+    "ztna.core.channels:ChannelTable._legs": f"{CHANNELS} {SESSIONS}",
+    "ztna.core.channels:ChannelTable._owned": f"{CHANNELS} {SESSIONS}",
+    "ztna.core.channels:ChannelTable._addresses": SESSIONS,
+    "ztna.core.channels:ChannelTable._budgets": SESSIONS,
     "ztna.core.coalesce:_Train.segments": BATCH,
     "ztna.core.flow:UdpFlow.inbox": "ztna.core.flow:MAX_INBOX ztna.core.flow:MAX_INBOX_BYTES",
     "ztna.core.flow_shares:Shares.pending": "ztna.core.flow_shares:MAX_PENDING_CONNECTS",
@@ -25,6 +35,15 @@ TABLES = {
     "ztna.core.flow_timers:FlowTimers._heap": "swept when it has twice the flows, and 64",
     "ztna.core.flows:FlowTable._flows": FLOWS,
     "ztna.core.flows:FlowTable._events": EVENTS,
+    "ztna.core.ice.agent:IceAgent._events": EVENTS,
+    "ztna.core.ice.agent:IceAgent._extra_ports": f"{GUESSED} {EXTRA_PORTS}",
+    "ztna.core.ice.checklist:CheckList._pairs": "ztna.core.ice.checklist:MAX_PAIRS",
+    "ztna.core.ice.exchange:CheckExchange._outbox": EVENTS,
+    "ztna.core.ice.exchange:CheckExchange._keys": "two generations",
+    "ztna.core.ice.exchange:CheckExchange._sent": "ztna.core.ice.exchange:MAX_OUTSTANDING",
+    "ztna.core.ice.exchange:CheckExchange._seen": "ztna.core.ice.exchange:MAX_REMEMBERED",
+    "ztna.core.ice.negotiation:Negotiation._messages": EVENTS,
+    "ztna.core.ice.paths:PathTable._paths": "ztna.core.ice.paths:MAX_PATHS",
     "ztna.core.limits:KeyedLimiter._buckets": (
         "ztna.core.limits:MAX_SOURCES ztna.core.flow_shares:MAX_SYN_SOURCES"
     ),
@@ -68,11 +87,18 @@ TABLES = {
     "ztna.core.relay:_Batch.outputs": BATCH,
     "ztna.core.relay:_Batch.unsettled": BATCH,
     "ztna.core.relay:Relay._legs": SESSIONS,
+    "ztna.core.rendezvous:_Wishes.sessions": "ztna.core.rendezvous:MAX_KNOWN",
+    "ztna.core.rendezvous:_Wishes.told": SERVICES,
+    "ztna.core.rendezvous:_Pair.told": "the two ends; a client that is replaced is forgotten",
+    "ztna.core.rendezvous:Rendezvous._wishes": SESSIONS,
+    "ztna.core.rendezvous:Rendezvous._pairs": f"{CHANNELS} {SESSIONS}",
+    "ztna.core.rendezvous:Rendezvous._events": EVENTS,
     "ztna.core.routes:RouteTable._by_address": OWN_FILE,
     "ztna.core.routes:RouteTable.labels": OWN_FILE,
     "ztna.core.routes:RouteTable.refused": OWN_FILE,
     "ztna.core.routes:RouteTable._by_number": OWN_FILE,
     "ztna.core.routes:RouteTable._flows": "ztna.core.routes:MAX_FLOWS",
+    "ztna.core.stream_frames:BatchReader._buffer": "ztna.core.stream_frames:MAX_DATA",
     "ztna.core.tcp.block:ControlBlock.events": "drained by the splice at every wake",
     "ztna.core.tcp.block:ControlBlock.replies": BATCH,
     "ztna.core.tcp.buffers:ChunkQueue._chunks": "the receive window: TcpConfig.receive_buffer",
@@ -89,8 +115,13 @@ TABLES = {
     "ztna.ingress.forward:UdpForward._flows": "ztna.ingress.forward:MAX_PEERS",
     "ztna.ingress.host:UserspaceHost._drivers": f"{OUTBOUND} ztna.core.outbound:MAX_UDP",
     "ztna.ingress.socks:_UdpAssociation._flows": "ztna.core.outbound:MAX_UDP",
+    "ztna.net.aioquic_private.path_change:PathBook._memories": (
+        "ztna.net.aioquic_private.path_change:MAX_MEMORIES"
+    ),
     "ztna.net.closing:Farewell.batches": "the last packet alone",
     "ztna.net.endpoint:Endpoint._due": SESSIONS,
+    "ztna.net.peer_path:PathTable._by_address": f"{AGENTS} {CONNECTORS}",
+    "ztna.net.peer_path:PathTable._by_channel": "one of each path",
     "ztna.net.session:Session._inbox": "ztna.net.session_queues:SessionSettings.inbox_bytes",
     "ztna.net.session_queues:SessionQueues._outgoing": (
         "ztna.net.session_queues:SessionSettings.outgoing_datagrams"
@@ -108,12 +139,21 @@ TABLES = {
     "ztna.net.session_table:SessionTable.half_open": "ztna.net.endpoint:EndpointSettings.half_open",
     "ztna.net.session_table:SessionTable.outbound": "sessions that this node began",
     "ztna.net.session_table:SessionTable._ids": SESSIONS,
+    "ztna.net.stream_listener:StreamListener._half_open": "ztna.net.stream_listener:MAX_HALF_OPEN",
+    "ztna.net.stream_port:StreamPort._streams": STREAMS,
+    "ztna.net.stream_port:StreamPort._inbound": f"one read of each stream: {STREAMS}",
+    "ztna.net.tls_stream:TlsStream._queue": "ztna.net.tls_stream:MAX_QUEUE",
     "ztna.net.udp:SocketUdpPort._local_addresses": "ztna.net.udp:_MAX_LOCAL_ADDRESSES",
     "ztna.net.udp_inlets:Inlets._buffer": "of one size",
+    "ztna.roles.agent_peers:AgentPeers.unavailable": OWN_FILE,
+    "ztna.roles.agent_peers:AgentPeers._peers": CONNECTORS,
+    "ztna.roles.connector_peers:ConnectorPeers._numbers": OWN_FILE,
+    "ztna.roles.connector_peers:ConnectorPeers._agents": AGENTS,
     "ztna.roles.control_keeper:ControlKeeper._ways": "two ways",
     "ztna.roles.echoes:Record.outcomes": "REMEMBERED rounds; it forgets the oldest",
     "ztna.roles.echoes:EchoBook.records": OWN_FILE,
     "ztna.roles.echoes:EchoBook._waiting": "ztna.roles.echoes:MAX_WAITING",
+    "ztna.roles.gathering:Gatherer._asked": "questions that this node asks",
     "ztna.roles.health:HealthDesk._results": OWN_FILE,
     "ztna.roles.health:HealthAsks._waiting": OWN_FILE,
     "ztna.roles.health:HealthAsks._answers": OWN_FILE,
@@ -126,25 +166,13 @@ TABLES = {
     "ztna.roles.control_client:ControlLink.refused": OWN_FILE,
     "ztna.roles.control_client:ControlLink.numbers": "of one frame: ztna.core.messages:MAX_FRAME",
     "ztna.roles.control_keeper:ControlKeeper._streams": "sessions that this node began",
+    "ztna.roles.peer_link:PeerLink.services": "of one frame: ztna.core.messages:MAX_FRAME",
+    "ztna.roles.peer_link:PeerLink.labels": "of one frame: ztna.core.messages:MAX_FRAME",
+    "ztna.roles.punching:Puncher._peers": f"{AGENTS} {CONNECTORS}",
+    "ztna.roles.punching:DirectPath._ports": EXTRA_PORTS,
+    "ztna.roles.punching:DirectPath._scopes": EXTRA_PORTS,
     "ztna.roles.session_race:Race._failures": "sessions that this node began",
     "ztna.roles.signed_policy:SignedPolicy.refused": "keys are words of ours",
     "ztna.roles.signed_policy:SignedPolicy._callbacks": "parts of this node",
     "ztna.roles.tree:StatisticsRegistry._sources": "parts of this node",
 }
-
-NOT_JUDGED_YET = (
-    "ztna.core.channels:",
-    "ztna.core.ice.",
-    "ztna.core.rendezvous:",
-    "ztna.core.stream_frames:",
-    "ztna.net.aioquic_private.path_change:",
-    "ztna.net.peer_path:",
-    "ztna.net.stream_",
-    "ztna.net.tls_stream:",
-    "ztna.roles.agent_peers:",
-    "ztna.roles.connector_peers:",
-    "ztna.roles.gathering:",
-    "ztna.roles.peer_",
-    "ztna.roles.punching:",
-)
-"""Modules whose tables have caps of their own, which docs/security.md does not tell yet."""

@@ -285,6 +285,18 @@ def test_a_newer_session_of_the_agent_keeps_session_and_channel() -> None:
     assert scene.said() == []
 
 
+def test_what_replaced_clients_were_told_is_forgotten() -> None:
+    """Else a pair that lives for months would remember every session of its ends."""
+    scene = Scene()
+    connector, agent = scene.connector(), scene.agent()
+    scene.open(agent, "web")
+    for _ in range(100):
+        connector, agent = scene.connector(), scene.agent()
+        scene.open(agent, "web")
+    ((pair,),) = [of_agent.values() for of_agent in scene.rendezvous._pairs.values()]
+    assert pair.told.keys() == {agent.key, connector.key}
+
+
 def test_a_registration_that_does_not_come_back_ends_its_share() -> None:
     scene = Scene()
     connector, agent = scene.connector(services=("web", "db")), scene.agent(services=("web", "db"))

@@ -21,7 +21,7 @@ from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.channels import Leg
 from ztna.core.identity import Identity, Role
-from ztna.core.messages import RelayChannel
+from ztna.core.messages import RelayChannel, Unavailable
 from ztna.core.packet.ip import UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
 from ztna.core.policy import Policy, PolicyRule
@@ -278,6 +278,25 @@ async def test_the_agent_keeps_a_bounded_number_of_connectors(autojump_clock: Mo
             await trio.sleep(4)
         given = [entry for entry in logs if entry["event"] == "relay channel"]
         assert len(given) == MAX_PEERS - 1, "one was there before"
+
+
+async def test_the_agent_remembers_no_service_that_it_does_not_want(
+    autojump_clock: MockClock,
+) -> None:
+    """An intermediate that makes up services which nobody provides."""
+    async with deployment() as (world, agent):
+        async with UserHost.open(agent) as user:
+            assert await ask(user) == b"hello"
+            assert world.intermediate is not None
+            (client,) = [s.client for s in world.intermediate.served.values() if s.client.is_agent]
+            with structlog.testing.capture_logs() as logs:
+                for number in range(1000):
+                    message = Unavailable(f"made-up-{number}", "so it is")
+                    world.intermediate.rendezvous._events.append((client, message))
+                world.intermediate.introduce()
+                await trio.sleep(1)
+                assert await ask(user) == b"hello"
+        assert not [entry for entry in logs if entry["event"] == "service unavailable"]
 
 
 async def test_two_agents_with_the_same_ports_have_flows_of_their_own(

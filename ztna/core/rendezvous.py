@@ -99,6 +99,7 @@ class Rendezvous:
         self.channels.pass_on(old.key, new.key)
         self._wishes.pop(old, None)
         for pair in self._pairs_of(old):
+            pair.told.pop(old.key, None)
             if pair.agent is old:
                 pair.agent = new
             else:

@@ -17,9 +17,6 @@ from ztna.core.addresses import VirtualKind, virtual_address
 from ztna.core.channels import pack, unpack
 from ztna.core.ports import Address, UdpBatch, UdpPort
 
-# Our choice: peers of one process at once; an agent of each for a connector, or the reverse.
-MAX_PATHS = 4096
-
 
 @attrs.define(eq=False)
 class PeerPath:

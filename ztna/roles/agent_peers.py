@@ -155,7 +155,9 @@ class AgentPeers:
             case ChannelClosed():
                 self._receive_closed(message)
             case Unavailable():
-                self.unavailable[message.service[:64]] = message.reason[:200]
+                if message.service not in self._services:
+                    return  # asked for before, or made up: nobody waits for it
+                self.unavailable[message.service] = message.reason[:200]
                 log.warning("service unavailable", service=message.service, why=message.reason)
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} is not for an agent")

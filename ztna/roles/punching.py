@@ -55,6 +55,9 @@ log = structlog.get_logger(__name__)
 # Our choice: STUN messages a second that an endpoint looks at, for all its peers.
 STUN_RATE = 5000.0
 STUN_BURST = 5000.0
+# Our choice: local ports that guesses hold open at once, for all peers: two attempts' worth, so
+# that they leave most of the 1,024 descriptors that a process may usually have.
+MAX_EXTRA_PORTS = 512
 
 
 def open_puncher(
@@ -84,6 +87,7 @@ class Puncher:
     open_port: OpenPort | None = None
     map_port: MapPort | None = None
     gatherer: Gatherer = attrs.field(init=False)
+    extra_ports: int = 0
     _peers: list["DirectPath"] = attrs.Factory(list)
     _control: ControlLink | None = None
     _stale: trio.Event = attrs.Factory(trio.Event)
@@ -179,6 +183,14 @@ class Puncher:
         """What looks for direct paths for the session of a path, for those who only look on."""
         return next((peer.ice for peer in self._peers if peer.path is path), None)
 
+    def takes_port(self) -> bool:
+        """Whether one more local port may be opened to guess with; give it back at its end."""
+        if self.extra_ports >= MAX_EXTRA_PORTS:
+            self._counts["drop_extra_ports"] += 1
+            return False
+        self.extra_ports += 1
+        return True
+
     def peer_seen_at(self, path: PeerPath, host: str) -> None:
         """The intermediate sees the peer of a path at this IP address now."""
         for peer in self._peers:
@@ -190,6 +202,7 @@ class Puncher:
         return {
             "nat": self.gatherer.nat.classic_name,
             "probes": self.gatherer.probes,
+            "extra_ports": self.extra_ports,
             **self._counts,
             **{str(peer.link.peer): peer.ice.statistics() for peer in self._peers},
         }
@@ -341,8 +354,11 @@ class DirectPath:
         self, task_status: trio.TaskStatus[int | None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         puncher, number = self.puncher, self._next_port
-        self._next_port += 1
         assert puncher.open_port is not None
+        if not puncher.takes_port():
+            task_status.started(None)
+            return
+        self._next_port += 1
         scope = self._scopes[number] = trio.CancelScope()
         try:
             with scope:
@@ -354,7 +370,11 @@ class DirectPath:
             log.warning("fewer ports to guess with", reason=str(error))
             task_status.started(None)
         finally:
-            self._ports.pop(number, None)
+            puncher.extra_ports -= 1
+            closed = self._ports.pop(number, None)
+            if closed is not None and self.path.port is closed:
+                # When all ends, the session's goodbye may be later: it takes the relay.
+                self.path.direct, self.path.port = None, None
             del self._scopes[number]
 
     async def _receive_at(self, number: int, port: UdpPort) -> None:
