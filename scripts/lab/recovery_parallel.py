@@ -28,10 +28,12 @@ def shares(runs: int, laboratories: int) -> list[int]:
     return [runs // laboratories + (i < runs % laboratories) for i in range(laboratories)]
 
 
-def run_in_parallel(arguments: Sequence[str], runs: int, laboratories: int) -> list[dict[str, Any]]:
+def run_in_parallel(
+    arguments: Sequence[str], runs: int, laboratories: int, module: str = "scripts.lab.recovery"
+) -> list[dict[str, Any]]:
     """What each laboratory has found, as it wrote it; the first ones have a run more, if any.
 
-    arguments: of `scripts.lab.recovery`, without --runs, --json and --parallel.
+    arguments: of the module, without --runs, --json and --parallel.
     """
     counts = shares(runs, laboratories)
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +41,7 @@ def run_in_parallel(arguments: Sequence[str], runs: int, laboratories: int) -> l
         for number, count in enumerate(counts):
             file = Path(folder) / f"{number}.json"
             log = Path(folder) / f"{number}.log"
-            words = [str(PYTHON), "-m", "scripts.lab.recovery", *arguments]
+            words = [str(PYTHON), "-m", module, *arguments]
             words += ["--runs", str(count), "--json", str(file)]
             if number:
                 time.sleep(LONG / len(counts) if "--long" in arguments else 2.0)

@@ -14,7 +14,7 @@ import attrs
 
 from scripts.lab.deployment import NotReadyError
 from scripts.lab.recovery_probes import wall_clock
-from scripts.lab.recovery_site import CAFE_ROUTER, HOME_ROUTER, RecoverySite
+from scripts.lab.recovery_site import CAFE_ROUTER, HOME_ROUTER, RecoverySite, RunningRoles
 
 DOWN = 3.0  # s
 LONG = 120.0  # s
@@ -44,7 +44,7 @@ class Scenario:
     long: bool = False
 
 
-def _start(site: RecoverySite, role: str) -> Back:
+def start_again(site: RunningRoles, role: str) -> Back:
     """Start a role and wait until it has opened its UDP port: the only one of its host."""
     begin = wall_clock()
     process = site.launch(role)
@@ -63,7 +63,7 @@ def kill(role: str, down: float = 0.0) -> Fault:
     def fault(site: RecoverySite) -> Back:
         site.roles[role].kill()
         time.sleep(down)
-        return _start(site, role)
+        return start_again(site, role)
 
     return fault
 
@@ -85,7 +85,7 @@ def terminate(role: str) -> Fault:
 
     def fault(site: RecoverySite) -> Back:
         site.roles[role].stop()
-        return _start(site, role)
+        return start_again(site, role)
 
     return fault
 

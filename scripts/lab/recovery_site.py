@@ -21,25 +21,24 @@ APPS = "10.2.0.3"
 ECHO, FILES = "10.100.0.1", "10.100.0.4"
 HOME_ROUTER, CAFE_ROUTER = "10.1.0.1", "10.3.0.1"
 CAFE_ADDRESS = "10.3.0.2"
+ECHO_PORT = 9999
 FILE_BYTES = 64 << 20
 SERVICES = ("echo", "files")
 
 
 @attrs.define(eq=False)
-class RecoverySite:
-    """Everything running. files: configuration of each role, by role."""
+class RunningRoles:
+    """A deployment, and where it runs. content: the file that users download. files:
+    configuration of each role, by role."""
 
     deployment: Deployment
-    home: Gateway
     relay: Host
     connector: Host
     apps: Host
     agent: Host
-    second: Host
     content: bytes = attrs.field(repr=False)
-    files: dict[str, Path] = attrs.field(factory=dict)
-    roles: dict[str, LoggedProcess] = attrs.field(factory=dict)
-    agent_address: str = "10.1.0.2"
+    files: dict[str, Path] = attrs.field(factory=dict, kw_only=True)
+    roles: dict[str, LoggedProcess] = attrs.field(factory=dict, kw_only=True)
 
     def host(self, role: str) -> Host:
         """Where a role runs."""
@@ -59,6 +58,15 @@ class RecoverySite:
         )
 
 
+@attrs.define(eq=False)
+class RecoverySite(RunningRoles):
+    """Everything running, and what else can be broken."""
+
+    home: Gateway
+    second: Host
+    agent_address: str = "10.1.0.2"
+
+
 def build(lab: KernelLab, folder: Path, file_bytes: int = FILE_BYTES) -> RecoverySite:
     """Make the network, the certificates and the files, and start everything.
 
@@ -69,7 +77,7 @@ def build(lab: KernelLab, folder: Path, file_bytes: int = FILE_BYTES) -> Recover
     office = lab.gateway("office", "198.51.100.30", "10.2.0.0/24")
     site = RecoverySite(
         Deployment(folder, RELAY),
-        home,
+        home=home,
         relay=lab.public_host("relay", RELAY),
         connector=lab.host("connector", "10.2.0.2", behind=office),
         apps=lab.host("apps", APPS, behind=office),
@@ -81,14 +89,16 @@ def build(lab: KernelLab, folder: Path, file_bytes: int = FILE_BYTES) -> Recover
     machine.ip("route del default")
     cafe.inside.attach(machine, "eth1", CAFE_ADDRESS)
     machine.ip(f"route replace default via {HOME_ROUTER} dev eth0")
-    _start_apps(site, folder)
-    _write_files(site)
+    start_files(site)
+    write_configuration(site)
     for role in ("intermediate", "connector", "agent"):
         site.start(role)
     return site
 
 
-def _start_apps(site: RecoverySite, folder: Path) -> None:
+def start_files(site: RunningRoles) -> None:
+    """Serve the file beside the connector."""
+    folder, address = site.deployment.folder, site.apps.address
     files = folder / "files"
     files.mkdir()
     (files / "download").write_bytes(site.content)
@@ -96,19 +106,20 @@ def _start_apps(site: RecoverySite, folder: Path) -> None:
         site.apps,
         "files",
         folder / "files.log",
-        *(PYTHON, "-u", "-m", "http.server", "8081", "-b", APPS, "-d", files),
+        *(PYTHON, "-u", "-m", "http.server", "8081", "-b", address, "-d", files),
     )
     server.wait_for("Serving HTTP")
 
 
-def _write_files(site: RecoverySite) -> None:
+def write_configuration(site: RunningRoles) -> None:
+    """Make the certificates and the roles' files."""
     deployment = site.deployment
     deployment.create_authority()
     wanted: list[dict[str, object]] = [
-        {"id": "echo", "virtual_ip": ECHO, "port": 9999, "protocol": "udp"},
+        {"id": "echo", "virtual_ip": ECHO, "port": ECHO_PORT, "protocol": "udp"},
         {"id": "files", "virtual_ip": FILES, "port": 80, "protocol": "tcp"},
     ]
-    backends = {"echo": f"{APPS}:9999", "files": f"{APPS}:8081"}
+    backends = {"echo": f"{site.apps.address}:{ECHO_PORT}", "files": f"{site.apps.address}:8081"}
     provided: list[dict[str, object]] = [
         {**service, "backend": backends[str(service["id"])]} for service in wanted
     ]

@@ -177,6 +177,14 @@ class Host:
         """Undo `block`."""
         self._change_blocks("delete", peer)
 
+    def block_one_way(self, peer: str) -> None:
+        """Drop, at the next router, what goes from this host to an IP address."""
+        self._change_blocks("add", peer, both=False)
+
+    def unblock_one_way(self, peer: str) -> None:
+        """Undo `block_one_way`."""
+        self._change_blocks("delete", peer, both=False)
+
     def pull_cable(self) -> None:
         """Take the carrier away, as an unplugged cable does."""
         self.router.namespace.ip(f"link set {self.router_end} down")
@@ -222,10 +230,10 @@ class Host:
         """Write what crosses the host's interface to a pcap file, while the context lasts."""
         return capture(self.namespace, self.interface, path)
 
-    def _change_blocks(self, verb: str, peer: str) -> None:
-        pairs = f"{{ {self.address} . {peer}, {peer} . {self.address} }}"
+    def _change_blocks(self, verb: str, peer: str, *, both: bool = True) -> None:
+        pairs = f"{self.address} . {peer}" + f", {peer} . {self.address}" * both
         version = _version(self.address)
-        self.router.namespace.nft(f"{verb} element inet lab blocked{version} {pairs}")
+        self.router.namespace.nft(f"{verb} element inet lab blocked{version} {{ {pairs} }}")
 
 
 @attrs.define(eq=False)
