@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import stat
 from collections.abc import AsyncIterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import structlog.testing
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +43,9 @@ async def answer(request: Request, send: Send) -> None:
         case "forever":
             await send({"begun": True})
             await trio.sleep_forever()
+        case "much":
+            while True:
+                await send({"much": "x" * 65_536})
         case _:
             raise UsageError("not known")
 
@@ -121,6 +126,51 @@ async def test_clients_are_bounded_and_those_who_hang_up_make_room(tmp_path: Pat
         with trio.fail_after(10):
             while "error" in (await ask(path, request("twice")))[0]:
                 await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("line", [b"garbage\n", request("twice"), request("much")])
+async def test_who_leaves_without_reading_costs_nothing(line: bytes, tmp_path: Path) -> None:
+    """An error that is told to nobody must not end the node."""
+    path = tmp_path / "agent.sock"
+    async with served(path):
+        for _ in range(20):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+                client.sendall(line)
+                client.shutdown(socket.SHUT_RD)
+                await trio.testing.wait_all_tasks_blocked()
+        assert await ask(path, request("twice")) == [{"number": 1}, {"number": 2}]
+
+
+async def test_who_does_not_read_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ztna.roles.local.SEND_TIME", 0.1)
+    path = tmp_path / "agent.sock"
+    async with served(path):
+        async with await trio.open_unix_socket(path) as stream:
+            await stream.send_all(request("much"))
+            await trio.sleep(0.3)
+            assert await ask(path, request("twice")) == [{"number": 1}, {"number": 2}]
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(5):
+                while True:
+                    await stream.send_all(b"x" * 65_536)
+
+
+async def test_a_socket_outlives_a_lack_of_descriptors(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with served(path):
+        with socket.socket(socket.AF_UNIX) as client:
+            highest = os.dup(client.fileno())
+            os.close(highest)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+            try:
+                client.connect(str(path))
+                await trio.sleep(0.2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await ask(path, request("twice")) == [{"number": 1}, {"number": 2}]
 
 
 async def test_stale_sockets_are_replaced_and_living_ones_are_not(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ MAX_CLIENTS = 16
 MAX_REQUEST = 4096
 REQUEST_TIME = 5.0
 SEND_TIME = 10.0
+# Our choice: s until the next is accepted, when there is no descriptor left for one.
+PAUSE = 1.0
 MODE = 0o660
 RUNTIME_FOLDER = Path("/run/ztna")
 SYSTEM_STATE = Path("/var/lib/ztna")
@@ -144,7 +146,12 @@ class _Server:
     async def accept(self, listener: trio.socket.SocketType) -> None:
         with listener:
             while True:
-                connection, _ = await listener.accept()
+                try:
+                    connection, _ = await listener.accept()
+                except OSError as error:  # out of descriptors or memory (accept(2))
+                    log.warning("nobody can be answered just now", reason=error.strerror)
+                    await trio.sleep(PAUSE)
+                    continue
                 stream = trio.SocketStream(connection)
                 if self.clients >= MAX_CLIENTS:
                     self.nursery.start_soon(_refuse, stream, "too many ask at once; try again")
@@ -157,8 +164,8 @@ class _Server:
             async with stream:
                 await self._answer(stream)
                 await _part(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # who asked has left
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # who asked has left, or does not read
         finally:
             self.clients -= 1
 
