@@ -4,8 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import structlog.testing
+import trio
 
+from tests.descriptors import no_descriptors
 from ztna.nat.kernel_lab import supported
+from ztna.net.network_changes import watch_network
 
 CHILD = """
 import subprocess, trio
@@ -48,3 +52,9 @@ def test_links_addresses_and_routes() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "quiet\n", "")
+
+
+async def test_without_netlink_nothing_is_noticed_and_nothing_ends() -> None:
+    with structlog.testing.capture_logs() as logs, no_descriptors(), trio.move_on_after(0.1):
+        await watch_network(lambda: None)
+    assert [entry["event"] for entry in logs] == ["changes of the network are not noticed at once"]

@@ -13,13 +13,15 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.descriptors import no_descriptors
 from ztna.core.ports import Address, UdpBatch
-from ztna.errors import SystemSetupError
+from ztna.errors import SystemSetupError, UnreachableError
 from ztna.net.batches import MAX_SEGMENTS, MAX_SEND_SIZE, join_batches, split_batch
 from ztna.net.udp import (
     SocketUdpPort,
     open_udp_port,
 )
+from ztna.net.udp_socket import source_address
 
 FROM = ("192.0.2.1", 4433)
 
@@ -173,6 +175,8 @@ async def test_address_that_refuses_everything_does_not_turn_gso_off() -> None:
         (errno.ENETUNREACH, "send_unreachable"),
         (errno.EHOSTUNREACH, "send_unreachable"),
         (errno.ENOBUFS, "send_no_buffer"),
+        (errno.ENOKEY, "send_failed"),
+        (errno.EDESTADDRREQ, "send_failed"),
     ],
 )
 async def test_what_the_network_refuses_is_counted(error: int, counter: str) -> None:
@@ -276,6 +280,20 @@ async def test_bind_errors_say_what_to_do(host: str, port: int, words: str) -> N
     with pytest.raises(SystemSetupError, match=words):
         async with open_udp_port(host, port):
             pass
+
+
+async def test_no_descriptor_left_says_so() -> None:
+    with (
+        no_descriptors(),
+        pytest.raises(SystemSetupError, match="no file descriptor is left"),
+    ):
+        async with open_udp_port("127.0.0.1", 0):
+            pass
+
+
+async def test_no_descriptor_left_for_a_look_at_the_routes() -> None:
+    with no_descriptors(), pytest.raises(UnreachableError, match=r"no way to 127\.0\.0\.1"):
+        source_address(("127.0.0.1", 9))
 
 
 async def test_closing_wakes_the_receiver() -> None:

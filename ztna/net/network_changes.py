@@ -6,8 +6,12 @@ Who hears of it tries again what did not work in the network before.
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 
+import structlog
 import trio
+
+log = structlog.get_logger(__name__)
 
 Watch = Callable[[Callable[[], None]], Awaitable[None]]
 """Calls a function at every change, until cancelled."""
@@ -24,14 +28,27 @@ async def watch_network(changed: Callable[[], None]) -> None:
     """Call `changed` whenever something has, at most every `_SETTLED` seconds; on Linux alone."""
     if sys.platform != "linux":
         await trio.sleep_forever()
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        sock.setblocking(False)
-        sock.bind((0, _GROUPS))
+    try:
+        sock = _open()
+    except OSError as error:
+        # A sandbox without netlink, or no descriptor left: what is lost is some seconds.
+        log.warning("changes of the network are not noticed at once", reason=error.strerror)
+        await trio.sleep_forever()
+    with sock:
         while True:
             await trio.lowlevel.wait_readable(sock)
             await trio.sleep(_SETTLED)
             _drain(sock)
             changed()
+
+
+def _open() -> socket.socket:
+    with ExitStack() as stack:
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+        sock = stack.enter_context(socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE))
+        sock.bind((0, _GROUPS))
+        stack.pop_all()
+    return sock
 
 
 def _drain(sock: socket.socket) -> None:

@@ -13,7 +13,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import attrs
@@ -147,12 +147,10 @@ class PortMapping:
             self._moved.set()
 
     async def _ask(self, gateway: str, client: str) -> None:
-        sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            await sock.bind((client, 0))
-            await sock.connect((gateway, SERVER_PORT))
+            sock = await _connected(client, gateway)
         except OSError:
-            sock.close()  # the network is gone again, and we shall hear of the next one
+            # The network is gone again, and we shall hear of the next one.
             await trio.sleep_forever()
         mapper = PortMapper(
             client,
@@ -223,6 +221,15 @@ class PortMapping:
             self._socket.close()
         self._mapper = self._socket = None
         self._tell(None, "")
+
+
+async def _connected(client: str, gateway: str) -> trio.socket.SocketType:
+    with ExitStack() as stack:
+        sock = stack.enter_context(trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        await sock.bind((client, 0))
+        await sock.connect((gateway, SERVER_PORT))
+        stack.pop_all()
+    return sock
 
 
 async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -49,7 +49,8 @@ log = structlog.get_logger()
 # Our choice: peers whose datagrams came to an address of ours that is worth remembering.
 _MAX_LOCAL_ADDRESSES = 32_768
 
-# What the network, a firewall or a full device makes of a send. Anything else is a bug of ours.
+# What the network, a firewall or a full device makes of a send. Drivers give any number for more:
+# WireGuard's ENOKEY and EDESTADDRREQ for a peer that it does not know, for example.
 _SEND_DROPS = {
     errno.EMSGSIZE: "send_too_large",
     errno.ECONNREFUSED: "send_refused",
@@ -65,7 +66,9 @@ _SEND_DROPS = {
     errno.EINVAL: "send_invalid",
     errno.EIO: "send_invalid",
 }
-
+_SEND_FAILED = "send_failed"
+# These are bugs of ours, whatever the network does.
+_BUGS = {errno.EFAULT, errno.ENOTSOCK, errno.EOPNOTSUPP}
 
 _COUNTERS = (
     "received_packets",
@@ -77,6 +80,7 @@ _COUNTERS = (
     "sent_bytes",
     "send_calls",
     *_SEND_DROPS.values(),
+    _SEND_FAILED,
 )
 
 
@@ -221,7 +225,7 @@ class SocketUdpPort:
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise trio.ClosedResourceError("this UDP port was closed") from None
-            if error.errno not in _SEND_DROPS:
+            if error.errno is None or error.errno in _BUGS:
                 raise
             # The address that the peer had asked may have gone from this machine.
             self._local_addresses.pop(address, None)
@@ -230,7 +234,7 @@ class SocketUdpPort:
 
     def _count_sent(self, error: int, size: int, packets: int) -> None:
         if error:
-            self._counters[_SEND_DROPS[error]] += packets
+            self._counters[_SEND_DROPS.get(error, _SEND_FAILED)] += packets
         else:
             self._counters["sent_packets"] += packets
             self._counters["sent_bytes"] += size
@@ -273,8 +277,8 @@ async def open_udp_port(
             f"0.0.0.0 or :: for all of them"
         ) from None
     with ExitStack() as stack:
-        sock = stack.enter_context(_new_socket(address))
         try:
+            sock = stack.enter_context(_new_socket(address))
             taken = beside is not None and beside.local_address[1] == port
             with beside.making_room(sock) if beside is not None and taken else nullcontext():
                 sock.bind((host, port))

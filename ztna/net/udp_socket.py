@@ -43,15 +43,15 @@ def source_address(destination: Address) -> str:
     Raises UnreachableError when there is no way to it.
     """
     family = socket.AF_INET6 if ":" in destination[0] else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect(destination)
-        except OSError as error:
-            raise UnreachableError(
-                f"no way to {destination[0]} from this machine ({error.strerror}); "
-                f"check its addresses and routes"
-            ) from error
-        return str(sock.getsockname()[0]).partition("%")[0]
+            return str(sock.getsockname()[0]).partition("%")[0]
+    except OSError as error:
+        raise UnreachableError(
+            f"no way to {destination[0]} from this machine ({error.strerror}); "
+            f"check its addresses and routes"
+        ) from error
 
 
 def bind_failure(host: str, port: int, error: OSError | OverflowError) -> str:
@@ -72,6 +72,11 @@ def bind_failure(host: str, port: int, error: OSError | OverflowError) -> str:
             return (
                 f"cannot listen on {where}: this machine has no such address. Use one that "
                 f"`ip address` shows, or 0.0.0.0 or :: for all"
+            )
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
+            return (
+                f"cannot listen on {where}: no file descriptor is left; raise the limit of open "
+                f"files (LimitNOFILE in systemd, or `ulimit -n`)"
             )
         case OverflowError():
             return f"cannot listen on {where}: a port is a number from 0 to 65535"
