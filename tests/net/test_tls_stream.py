@@ -22,6 +22,7 @@ from tests.net.certificates import (
     bad_server,
     make_ca,
     make_connector,
+    make_credentials,
     make_deployment,
     name,
 )
@@ -345,6 +346,29 @@ async def test_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
         assert not far.closed.is_set()
         await far.closed.wait()
         assert far.reason == "nothing came for 60 s"
+
+
+async def test_a_stream_ends_with_its_clients_certificate(autojump_clock: MockClock) -> None:
+    """However much it is used."""
+    async with open_ends(deployment()) as ends:
+        made = ends.deployment
+        five_minutes = datetime.timedelta(minutes=5)
+        short = make_credentials(made.ca, made.agent.identity, made.now, ends=five_minutes)
+        stream = await ends.dial(short)
+        far = await ends.accepted()
+        left = (far.peer.not_after - ends.deployment.now).total_seconds()
+        moment = trio.current_time() + left
+        while trio.current_time() < moment - IDLE_TIME:
+            await trio.sleep(IDLE_TIME - 1)
+            ends.client.send_nowait([UdpBatch(b"x", 1, stream.address)])
+            await ends.server.receive()
+            ends.server.send_nowait([UdpBatch(b"x", 1, far.address)])
+            await ends.client.receive()
+        assert not far.closed.is_set()
+        await trio.sleep_until(moment + 1)
+        assert stream.reason == (
+            "the server refuses: the client's certificate has expired: have it renewed"
+        )
 
 
 async def test_payloads_that_do_not_fit_are_dropped(autojump_clock: MockClock) -> None:

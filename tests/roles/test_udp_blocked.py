@@ -10,10 +10,11 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from tests.net.certificates import make_deployment
+from tests.net.certificates import SERVER_IP, make_agent, make_deployment
 from tests.net.streams import MemoryTcp
-from tests.roles.memory import ECHO_IP, World, open_world
+from tests.roles.memory import ECHO_IP, RELAY, World, open_world
 from tests.roles.test_recovery import BACKEND, POLICY, Stream
+from tests.roles.test_reload import reload, serial_of
 from ztna.config.model import AgentService, ConnectorService
 from ztna.roles.tree import statistics_registry
 
@@ -182,6 +183,46 @@ async def test_intermediate_restarted(down: float, autojump_clock: MockClock) ->
         await trio.sleep(8)
         assert stream.gap_after(back) < 3
         assert over_tls(world) == {"laptop"}
+
+
+async def test_streams_are_judged_again_at_a_reload(autojump_clock: MockClock) -> None:
+    """Also one that carries no session, which a client that lost its right might hold open. The
+    streams of others lose no packet."""
+    with capture_logs() as logs:
+        async with open_blocked_world("laptop", "home") as (world, stream):
+            await trio.sleep(5)
+            assert world.tcp is not None
+            phone = make_agent(world.deployment.ca, world.deployment.now, "phone")
+            world.hosts["phone"] = world.network.host("203.0.113.9")
+            async with world.client_port("phone") as (_, dialer):
+                assert dialer is not None
+                held = await dialer.dial((RELAY, 443), phone, SERVER_IP, frozenset)
+                await trio.sleep(0.1)
+                assert len(streams_of(world)) == 3
+                denied = frozenset({phone.certificate.serial_number})
+                reload(world, "intermediate", denied_serials=denied)
+                with trio.fail_after(1):
+                    await held.closed.wait()
+            assert held.reason.startswith("the server refuses: the client's certificate (serial ")
+            assert held.reason.endswith(" is denied")
+            assert streams_of(world) == ["home", "laptop"]
+            reloaded = trio.current_time()
+            await trio.sleep(2)
+            times = [at for at in stream.answered if at > 3]
+            assert max(b - a for a, b in itertools.pairwise(times)) < 0.1
+            # With a session on it, whose goodbye comes first.
+            reload(world, "intermediate", denied_serials=frozenset({serial_of(world, "laptop")}))
+            await trio.sleep(1)
+            assert streams_of(world) == ["home"]
+            assert stream.gap_after(reloaded + 3) > 1
+    (told, *_) = [each for each in lines(logs, "trying again") if "denied" in each["reason"]]
+    assert "the right to the session ended: the client's certificate" in told["reason"]
+
+
+def streams_of(world: World) -> list[str]:
+    assert world.intermediate is not None
+    assert world.intermediate.streams is not None
+    return sorted(each.peer.identity.name for each in world.intermediate.streams.streams())
 
 
 async def test_agent_that_stops_says_so(autojump_clock: MockClock) -> None:

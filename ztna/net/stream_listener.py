@@ -31,7 +31,7 @@ from ztna.net.strangers import (
 from ztna.net.stream_port import StreamPort
 from ztna.net.tls import PeerSide, VerifiedPeer
 from ztna.net.tls_context import make_context, verified_peer
-from ztna.net.tls_stream import HANDSHAKE_TIME, TlsConnection
+from ztna.net.tls_stream import HANDSHAKE_TIME, TlsConnection, TlsStream
 from ztna.pki import Credentials
 
 log = structlog.get_logger(__name__)
@@ -107,7 +107,7 @@ class StreamListener:
                     await trio.aclose_forcefully(transport)
                 else:
                     self._half_open[remote[0]] += 1
-                    nursery.start_soon(self._meet, transport, remote)
+                    nursery.start_soon(self._serve, transport, remote)
 
     def _no_room(self, host: str) -> str | None:
         """The name of the limit that a connection from this host would pass."""
@@ -122,7 +122,19 @@ class StreamListener:
             return "drop_handshake_rate"
         return None
 
-    async def _meet(self, transport: trio.abc.Stream, remote: Address) -> None:
+    async def _serve(self, transport: trio.abc.Stream, remote: Address) -> None:
+        """One connection; a stream ends with the certificate that its client showed."""
+        stream = await self._meet(transport, remote)
+        if stream is None:
+            return
+        left = (stream.peer.not_after - self.now()).total_seconds()
+        with trio.move_on_after(max(left, 0.0)):
+            await stream.closed.wait()
+            return
+        self._counters["expired"] += 1
+        await stream.dismiss("the client's certificate has expired: have it renewed")
+
+    async def _meet(self, transport: trio.abc.Stream, remote: Address) -> TlsStream | None:
         connection = None
         reason = f"no TLS handshake within {HANDSHAKE_TIME:.0f} s"
         async with AsyncExitStack() as stack:
@@ -132,9 +144,9 @@ class StreamListener:
                     connection = TlsConnection.over(transport, self._server(), PeerSide.CLIENT)
                     await connection.shake_hands()
                     peer = self._judge(connection)
-                    self._admit(connection, remote, peer)
+                    stream = self._admit(connection, remote, peer)
                     stack.pop_all()
-                    return
+                    return stream
             except RefusedError as error:
                 reason = str(error)
             except _BROKEN:
@@ -148,6 +160,7 @@ class StreamListener:
                 log.warning("TLS client refused", address=format_address(remote), reason=reason)
             if connection is not None and connection.established:
                 await _tell(connection, reason)
+        return None
 
     def _server(self) -> ssl.SSLContext:
         credentials = self.credentials()
@@ -166,15 +179,15 @@ class StreamListener:
             self.denied_serials(),
         )
 
-    def _admit(self, connection: TlsConnection, remote: Address, peer: VerifiedPeer) -> None:
+    def _admit(self, connection: TlsConnection, remote: Address, peer: VerifiedPeer) -> TlsStream:
         """The newest connections of an identity count, as the newest session does."""
         others = [one for one in self.port.streams() if one.peer.identity == peer.identity]
         if len(others) >= MAX_CONNECTIONS_OF_IDENTITY:
             self._counters["replaced"] += 1
             others[0].cancel("too many connections of this identity: the oldest ends")
         self._counters["verified"] += 1
-        self.port.add(connection, remote, peer)
         log.debug("TLS stream open", client=str(peer.identity), address=format_address(remote))
+        return self.port.add(connection, remote, peer)
 
     def statistics(self) -> Mapping[str, int]:
         """Connections whose handshake is under way; counters of the met and the refused."""

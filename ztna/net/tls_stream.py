@@ -36,6 +36,10 @@ IDLE_TIME = 60.0
 MAX_QUEUE = 256 * 1024
 # Our choice: a peer that takes nothing for so long is gone, whatever its own TCP says.
 STALLED_TIME = 30.0
+# Our choices, s: what a session needs to say goodbye by a stream that is about to end, and what the
+# peer may take to read that and why.
+LAST_WORDS = 0.1
+DISMISSAL_TIME = 0.5
 # Our choice: bytes that are asked of the transport at a time: four TLS records.
 _READ_SIZE = 65_536
 # Our choice: what is framed and sealed at a time, so that what comes late is not held up by much.
@@ -201,13 +205,23 @@ class TlsStream:
             self._drained.set()
             await trio.aclose_forcefully(self.connection.transport)
 
-    async def close(self, grace: float = 1.0) -> None:
+    async def dismiss(self, reason: str) -> None:
+        """Tell a peer that lost its right why, and end the connection; what other parts say in the
+        same moment goes before."""
+        await trio.sleep(LAST_WORDS)
+        frame = encode_refusal(reason)
+        self._queue.append(frame)
+        self._waiting += len(frame)
+        self._wake.set()
+        await self.close(DISMISSAL_TIME, reason)
+
+    async def close(self, grace: float = 1.0, reason: str = "closed by this side") -> None:
         """Send what waits, for so many seconds at most, and end the connection."""
         with trio.move_on_after(grace, shield=True):
             while self._waiting and not self.closed.is_set():
                 self._drained = trio.Event()
                 await self._drained.wait()
-        self.cancel("closed by this side")
+        self.cancel(reason)
         with trio.CancelScope(shield=True):
             await self.closed.wait()
 

@@ -1,9 +1,10 @@
 """The intermediate judges all clients again, after its files were read anew.
 
-Certificates first: a session whose certificate is now denied, expired or of a CA that is no longer
-trusted closes. Then rights: services that the policy no longer grants are withdrawn, and the client
-is told (0x13 and `Denied`); those that it was refused before and may now have, it gets. All happens
-between two packets, and a client whose rights are the same notices nothing.
+Certificates first: a session, or a TLS stream below one, whose certificate is now denied, expired
+or of a CA that is no longer trusted closes. Then rights: services that the policy no longer grants
+are withdrawn, and the client is told (0x13 and `Denied`); those that it was refused before and may
+now have, it gets. All happens between two packets, and a client whose rights are the same notices
+nothing.
 """
 
 import datetime
@@ -89,8 +90,30 @@ def apply_files(
         else:
             send_policy(intermediate, served)
             _judge_services(intermediate, served)
+    _judge_streams(intermediate, nursery, new, now)
     intermediate.rendezvous.reconcile_all(trio.current_time())
     intermediate.introduce()
+
+
+def _judge_streams(
+    intermediate: Intermediate,
+    nursery: trio.Nursery,
+    files: NodeFiles[IntermediateConfig],
+    now: datetime.datetime,
+) -> None:
+    """A stream need not have a session, and a client that lost its right could hold it open."""
+    for stream in [] if intermediate.streams is None else intermediate.streams.streams():
+        try:
+            judge_again(
+                stream.peer,
+                files.credentials,
+                side=PeerSide.CLIENT,
+                now=now,
+                denied_serials=files.denied_serials,
+            )
+        except PeerRefusedError as error:
+            log.warning("TLS stream ended by a reload", client=str(stream), reason=str(error))
+            nursery.start_soon(stream.dismiss, str(error))
 
 
 def _expel(intermediate: Intermediate, served: Served, reason: str) -> None:
