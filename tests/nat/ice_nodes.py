@@ -100,8 +100,9 @@ class IceNode:
         }
         found = offered(candidate(kind, address) for kind, address in kinds.items())
         view = NatView(self.behaviour, last[1])
+        versions = {index: {version} for index, version in self.versions.items()}
         self.agent.gathered(
-            Gathered(found, view, dict(self.versions), frozenset({outer[0]})), trio.current_time()
+            Gathered(found, view, versions, frozenset({outer[0]})), trio.current_time()
         )
         self.peer.agent.peer_hosts = frozenset({outer[0]})
         self.wake.set()

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from tests.descriptors import no_descriptors
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import SystemSetupError, UnreachableError
+from ztna.net import udp
 from ztna.net.batches import MAX_SEGMENTS, MAX_SEND_SIZE, join_batches, split_batch
+from ztna.net.keyed_ids import OUR_IDS, IdKeys
 from ztna.net.udp import (
     SocketUdpPort,
+    open_client_port,
     open_udp_port,
 )
 from ztna.net.udp_socket import source_address
@@ -98,6 +101,45 @@ async def test_batches_cross_loopback(host: str, gso: bool, gro: bool) -> None:
         elif not gro:
             assert theirs["receive_calls"] == 45
             assert len(batches) <= 4  # joined here, up to 16 a time
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("ids", [None, OUR_IDS], ids=["one socket", "sorted"])
+async def test_dual_stack_port(host: str, ids: IdKeys | None) -> None:
+    """Of both IP versions, with the offloads of both, and no mapped address in sight."""
+    async with open_client_port(0, sorted_by=ids) as port, open_udp_port(host, 0) as other:
+        number = port.local_address[1]
+        assert port.local_addresses == (("0.0.0.0", number), ("::", number))
+        sent = b"".join(b"\x40" + bytes([i]) * 1199 for i in range(20))
+        await other.send([UdpBatch(sent, 1200, (host, number))])
+        batches = await collect(port, len(sent))
+        assert data_of(batches) == sent
+        assert {batch.address for batch in batches} == {other.local_address}
+        await port.send([UdpBatch(sent, 1200, other.local_address)])
+        answers = await collect(other, len(sent))
+        assert data_of(answers) == sent
+        assert {batch.address for batch in answers} == {(host, number)}
+        counters = port.statistics()
+        assert counters["sent_packets"] == counters["received_packets"] == 20
+        if port.gso:
+            assert counters["send_calls"] == 1
+        for option in ((socket.IPPROTO_IP, 10), (socket.IPPROTO_IPV6, 23)):
+            assert port._socket.getsockopt(*option) == 3  # DF, whichever it is
+
+
+async def test_dual_stack_port_of_a_taken_number() -> None:
+    """Of either IP version."""
+    for host in ("127.0.0.1", "::1"):
+        async with open_udp_port(host, 0) as other:
+            with pytest.raises(SystemSetupError, match="another program uses it"):
+                async with open_client_port(other.local_address[1]):
+                    raise AssertionError
+
+
+async def test_dual_stack_port_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp, "has_ipv6", lambda: False)
+    async with open_client_port(0) as port:
+        assert [host for host, _ in port.local_addresses] == ["0.0.0.0"]
 
 
 async def test_large_batch_is_cut_for_the_kernel() -> None:

@@ -14,6 +14,7 @@ import attrs
 import trio
 import trio.testing
 
+from tests.nat.dual_stack import DualStackPort
 from tests.net.certificates import Deployment, make_agent, make_connector, make_deployment
 from tests.net.streams import MemoryTcp
 from ztna.backend.sockets import Datagram, DatagramSocket
@@ -32,7 +33,7 @@ from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address, IpPacket, UdpPort
 from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.errors import ZtnaError
-from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
+from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork, MemoryUdpPort
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.stateless_reset import ResetKey
 from ztna.net.stream_dialer import StreamDialer
@@ -178,6 +179,8 @@ class World:
 
     files: what each role reads at a reload, or why it cannot.
     mapped: what a gateway of the laboratory leads to a host's port from, by the host's name.
+    relay_name: as what the clients know the intermediate. second_hosts: the other addresses of
+    those machines that have one of each IP version, by name; the relay's is `intermediate`.
     signed: the signed policy of the intermediate, in place of `policy`; policy_keys opens it.
     """
 
@@ -201,13 +204,15 @@ class World:
     tcp: MemoryTcp | None = None
     network_changed: list[Callable[[], None]] = attrs.Factory(list)
     mapped: dict[str, Address] = attrs.Factory(dict)
+    relay_name: str = RELAY
+    second_hosts: dict[str, MemoryHost] = attrs.Factory(dict)
 
     @asynccontextmanager
     async def client_port(
         self, name: str, number: int = 0
     ) -> AsyncIterator[tuple[UdpPort, StreamDialer | None]]:
         """A client's UDP port, and its way over TCP if there is one."""
-        async with self.hosts[name].open_udp_port(number) as udp:
+        async with self.open_udp_port(name, number) as udp:
             if self.tcp is None:
                 yield udp, None
                 return
@@ -218,6 +223,20 @@ class World:
 
             async with open_stream_port(udp) as port:
                 yield port, StreamDialer(port, utc_now, self.tcp.connect, watch)
+
+    def open_udp_port(self, name: str, number: int = 0) -> MemoryUdpPort | DualStackPort:
+        """A port of a machine, of each IP version that it has."""
+        first = self.relay_host if name == "intermediate" else self.hosts[name]
+        second = self.second_hosts.get(name)
+        if second is None:
+            return first.open_udp_port(number)
+        return DualStackPort.open([first, second], number)
+
+    def open_other_port(self, name: str, address: str) -> MemoryUdpPort:
+        """A port at one address of a machine."""
+        second = self.second_hosts.get(name)
+        host = self.hosts[name] if second is None or second.address != address else second
+        return host.open_udp_port()
 
     @asynccontextmanager
     async def entrance(self, udp: UdpPort) -> AsyncIterator[StreamEntrance | None]:
@@ -248,7 +267,7 @@ class World:
                 # What came while nobody listened is gone.
                 self.relay_host.deliver(trio.current_time())
                 async with (
-                    self.relay_host.open_udp_port(4433) as port,
+                    self.open_udp_port("intermediate", 4433) as port,
                     self.entrance(port) as entrance,
                     self.stun(port) as stun,
                 ):
@@ -293,7 +312,7 @@ class World:
     ) -> None:
         """A connector with these services."""
         config = ConnectorConfig(
-            IntermediateAddress(RELAY, server_name="127.0.0.1"),
+            IntermediateAddress(self.relay_name, server_name="127.0.0.1"),
             NO_FILES,
             tuple(services),
             plain_relay=self.plain,
@@ -317,7 +336,7 @@ class World:
                         read=functools.partial(self._read, name),
                         policy=policy,
                         streams=streams,
-                        open_port=lambda _: self.hosts[name].open_udp_port(),
+                        open_port=functools.partial(self.open_other_port, name),
                         map_port=self.map_port(name),
                         task_status=task_status,
                     )
@@ -335,7 +354,7 @@ class World:
     ) -> "AgentHost":
         """An agent that wants these services; waits until its tunnel address is known."""
         config = AgentConfig(
-            IntermediateAddress(RELAY, server_name="127.0.0.1"),
+            IntermediateAddress(self.relay_name, server_name="127.0.0.1"),
             NO_FILES,
             tuple(services),
             plain_relay=self.plain,
@@ -368,7 +387,7 @@ class World:
                         streams=streams,
                         serve=host.serve,
                         check_route=check_route,
-                        open_port=lambda _: self.hosts[name].open_udp_port(),
+                        open_port=functools.partial(self.open_other_port, name),
                         map_port=self.map_port(name),
                         task_status=task_status,
                     )

@@ -39,7 +39,11 @@ class UdpPort(Protocol):
 
     @property
     def local_address(self) -> Address:
-        """The bound address."""
+        """The bound address; of a port of both IP versions, that of IPv6."""
+
+    @property
+    def local_addresses(self) -> Sequence[Address]:
+        """The bound address of each IP version that it carries, IPv4 first."""
 
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one batch; return all that are there, up to a cap."""

@@ -38,6 +38,11 @@ class KernelUdpPort:
         """The host's address now, and the port's number."""
         return self._host.address, self._socket.getsockname()[1]
 
+    @property
+    def local_addresses(self) -> Sequence[Address]:
+        """The same: a host has one."""
+        return (self.local_address,)
+
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one batch; return all that are there, up to a cap."""
         await trio.lowlevel.checkpoint()

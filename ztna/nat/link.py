@@ -201,6 +201,11 @@ class MemoryUdpPort:
         """The host's address now, and the port's number."""
         return self.host.address, self.number
 
+    @property
+    def local_addresses(self) -> Sequence[Address]:
+        """The same: a host has one."""
+        return (self.local_address,)
+
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one batch; return all that have arrived."""
         await trio.lowlevel.checkpoint()

@@ -146,6 +146,11 @@ class RoutedPort:
         """The bound address."""
         return self.port.local_address
 
+    @property
+    def local_addresses(self) -> Sequence[Address]:
+        """As the port below."""
+        return self.port.local_addresses
+
     async def receive(self) -> list[UdpBatch]:
         """As the port below."""
         return await self.port.receive()

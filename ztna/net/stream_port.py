@@ -42,6 +42,11 @@ class StreamPort:
         """The address of the UDP port."""
         return self.udp.local_address
 
+    @property
+    def local_addresses(self) -> Sequence[Address]:
+        """Those of the UDP port."""
+        return self.udp.local_addresses
+
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one batch from anywhere; return all that are there, up to a cap."""
         batches: list[UdpBatch] = []

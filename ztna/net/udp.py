@@ -31,7 +31,9 @@ from ztna.net.keyed_ids import IdKeys
 from ztna.net.udp_classes import Class, drop_rubbish, sort_group
 from ztna.net.udp_inlets import Allowance, ControlMessage, Inlet, Inlets
 from ztna.net.udp_socket import (
+    ANY_IPV4,
     BUFFER_SIZE,
+    MAPPED,
     SO_TIMESTAMPNS,
     STRANGERS_BUFFER_SIZE,
     UDP_GRO,
@@ -39,6 +41,7 @@ from ztna.net.udp_socket import (
     bind_failure,
     grow_receive_buffer,
     grow_send_buffer,
+    has_ipv6,
     has_option,
     set_df,
     tell_where_packets_arrive,
@@ -96,13 +99,15 @@ class _SocketFullError(Exception):
 class SocketUdpPort:
     """`UdpPort` on a kernel socket. Made by `open_udp_port`.
 
-    One task at a time receives; any number may send.
+    One task at a time receives; any number may send. dual: the socket is one of IPv6 that carries
+    IPv4 as well, in mapped addresses (RFC 3493 section 3.7), which nobody above sees.
     """
 
     _socket: socket.socket
     local_address: Address
     gro: bool
     gso: bool
+    dual: bool = False
     _local_addresses: dict[Address, ControlMessage] = attrs.field(factory=dict, repr=False)
     _writing: trio.Lock = attrs.field(factory=trio.Lock, repr=False)
     _classes: Mapping[Class, socket.socket] = attrs.field(factory=dict, repr=False)
@@ -121,6 +126,13 @@ class SocketUdpPort:
                 Inlet("strangers", self._classes[Class.STRANGERS], Allowance()),
             ]
         self._inlets = Inlets(inlets, self._remember, self._counters)
+
+    @property
+    def local_addresses(self) -> Sequence[Address]:
+        """The bound address of each IP version."""
+        if not self.dual:
+            return (self.local_address,)
+        return ((ANY_IPV4, self.local_address[1]), self.local_address)
 
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one datagram; return all that are there, up to a cap, as batches."""
@@ -215,8 +227,9 @@ class SocketUdpPort:
         self._counters["send_calls"] += 1
         if (local := self._local_addresses.get(address)) is not None:
             control = [*control, local]
+        host = MAPPED + address[0] if self.dual and ":" not in address[0] else address[0]
         try:
-            self._socket.sendmsg([data], control, 0, address)
+            self._socket.sendmsg([data], control, 0, (host, address[1]))
         except BlockingIOError:
             raise _SocketFullError(0) from None
         except socket.gaierror:
@@ -254,16 +267,18 @@ async def open_udp_port(
     host: str,
     port: int,
     *,
+    dual: bool = False,
     server: bool = False,
     beside: SocketUdpPort | None = None,
     sorted_by: IdKeys | None = None,
 ) -> AsyncGenerator[SocketUdpPort, None]:
     """A UDP socket bound to host (an IP address) and port (0: any free one).
 
-    server: answers leave from the very address that a peer has sent to, where this machine has
-    several. A client lets the kernel choose, so that it may roam. beside: a server's port on all
-    addresses. One of the same number makes room for this one, on a single address; with another
-    number, on all addresses too, its peers are answered from the address that they have asked.
+    dual: of both IP versions; host is `::` then. server: answers leave from the very address that a
+    peer has sent to, where this machine has several. A client lets the kernel choose, so that it
+    may roam. beside: a server's port on all addresses. One of the same number makes room for this
+    one, on a single address; with another number, on all addresses too, its peers are answered from
+    the address that they have asked.
     sorted_by: what this port's connection ids are made with; then strangers cannot push out what
     comes for sessions (`net.udp_classes`), where the kernel can do that.
 
@@ -278,7 +293,7 @@ async def open_udp_port(
         ) from None
     with ExitStack() as stack:
         try:
-            sock = stack.enter_context(_new_socket(address))
+            sock = stack.enter_context(_new_socket(address, dual=dual))
             taken = beside is not None and beside.local_address[1] == port
             with beside.making_room(sock) if beside is not None and taken else nullcontext():
                 sock.bind((host, port))
@@ -286,7 +301,7 @@ async def open_udp_port(
             raise SystemSetupError(bind_failure(host, port, error)) from error
         classes: dict[Class, socket.socket] = {}
         if sorted_by is not None:
-            classes = _open_classes(stack, sock, address, sorted_by)
+            classes = _open_classes(stack, sock, address, sorted_by, dual=dual)
         of_no_peers = classes.get(Class.STRANGERS), classes.get(Class.GREETED)
         for each in {sock, *classes.values()}:
             if server and address.is_unspecified:
@@ -301,6 +316,7 @@ async def open_udp_port(
             local_address=(bound[0].partition("%")[0], bound[1]),
             gro=gro,
             gso=has_option(sock, UDP_SEGMENT, 0),
+            dual=dual,
             classes=classes,
         )
         if beside is not None and address.is_unspecified:
@@ -311,12 +327,25 @@ async def open_udp_port(
             udp_port.close()
 
 
-def _new_socket(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> socket.socket:
+@asynccontextmanager
+async def open_client_port(
+    port: int, *, sorted_by: IdKeys | None = None
+) -> AsyncGenerator[SocketUdpPort, None]:
+    """A UDP port on all addresses of both IP versions; of IPv4 alone on a system without IPv6."""
+    dual = has_ipv6()
+    host = "::" if dual else ANY_IPV4
+    async with open_udp_port(host, port, dual=dual, sorted_by=sorted_by) as opened:
+        yield opened
+
+
+def _new_socket(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address, *, dual: bool
+) -> socket.socket:
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM)
     sock.setblocking(False)
     if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
     return sock
 
 
@@ -325,6 +354,8 @@ def _open_classes(
     first: socket.socket,
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
     ids: IdKeys,
+    *,
+    dual: bool,
 ) -> dict[Class, socket.socket]:
     """The other sockets of a group whose first is bound; none where this kernel cannot sort.
 
@@ -335,7 +366,9 @@ def _open_classes(
     if sys.platform != "linux":
         return {}
     with ExitStack() as attempt:
-        others = {each: attempt.enter_context(_new_socket(address)) for each in list(Class)[1:]}
+        others = {
+            each: attempt.enter_context(_new_socket(address, dual=dual)) for each in list(Class)[1:]
+        }
         try:
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             for sock in others.values():

@@ -19,7 +19,7 @@ import attrs
 import trio
 
 from ztna.core.ports import Address, UdpBatch
-from ztna.net.udp_socket import IP_PKTINFO, IPV6_PKTINFO, SO_TIMESTAMPNS, UDP_GRO
+from ztna.net.udp_socket import IP_PKTINFO, IPV6_PKTINFO, MAPPED, SO_TIMESTAMPNS, UDP_GRO
 
 RECEIVE_SIZE = 65_536
 # Our choice: bounds the time that one port holds the loop, about 1 ms at full buffers.
@@ -197,7 +197,7 @@ class Inlets:
             if stamp < fresh:
                 counters["drop_stale"] += packets
                 continue
-            host, port = source[0].partition("%")[0], source[1]
+            host, port = source[0].partition("%")[0].removeprefix(MAPPED), source[1]
             if arrived_at is not None:
                 self.remember((host, port), arrived_at)
             batches.append(UdpBatch(bytes(memoryview(buffer)[:size]), segment, (host, port)))

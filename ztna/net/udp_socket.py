@@ -31,6 +31,10 @@ IP_PKTINFO = 8
 _IPV6_RECVPKTINFO = 49
 IPV6_PKTINFO = 50
 
+ANY_IPV4 = "0.0.0.0"  # noqa: S104 - of a node that roams
+MAPPED = "::ffff:"
+"""What an IPv4 address begins with in a socket of both versions (RFC 4291 section 2.5.5.2)."""
+
 BUFFER_SIZE = 4 << 20
 """Our choice: 30 ms at 1 Gbit/s, what a busy loop needs to come back."""
 STRANGERS_BUFFER_SIZE = 1 << 20
@@ -52,6 +56,15 @@ def source_address(destination: Address) -> str:
             f"no way to {destination[0]} from this machine ({error.strerror}); "
             f"check its addresses and routes"
         ) from error
+
+
+def has_ipv6() -> bool:
+    """Whether this system has sockets of IPv6; it need not have an address."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError as error:
+        return error.errno != errno.EAFNOSUPPORT
+    return True
 
 
 def bind_failure(host: str, port: int, error: OSError | OverflowError) -> str:
@@ -101,8 +114,9 @@ def set_df(sock: socket.socket) -> None:
         return
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
-    else:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+        if sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            return
+    sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
 
 
 def tell_where_packets_arrive(sock: socket.socket) -> None:

@@ -113,9 +113,7 @@ async def run_agent(
         registry.register("endpoint", endpoint.statistics)
         if not config.plain_relay:
             judge = None if policy is None else policy.may_provide
-            puncher = open_puncher(
-                config.direct, config.service_range, endpoint, open_port, map_port
-            )
+            puncher = open_puncher(config, endpoint, open_port, map_port)
             if puncher is not None:
                 nursery.start_soon(puncher.run)
                 registry.register("direct", puncher.statistics)

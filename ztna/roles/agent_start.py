@@ -13,12 +13,12 @@ from ztna.net.keyed_ids import OUR_IDS
 from ztna.net.port_mapping import open_port_mapping
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_port import open_stream_port
-from ztna.net.udp import open_udp_port
+from ztna.net.udp import open_client_port, open_udp_port
 from ztna.roles.agent import routes_of, run_agent
 from ztna.roles.local import status_server
 from ztna.roles.local_ports import open_local_ports
 from ztna.roles.reload import NodeFiles, ReadFiles, load_policy, read_files, reader
-from ztna.roles.resolve import any_address, resolve
+from ztna.roles.resolve import resolve
 from ztna.tun.device import open_tun
 from ztna.tun.netlink import check_outside, repair, tun_network
 from ztna.tun.source import source_obstacle
@@ -43,9 +43,7 @@ async def run_agent_from_config(
         [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
     )
     async with AsyncExitStack() as stack:
-        udp = await stack.enter_async_context(
-            open_udp_port(any_address(server), 0, sorted_by=OUR_IDS)
-        )
+        udp = await stack.enter_async_context(open_client_port(0, sorted_by=OUR_IDS))
         port = await stack.enter_async_context(open_stream_port(udp))
         tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
 
@@ -83,10 +81,10 @@ async def run_agent_from_config(
 async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentConfig]) -> None:
     """Carry the packets of local ports. Nothing on this way needs a privilege."""
     config = files.config
-    server = await resolve(config.intermediate.host, config.intermediate.port)
+    await resolve(config.intermediate.host, config.intermediate.port)  # says at once if it fails
     routes = routes_of(config.services)
     async with (
-        open_udp_port(any_address(server), 0, sorted_by=OUR_IDS) as udp,
+        open_client_port(0, sorted_by=OUR_IDS) as udp,
         open_stream_port(udp) as port,
         open_local_ports(config, routes) as local,
     ):

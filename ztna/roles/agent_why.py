@@ -131,7 +131,7 @@ class Walk:
         silent = trouble is not None and trouble.kind is TroubleKind.NO_ANSWER
         if not silent or peers is None or peers.puncher is None:
             return stage
-        family = family_of(seen.keeper.endpoint.port.local_address)
+        family = family_of(seen.keeper.endpoint.port)
         try:
             address = await resolve(there.host, there.port, family)
         except UnreachableError:

@@ -36,7 +36,7 @@ from ztna.net.port_mapping import open_port_mapping
 from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_port import open_stream_port
-from ztna.net.udp import open_udp_port
+from ztna.net.udp import open_client_port, open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.connector_peers import ConnectorPeers
@@ -54,7 +54,7 @@ from ztna.roles.reload import (
     read_files,
     reader,
 )
-from ztna.roles.resolve import any_address, resolve
+from ztna.roles.resolve import resolve
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
 
@@ -79,10 +79,10 @@ async def run_connector_from_config(
     """
     files = read_files(config, Role.CONNECTOR)
     reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "connector.key")
-    server = await resolve(config.intermediate.host, config.intermediate.port)
+    await resolve(config.intermediate.host, config.intermediate.port)  # says at once if it fails
     async with AsyncExitStack() as stack:
         udp = await stack.enter_async_context(
-            open_udp_port(any_address(server), config.p2p.listen_port, sorted_by=OUR_IDS)
+            open_client_port(config.p2p.listen_port, sorted_by=OUR_IDS)
         )
         port = await stack.enter_async_context(open_stream_port(udp))
         await run_connector(
@@ -150,7 +150,7 @@ async def run_connector(
             peers_only=True,
         )
         judge = None if policy is None else policy.may_reach
-        puncher = open_puncher(config.direct, config.service_range, endpoint, open_port, map_port)
+        puncher = open_puncher(config, endpoint, open_port, map_port)
         if puncher is not None:
             nursery.start_soon(puncher.run)
             registry.register("direct", puncher.statistics)

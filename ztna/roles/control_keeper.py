@@ -265,7 +265,7 @@ class ControlKeeper:
         await stream.close()
 
     async def _resolve(self, port: int) -> Address:
-        family = family_of(self.endpoint.port.local_address)
+        family = family_of(self.endpoint.port)
         return await resolve(self.intermediate.host, port, family)
 
     def _connect(self, address: Address) -> Session:

@@ -1,15 +1,17 @@
 """What a node finds out about itself before it punches: its addresses, and its NAT.
 
-Host addresses are the machine's own towards the intermediate; the server-reflexive one is asked of
-the intermediate by STUN from the port that carries QUIC, as only that port's mapping counts. Where
-the NAT is known to count ports, a fresh one shows which it gave last. The NAT itself is probed (RFC
-5780) beside the first attempt, and again when the observed address is another one: simple checks
-need none of it.
+Of each IP version that the port carries, the host address is the machine's own towards the world;
+the server-reflexive one is asked of the intermediate by STUN from the port that carries QUIC, as
+only that port's mapping counts. Where the NAT is known to count ports, a fresh one shows which it
+gave last. The NAT itself is probed (RFC 5780) beside the first attempt, and again when the observed
+address is another one: simple checks need none of it.
 """
 
+import ipaddress
+import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Protocol
 
 import attrs
@@ -18,7 +20,7 @@ import trio
 
 from ztna.config.stun import DEFAULT_ALTERNATE_PORT
 from ztna.core.addresses import is_virtual
-from ztna.core.ice.candidate import Candidate, CandidateKind, candidate
+from ztna.core.ice.candidate import CandidateKind, CandidateRules, candidate
 from ztna.core.ice.plan import NatView
 from ztna.core.ice.punching import Gathered
 from ztna.core.natclass import NatBehaviour, PortKind, Presence
@@ -33,9 +35,15 @@ from ztna.core.stun.messages import (
     build_stun_message,
     parse_stun_untrusted,
 )
-from ztna.errors import RemoteProtocolError, SystemSetupError, UnreachableError
+from ztna.errors import (
+    RemoteProtocolError,
+    SystemSetupError,
+    UnreachableError,
+    UnresolvedError,
+)
 from ztna.nat.prober import run_probe
 from ztna.net.udp_socket import source_address
+from ztna.roles.resolve import FAMILIES, resolve
 
 log = structlog.get_logger(__name__)
 
@@ -64,85 +72,119 @@ OpenPort = Callable[[str], AbstractAsyncContextManager[UdpPort]]
 # s, our choices: a question is asked again, and given up so that an attempt is not held up.
 ASK_AGAIN = 0.2
 ASK_TIME = 1.2
+# s, our choice: how long the intermediate's other address is believed, so that many peers at once
+# need one look-up.
+_RESOLVED_FOR = 60.0
+
+# Where the TURN server of any network would be found (RFC 8155 section 5; both are globally
+# reachable by RFC 6890's registry): what is not in this network leaves by the way to it. Nothing is
+# ever sent there.
+_WORLD: Mapping[int, Address] = {4: ("192.0.0.10", 3478), 6: ("2001:1::2", 3478)}
+
+
+@attrs.define(eq=False)
+class _Question:
+    """One to a STUN server, until its answer is there."""
+
+    server: Address
+    mapped: Address | None = None
+    answered: trio.Event = attrs.Factory(trio.Event)
 
 
 @attrs.define(eq=False)
 class Gatherer:
-    """Of one endpoint. port: the one that carries QUIC. server: the intermediate, over UDP; None
-    while there is none. observed: as what it sees us. open_port: None where there are no other
-    ports: then the NAT stays unknown. mapping: what the gateway gives."""
+    """Of one endpoint. port: the one that carries QUIC. intermediate: its name and port, by which
+    its address of the other IP version is found. server: the intermediate, over UDP; None while
+    there is none. observed: as what it sees us. open_port: None where there are no other ports:
+    then the NAT stays unknown. mapping: what the gateway gives."""
 
     port: UdpPort
     open_port: OpenPort | None = None
+    intermediate: Address | None = None
     mapping: MappedPort | None = None
     server: Address | None = None
     observed: Address | None = None
     nat: NatBehaviour = attrs.Factory(lambda: NatBehaviour(Presence.NAT))
     probes: int = 0
-    _asked: dict[bytes, Address | None] = attrs.Factory(dict)
-    _answered: trio.Event = attrs.Factory(trio.Event)
+    _asked: dict[bytes, _Question] = attrs.Factory(dict)
+    _resolving: trio.Lock = attrs.Factory(trio.Lock)
+    _resolved: dict[int, tuple[float, Address | None]] = attrs.Factory(dict)
 
-    @property
-    def local_host(self) -> str:
-        """This machine's address towards the intermediate; empty if nothing leads there."""
-        host = self.port.local_address[0]
-        if host not in {"0.0.0.0", "::"}:  # noqa: S104 - not bound here
-            return host
-        try:
-            return source_address(self.server) if self.server is not None else ""
-        except UnreachableError:
-            return ""
+    def local_host(self, version: int) -> str:
+        """This machine's address of an IP version that packets to the world leave from, by the
+        system's choice (RFC 6724 section 5): one address, and of IPv6 a temporary one where the
+        system has them, as RFC 8445 section 5.1.1.1 wants. Empty if there is none."""
+        for host, _ in self.port.local_addresses:
+            bound = ipaddress.ip_address(host)
+            if bound.version != version:
+                continue
+            if not bound.is_unspecified:
+                return host
+            if self.server is None:
+                return ""
+            same = _version(self.server) == version
+            with suppress(UnreachableError):
+                return source_address(self.server if same else _WORLD[version])
+        return ""
 
     async def gather(self) -> Gathered:
         """Candidates, NAT, and local ports."""
-        local, mapped, last_port = self.local_host, None, 0
-        if self.server is not None:
-            mapped = await self._ask(self.port.send)
-            if self.nat.ports is PortKind.SEQUENTIAL and self.open_port is not None:
-                last_port = await self._last_port(local)
-        found: list[Candidate] = []
-        hosts = set()
+        carried = {_version(address) for address in self.port.local_addresses}
+        locals_ = {version: self.local_host(version) for version in sorted(carried)}
+        reflexive: dict[int, Address] = {}
+        last_port = 0
+        async with trio.open_nursery() as nursery:
+            for version, local in locals_.items():
+                if local:
+                    nursery.start_soon(self._ask_as, version, reflexive)
+        if self.nat.ports is PortKind.SEQUENTIAL and locals_.get(4):
+            last_port = await self._last_port(locals_[4])
         number = self.port.local_address[1]
-        if local:
-            found.append(candidate(CandidateKind.HOST, (local, number)))
-        for address in (mapped, self.observed):
-            if address is not None:
-                hosts.add(address[0])
-                kind = CandidateKind.SERVER_REFLEXIVE
-                found.append(candidate(kind, address, base=local, server=str(self.server)))
+        found = [
+            candidate(CandidateKind.HOST, (local, number)) for local in locals_.values() if local
+        ]
+        seen = [*reflexive.values(), *([] if self.observed is None else [self.observed])]
+        for address in seen:
+            kind, base = CandidateKind.SERVER_REFLEXIVE, locals_.get(_version(address), "")
+            found.append(candidate(kind, address, base=base, server=str(self.server)))
         if self.mapping is not None and (external := self.mapping.external) is not None:
             kind, gateway = CandidateKind.PORT_MAPPED, self.mapping.gateway
-            found.append(candidate(kind, external, base=local, server=gateway))
-        version = 6 if ":" in (local or self.port.local_address[0]) else 4
-        return Gathered(found, NatView(self.nat, last_port), {0: version}, frozenset(hosts))
+            base = locals_.get(_version(external), "")
+            found.append(candidate(kind, external, base=base, server=gateway))
+        # RFC 8445 section 5.1.1.1: no loopback, no link-local addresses.
+        fit = [each for each in found if not CandidateRules().forbidden(each.address)]
+        versions = frozenset(v for v, local in locals_.items() if local) or frozenset(carried)
+        hosts = frozenset(address[0] for address in seen)
+        return Gathered(fit, NatView(self.nat, last_port), {0: versions}, hosts)
 
     async def knock(self, server: Address) -> bool:
         """Whether a server answers a small question over UDP, also while there is no session."""
-        before, self.server = self.server, server
-        try:
-            return await self._ask(self.port.send) is not None
-        finally:
-            if self.server == server:
-                self.server = before
+        return await self._ask(self.port.send, server) is not None
 
     def receive_response_untrusted(self, data: Buffer, number: bytes, source: Address) -> bool:
         """An answer to a question of ours; whether it was one."""
-        if number not in self._asked or source != self.server:
+        question = self._asked.get(number)
+        if question is None or source != question.server:
             return False
         try:
             mapped = parse_stun_untrusted(data).find(XorMappedAddress)
         except RemoteProtocolError:
             return False
-        if mapped is not None:
-            self._asked[number] = mapped.address
-            self._answered.set()
+        if mapped is not None and _version(mapped.address) == _version(source):
+            question.mapped = mapped.address
+            question.answered.set()
         return True
 
     async def probe(self) -> bool:
-        """Find out what the NAT is like; whether that is news."""
+        """Find out what the NAT is like, that of IPv4 if the intermediate has such an address;
+        whether that is news."""
         if self.open_port is None or self.server is None:
             return False
-        local, server, before = self.local_host, self.server, self.nat
+        carried = {_version(address) for address in self.port.local_addresses}
+        server = await self._server(4) if 4 in carried else None
+        if server is None or not self.local_host(4):
+            server = self.server
+        local, before = self.local_host(_version(server)), self.nat
         try:
             async with AsyncExitStack() as stack:
                 ports: dict[ProbeSocket, UdpPort] = {}
@@ -165,29 +207,53 @@ class Gatherer:
         log.info("NAT", kind=self.nat.classic_name)
         return self.nat != before
 
-    async def _ask(self, send: Callable[[Sequence[UdpBatch]], Awaitable[None]]) -> Address | None:
-        """As what the server sees a port whose answers come to `receive_response_untrusted`."""
+    async def _server(self, version: int) -> Address | None:
+        """Where the intermediate answers STUN over an IP version, if it does."""
+        server, where = self.server, self.intermediate
+        if server is None or _version(server) == version:
+            return server
+        if where is None:
+            return None
+        async with self._resolving:
+            until, address = self._resolved.get(version, (-math.inf, None))
+            if trio.current_time() >= until:
+                with trio.move_on_after(ASK_TIME), suppress(UnresolvedError):
+                    address = await resolve(*where, FAMILIES[version])
+                self._resolved[version] = (trio.current_time() + _RESOLVED_FOR, address)
+        return address
+
+    async def _ask_as(self, version: int, reflexive: dict[int, Address]) -> None:
+        """As what the intermediate sees the port over an IP version."""
+        server = await self._server(version)
+        if server is not None and (mapped := await self._ask(self.port.send, server)) is not None:
+            reflexive[version] = mapped
+
+    async def _ask(
+        self, send: Callable[[Sequence[UdpBatch]], Awaitable[None]], server: Address
+    ) -> Address | None:
+        """As what a server sees a port whose answers come to `receive_response_untrusted`."""
         number = random.SystemRandom().randbytes(TRANSACTION_ID_SIZE)
         data = build_stun_message(StunMessage(MessageClass.REQUEST, number))
-        self._asked[number] = None
+        question = self._asked[number] = _Question(server)
         try:
             with trio.move_on_after(ASK_TIME):
-                while self._asked[number] is None and self.server is not None:
-                    self._answered = trio.Event()
-                    await send([UdpBatch(data, len(data), self.server)])
+                while question.mapped is None:
+                    await send([UdpBatch(data, len(data), server)])
                     with trio.move_on_after(ASK_AGAIN):
-                        await self._answered.wait()
+                        await question.answered.wait()
         finally:
-            mapped = self._asked.pop(number)
-        return mapped
+            del self._asked[number]
+        return question.mapped
 
     async def _last_port(self, local: str) -> int:
         """The outer port that the NAT gave last: that of a port which is opened for it."""
-        assert self.open_port is not None
+        server = await self._server(4)
+        if self.open_port is None or server is None:
+            return 0
         try:
             async with self.open_port(local) as port, trio.open_nursery() as nursery:
                 nursery.start_soon(self._hear, port)
-                mapped = await self._ask(port.send)
+                mapped = await self._ask(port.send, server)
                 nursery.cancel_scope.cancel()
         except SystemSetupError:
             return 0
@@ -203,3 +269,7 @@ class Gatherer:
 def stun_server(control: Address) -> Address | None:
     """Where the intermediate answers STUN, from the address of a control session."""
     return None if is_virtual(control) else control
+
+
+def _version(address: Address) -> int:
+    return 6 if ":" in address[0] else 4

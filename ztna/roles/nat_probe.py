@@ -6,7 +6,6 @@ the other, since each opens mappings whose ports the next would count.
 """
 
 import random
-import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -33,10 +32,9 @@ from ztna.net.udp import SocketUdpPort, open_udp_port
 from ztna.net.udp_socket import source_address
 from ztna.pki import Credentials
 from ztna.roles.observed import ServerName, observed_addresses
-from ztna.roles.resolve import resolve
+from ztna.roles.resolve import FAMILIES, resolve
 
 NO_CREDENTIALS = "not tried: needs --cert, --key and --ca"
-FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 @attrs.frozen

@@ -6,7 +6,6 @@ peer session. When a path is selected, `PeerPath` sends there, and the session i
 session ends, its packets take the relay again.
 """
 
-import ipaddress
 import math
 import random
 from collections import Counter
@@ -17,7 +16,7 @@ import attrs
 import structlog
 import trio
 
-from ztna.config.direct import DirectConfig
+from ztna.config.model import AgentConfig, ConnectorConfig
 from ztna.core.addresses import (
     DEFAULT_TUNNEL_RANGE,
     TWIN_PREFIX,
@@ -61,21 +60,21 @@ MAX_EXTRA_PORTS = 512
 
 
 def open_puncher(
-    config: DirectConfig,
-    service_range: ipaddress.IPv4Network,
+    config: AgentConfig | ConnectorConfig,
     endpoint: Endpoint,
     open_port: OpenPort | None,
     map_port: MapPort | None = None,
 ) -> "Puncher | None":
     """By an operator's file; None where direct paths are switched off. Nothing that goes into the
     tunnel is a candidate. map_port: asks the gateway, if the file lets it."""
-    if not config.enabled:
+    direct, services, server = config.direct, config.service_range, config.intermediate
+    if not direct.enabled:
         return None
-    ranges = (service_range, twin_network(service_range), DEFAULT_TUNNEL_RANGE, TWIN_PREFIX)
-    rules = CandidateRules(ranges, config.private_prefixes)
-    budget = BirthdayBudget(enabled=config.birthday)
-    map_port = map_port if config.port_mapping else None
-    return Puncher(endpoint, IceSettings(rules, budget, config.predict), open_port, map_port)
+    ranges = (services, twin_network(services), DEFAULT_TUNNEL_RANGE, TWIN_PREFIX)
+    rules = CandidateRules(ranges, direct.private_prefixes)
+    settings = IceSettings(rules, BirthdayBudget(enabled=direct.birthday), direct.predict)
+    map_port = map_port if direct.port_mapping else None
+    return Puncher(endpoint, settings, open_port, map_port, (server.host, server.port))
 
 
 @attrs.define(eq=False)
@@ -86,6 +85,7 @@ class Puncher:
     settings: IceSettings
     open_port: OpenPort | None = None
     map_port: MapPort | None = None
+    intermediate: Address | None = None
     gatherer: Gatherer = attrs.field(init=False)
     extra_ports: int = 0
     _peers: list["DirectPath"] = attrs.Factory(list)
@@ -95,7 +95,7 @@ class Puncher:
     _counts: Counter[str] = attrs.Factory(Counter)
 
     def __attrs_post_init__(self) -> None:
-        self.gatherer = Gatherer(self.endpoint.port, self.open_port)
+        self.gatherer = Gatherer(self.endpoint.port, self.open_port, self.intermediate)
         self.endpoint.stun = self.receive
 
     async def run(self) -> None:
@@ -359,10 +359,11 @@ class DirectPath:
             task_status.started(None)
             return
         self._next_port += 1
+        local = puncher.gatherer.local_host(4)  # NATs of IPv4 alone are guessed at
         scope = self._scopes[number] = trio.CancelScope()
         try:
             with scope:
-                async with puncher.open_port(puncher.gatherer.local_host) as port:
+                async with puncher.open_port(local) as port:
                     self._ports[number] = port
                     task_status.started(number)
                     await self._receive_at(number, port)

@@ -4,8 +4,11 @@ import socket
 
 import trio
 
-from ztna.core.ports import Address
+from ztna.core.ports import Address, UdpPort
 from ztna.errors import UnresolvedError
+
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+"""By IP version."""
 
 
 async def resolve(host: str, port: int, family: socket.AddressFamily | None = None) -> Address:
@@ -23,11 +26,8 @@ async def resolve(host: str, port: int, family: socket.AddressFamily | None = No
     return str(address[0]), int(address[1])
 
 
-def family_of(address: Address) -> socket.AddressFamily:
-    """The socket family that reaches an address."""
-    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-
-
-def any_address(address: Address) -> str:
-    """What to bind in order to reach an address."""
-    return "::" if family_of(address) is socket.AF_INET6 else "0.0.0.0"  # noqa: S104 - on purpose
+def family_of(port: UdpPort) -> socket.AddressFamily | None:
+    """The family of the addresses that a port reaches; None if it reaches both."""
+    if len(port.local_addresses) > 1:
+        return None
+    return socket.AF_INET6 if ":" in port.local_address[0] else socket.AF_INET

@@ -51,7 +51,7 @@ class Side:
 
     def gathered(self) -> Gathered:
         found = [candidate(kind, self.address) for kind in self.kinds]
-        return Gathered(found, self.nat, {0: 4, 1: 6}, frozenset({self.address[0]}))
+        return Gathered(found, self.nat, {0: {4}, 1: {6}}, frozenset({self.address[0]}))
 
 
 @attrs.define

@@ -482,7 +482,7 @@ def test_ipv6_candidate_without_ipv6() -> None:
         offer_of(both), candidates=(CandidateEntry("host", "2001:db8:0::1", 1, 1, "1"),)
     )
     agent.receive_message(offer, 0.0)
-    agent.gathered(attrs.evolve(both.connector.gathered(), ports={0: 4}), 0.0)
+    agent.gathered(attrs.evolve(both.connector.gathered(), ports={0: {4}}), 0.0)
     agent.receive_message(StartPunching(1), 0.0)
     assert agent.punching is not None
     assert [(pair.address[0], pair.reason) for pair in agent.punching.pairs] == [

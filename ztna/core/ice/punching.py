@@ -8,7 +8,7 @@ exchange, until `over`. The source of every authentic check becomes a pair too (
 import ipaddress
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import attrs
 
@@ -39,13 +39,13 @@ _LAST_ANSWERS = 2.0
 class Gathered:
     """What a driver has found out about this node.
 
-    ports: local ports, 0 first, and the IP version of each. hosts: IP addresses that servers have
+    ports: local ports, 0 first, and the IP versions of each. hosts: IP addresses that servers have
     observed of us.
     """
 
     candidates: Sequence[Candidate]
     nat: NatView
-    ports: Mapping[int, int]
+    ports: Mapping[int, Set[int]]
     hosts: frozenset[str] = frozenset()
 
 
@@ -124,7 +124,7 @@ class Punching:
 
     def _add(self, address: Address, kind: CandidateKind, peer_priority: int, now: float) -> None:
         version = 6 if ":" in address[0] else 4
-        ports = [port for port, of_version in self.own.ports.items() if of_version == version]
+        ports = [port for port, versions in self.own.ports.items() if version in versions]
         own_priority = priority(CandidateKind.HOST, version)
         begins_at = now + self.plan.wait if version == 4 else now
         for port in ports:
