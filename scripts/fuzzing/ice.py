@@ -24,7 +24,7 @@ from ztna.core.stun.messages import (
     parse_stun_untrusted,
 )
 from ztna.errors import RemoteProtocolError
-from ztna.roles.gathering import Gatherer
+from ztna.roles.gathering import Gatherer, Question
 
 _SIGNATURES = {
     stun.Username.kind,
@@ -41,7 +41,7 @@ def _agent(*, controlling: bool) -> IceAgent:
     agent.start(0.0)
     for message in ICE_MESSAGES[:3]:
         agent.receive_message(message, 0.0)
-        agent.gathered(Gathered((), nat, {0: 4, 1: 6}, frozenset({"203.0.113.10"})), 0.0)
+        agent.gathered(Gathered((), nat, {0: {4}, 1: {6}}, frozenset({"203.0.113.10"})), 0.0)
     agent.handle_timer(1.0)
     return agent
 
@@ -87,7 +87,7 @@ def ice_messages() -> Parser:
         if isinstance(message, IceMessage):
             agent = _agent(controlling=len(data) % 2 == 0)
             agent.receive_message(message, 40.0)
-            agent.gathered(Gathered((), NatView(NatBehaviour(Presence.OPEN)), {0: 4}), 40.0)
+            agent.gathered(Gathered((), NatView(NatBehaviour(Presence.OPEN)), {0: {4}}), 40.0)
             agent.receive_message(StartPunching(message.generation), 40.0)
             for now in (41.0, 43.0, 60.0):
                 agent.handle_timer(now)
@@ -104,7 +104,7 @@ def gatherer() -> Parser:
     found = Gatherer(cast(UdpPort, None), server=CLIENT)
 
     def parse(data: bytes) -> None:
-        found._asked[number] = None
+        found._asked[number] = Question(CLIENT)
         found.receive_response_untrusted(data[:8] + number + data[20:], number, CLIENT)
 
     return parse

@@ -83,7 +83,7 @@ _WORLD: Mapping[int, Address] = {4: ("192.0.0.10", 3478), 6: ("2001:1::2", 3478)
 
 
 @attrs.define(eq=False)
-class _Question:
+class Question:
     """One to a STUN server, until its answer is there."""
 
     server: Address
@@ -106,7 +106,7 @@ class Gatherer:
     observed: Address | None = None
     nat: NatBehaviour = attrs.Factory(lambda: NatBehaviour(Presence.NAT))
     probes: int = 0
-    _asked: dict[bytes, _Question] = attrs.Factory(dict)
+    _asked: dict[bytes, Question] = attrs.Factory(dict)
     _resolving: trio.Lock = attrs.Factory(trio.Lock)
     _resolved: dict[int, tuple[float, Address | None]] = attrs.Factory(dict)
 
@@ -234,7 +234,7 @@ class Gatherer:
         """As what a server sees a port whose answers come to `receive_response_untrusted`."""
         number = random.SystemRandom().randbytes(TRANSACTION_ID_SIZE)
         data = build_stun_message(StunMessage(MessageClass.REQUEST, number))
-        question = self._asked[number] = _Question(server)
+        question = self._asked[number] = Question(server)
         try:
             with trio.move_on_after(ASK_TIME):
                 while question.mapped is None:
