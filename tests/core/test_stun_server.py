@@ -232,6 +232,19 @@ def test_ipv6() -> None:
     assert len(reply.data) == len(data) + MAX_GROWTH
 
 
+def test_client_of_the_other_ip_version() -> None:
+    """On a port that carries both: the other address would be of no use to it."""
+    reply, answer = ask(full_server(), request(), client=CLIENT6)
+    assert (reply.end, reply.destination) == (PRIMARY, CLIENT6)
+    assert answer.find(a.XorMappedAddress) == a.XorMappedAddress(CLIENT6)
+    assert answer.find(a.OtherAddress) is None
+    change = request(a.ChangeRequest(change_ip=False, change_port=True))
+    assert ask(full_server(), change, client=CLIENT6)[0].end == LocalEnd(alternate_port=True)
+    for change_port in (False, True):
+        data = request(a.ChangeRequest(change_ip=True, change_port=change_port))
+        assert ask(full_server(), data, client=CLIENT6)[1].message_class is MessageClass.ERROR
+
+
 def test_aioice_reads_the_answer() -> None:
     reply, _ = ask(full_server(), request())
     theirs = aioice.stun.parse_message(reply.data)

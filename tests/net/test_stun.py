@@ -143,11 +143,12 @@ async def serving(host: str, addresses: StunAddresses) -> AsyncGenerator[StunRes
 
 
 async def exchange(data: bytes, to: Address) -> tuple[StunMessage, Address]:
-    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, trio.fail_after(30):
-        await sock.bind((LOOP_3, 0))
+    family, own = (socket.AF_INET6, "::1") if ":" in to[0] else (socket.AF_INET, LOOP_3)
+    with trio.socket.socket(family, socket.SOCK_DGRAM) as sock, trio.fail_after(30):
+        await sock.bind((own, 0))
         await sock.sendto(data, to)
         answer, source = await sock.recvfrom(2048)
-        return parse_stun_untrusted(answer), source
+        return parse_stun_untrusted(answer), source[:2]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", LOOP])
@@ -233,6 +234,28 @@ async def test_seen_as_the_address_that_the_operator_names() -> None:
         assert origin is not None
         assert other is not None
         assert (origin.address[0], other.address[0]) == ("198.51.100.7", "198.51.100.8")
+
+
+async def test_on_all_addresses_of_both_ip_versions() -> None:
+    """Answers leave from the address asked, of either; also by the changed port."""
+    async with (
+        open_udp_port("::", 0, dual=True, server=True) as port,
+        open_stun_responder(port, StunAddresses(alternate_port=free_port())) as responder,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(responder.run)
+        nursery.start_soon(serve, responder)
+        change = ChangeRequest(change_ip=False, change_port=True)
+        number, other = port.local_address[1], responder.server.alternate_port
+        for host in (LOOP, LOOP_2, "::1"):
+            answer, source = await exchange(request(), (host, number))
+            assert source == (host, number)
+            mapped = answer.find(XorMappedAddress)
+            assert mapped is not None
+            assert (":" in mapped.address[0]) == (":" in host)
+            _, source = await exchange(request(change), (host, number))
+            assert source == (host, other)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

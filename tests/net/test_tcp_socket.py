@@ -53,6 +53,16 @@ async def test_stream_on_loopback(host: str) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_all_addresses_of_both_ip_versions() -> None:
+    async with open_tcp_source("::", 0) as source:
+        for host in ("127.0.0.1", "::1"):
+            stream = await connect_tcp((host, source.local_address[1]))
+            accepted, remote = await source.accept()
+            assert remote[0] == host
+            await stream.aclose()
+            await accepted.aclose()
+
+
 async def test_port_that_is_taken() -> None:
     async with open_tcp_source("127.0.0.1", 0) as source:
         port = source.local_address[1]

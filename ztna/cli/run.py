@@ -258,7 +258,7 @@ def connector(
 
 @run.command()
 @_config_option(Role.INTERMEDIATE)
-@click.option("--bind", metavar="ADDRESS", help='Local address; "::" for IPv6, without IPv4.')
+@click.option("--bind", metavar="ADDRESS", help='Local address; "::" for all, of IPv4 and IPv6.')
 @click.option("--port", type=int, help=f"UDP port.  [default: {DEFAULT_PORT}]")
 @click.option("--external-ip", metavar="ADDRESS", help="Address that clients see this node under.")
 @_file_option("policy", "JSON file with the policy: a list of rules, in place of the file's.")

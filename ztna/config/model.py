@@ -315,7 +315,7 @@ class IntermediateConfig:
 
     identity: IdentityFiles = attrs.field(metadata=means("Who this node is."))
     bind: Ip = attrs.field(
-        metadata=means('Local address to listen on; "::" for IPv6, without IPv4.'),
+        metadata=means('Local address to listen on; "::" for all, of IPv4 and IPv6.'),
         default=IPv4Address(0),
     )
     port: Port = attrs.field(metadata=means("UDP port to listen on."), default=DEFAULT_PORT)

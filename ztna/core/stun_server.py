@@ -83,7 +83,10 @@ class StunReply:
 
 @attrs.define
 class StunServer:
-    """Answers Binding requests at one IP address or two, one port or two, of one IP version.
+    """Answers Binding requests at one IP address or two, one port or two.
+
+    Clients of another IP version than the primary address's, where the caller's port carries both,
+    are answered as by a server of that one address: the second one would be of no use to them.
 
     primary: address and port as clients see them, also behind a one-to-one NAT.
     alternate_ip, alternate_port: what RFC 5780 tests need. With both, all four ends must be
@@ -123,13 +126,16 @@ class StunServer:
         What is no request of ours is dropped and not raised: the port is shared. Raises
         LocalProtocolError for an end that this server does not have.
         """
-        if end not in self.ends():
+        ends = self.ends()
+        if end not in ends:
             raise LocalProtocolError(f"this STUN server has no {end}")
         request = self._admit_untrusted(data, source, now)
         if isinstance(request, str):
             self._counts[request] += 1
             return None
-        return self._refuse(request, source, end) or self._answer(request, source, end)
+        if (":" in source[0]) != (":" in self.primary[0]) and not end.alternate_ip:
+            ends = {each: address for each, address in ends.items() if not each.alternate_ip}
+        return self._refuse(request, source, end, ends) or self._answer(request, source, end, ends)
 
     def _admit_untrusted(self, data: Buffer, source: Address, now: float) -> StunMessage | str:
         """The request, or why there is nothing to answer."""
@@ -144,11 +150,17 @@ class StunServer:
         wanted = message.message_class is MessageClass.REQUEST and message.method == BINDING
         return message if wanted else "not_a_binding_request"
 
-    def _refuse(self, request: StunMessage, source: Address, end: LocalEnd) -> StunReply | None:
-        """The error response, where the request deserves one."""
+    def _refuse(
+        self,
+        request: StunMessage,
+        source: Address,
+        end: LocalEnd,
+        ends: Mapping[LocalEnd, Address],
+    ) -> StunReply | None:
+        """The error response, where the request deserves one. ends: those of use to the client."""
         unknown = list(request.unknown_required)
         change = request.find(ChangeRequest)
-        if change is not None and end.changed(change) not in self.ends():
+        if change is not None and end.changed(change) not in ends:
             # RFC 5780 section 6.1: a server without the alternate does not know the attribute.
             unknown.append(ChangeRequest.kind)
         port = request.find(ResponsePort)
@@ -169,8 +181,13 @@ class StunServer:
         self._counts[f"error_{error.code}"] += 1
         return self._reply(MessageClass.ERROR, request, (error, *types), end, source)
 
-    def _answer(self, request: StunMessage, source: Address, end: LocalEnd) -> StunReply:
-        ends = self.ends()
+    def _answer(
+        self,
+        request: StunMessage,
+        source: Address,
+        end: LocalEnd,
+        ends: Mapping[LocalEnd, Address],
+    ) -> StunReply:
         change = request.find(ChangeRequest)
         leaves = end if change is None else end.changed(change)
         attributes: list[AnyAttribute]

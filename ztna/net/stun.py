@@ -148,7 +148,9 @@ async def _open(
         for end, host, port, beside in wanted:
             try:
                 opened[end] = await attempt.enter_async_context(
-                    open_udp_port(host, port, server=True, beside=beside)
+                    open_udp_port(
+                        host, port, dual=beside.dual and host == "::", server=True, beside=beside
+                    )
                 )
             except SystemSetupError as error:
                 log.warning("NAT tests will tell less", reason=str(error))

@@ -12,6 +12,7 @@ import trio
 
 from ztna.core.ports import Address
 from ztna.errors import SystemSetupError, UnreachableError
+from ztna.net.udp_socket import MAPPED
 
 # Our choice: unsent bytes in the kernel, beside the window that is in flight. More would be a queue
 # that no congestion control of ours sees; trio's 16 KiB would mean four waits a batch.
@@ -37,7 +38,7 @@ class TcpSource:
                 if error.errno in _EXHAUSTED:
                     raise
                 continue  # this one has gone already (accept(2))
-            return _stream(sock), (remote[0].partition("%")[0], remote[1])
+            return _stream(sock), (remote[0].partition("%")[0].removeprefix(MAPPED), remote[1])
 
 
 def _stream(sock: trio.socket.SocketType) -> trio.SocketStream:
@@ -49,7 +50,7 @@ def _stream(sock: trio.socket.SocketType) -> trio.SocketStream:
 
 @asynccontextmanager
 async def open_tcp_source(host: str, port: int) -> AsyncGenerator[TcpSource, None]:
-    """Listen on host (an IP address) and port (0: any free one).
+    """Listen on host (an IP address; `::` for all, of both IP versions) and port (0: any free one).
 
     Raises SystemSetupError, with what to do, when it cannot be bound.
     """
@@ -57,7 +58,7 @@ async def open_tcp_source(host: str, port: int) -> AsyncGenerator[TcpSource, Non
     family = socket.AF_INET6 if version == 6 else socket.AF_INET
     with trio.socket.socket(family, socket.SOCK_STREAM) as sock:
         if version == 6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
         # A node that starts again must not wait for the last connections of the one before.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

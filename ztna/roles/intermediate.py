@@ -5,6 +5,7 @@ its session lives. What the two say to each other is in `roles.client_dialogue`.
 """
 
 import functools
+import ipaddress
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -63,6 +64,8 @@ from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
 
+# `bind` of this is IPv4 as well.
+ALL_ADDRESSES = ipaddress.IPv6Address("::")
 CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})
 # Seconds, our choice: what a client needs to register after its handshake, one loss included.
 REGISTRATION_PATIENCE = 3.0
@@ -82,7 +85,13 @@ async def run_intermediate_from_config(
         )
         reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "reset.key")
         udp = await stack.enter_async_context(
-            open_udp_port(str(config.bind), config.port, server=True, sorted_by=OUR_IDS)
+            open_udp_port(
+                str(config.bind),
+                config.port,
+                dual=config.bind == ALL_ADDRESSES,
+                server=True,
+                sorted_by=OUR_IDS,
+            )
         )
         stun = await stack.enter_async_context(open_stun_responder(udp, _stun_addresses(config)))
         entrance = None
