@@ -9,7 +9,7 @@ session ends, its packets take the relay again.
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import attrs
@@ -36,8 +36,9 @@ from ztna.core.ice.events import (
     PunchingDone,
     RelayToo,
 )
+from ztna.core.ice.exchange import CheckExchange
 from ztna.core.ice.messages import IceMessage
-from ztna.core.ice.owner import stun_owner_untrusted
+from ztna.core.ice.owner import OwnerBook, stun_owner_untrusted
 from ztna.core.ice.paths import Use
 from ztna.core.limits import TokenBucket
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
@@ -89,6 +90,8 @@ class Puncher:
     gatherer: Gatherer = attrs.field(init=False)
     extra_ports: int = 0
     _peers: list["DirectPath"] = attrs.Factory(list)
+    _owners: OwnerBook[CheckExchange] = attrs.Factory(OwnerBook)
+    _by_exchange: dict[CheckExchange, "DirectPath"] = attrs.Factory(dict)
     _control: ControlLink | None = None
     _stale: trio.Event = attrs.Factory(trio.Event)
     _limit: TokenBucket = attrs.Factory(lambda: TokenBucket(STUN_RATE, STUN_BURST))
@@ -159,25 +162,29 @@ class Puncher:
             data, owner, source
         ):
             return
-        for peer in self._peers:
-            if peer.owns(owner):
-                peer.ice.receive_packet_untrusted(data, port, source, now)
-                peer.flush(now)
-                peer.wake.set()
-                return
-        self._counts["drop_stun_of_nobody"] += 1
+        exchange = self._owners.find(owner)
+        if exchange is None:
+            self._counts["drop_stun_of_nobody"] += 1
+            return
+        peer = self._by_exchange[exchange]
+        peer.ice.receive_packet_untrusted(data, port, source, now)
+        peer.flush(now)
+        peer.wake.set()
 
     async def keep(self, link: PeerLink, path: PeerPath, *, controlling: bool, host: str) -> None:
         """Find direct paths for a peer session that is up, until cancelled. host: where the
         intermediate sees the peer; empty if that is not known."""
         hosts = frozenset({host} - {""})
-        ice = IceAgent(controlling, random.SystemRandom(), self.settings, hosts)
+        ice = IceAgent(controlling, random.SystemRandom(), self.settings, hosts, self._owners)
         direct = DirectPath(self, link, path, ice)
         self._peers.append(direct)
+        self._by_exchange[ice.exchange] = direct
         try:
             await direct.run()
         finally:
             self._peers.remove(direct)
+            del self._by_exchange[ice.exchange]
+            ice.exchange.close()
 
     def ice_of(self, path: PeerPath) -> IceAgent | None:
         """What looks for direct paths for the session of a path, for those who only look on."""
@@ -223,6 +230,12 @@ class DirectPath:
     _next_port: int = 1
     _waits_until: float = math.inf
     _nursery: trio.Nursery | None = None
+    _hint: Callable[[], None] | None = None
+
+    @property
+    def _owns_path(self) -> bool:
+        """Whether no newer session of this peer has taken the path over."""
+        return self._hint is not None and self.path.on_relayed is self._hint
 
     async def run(self) -> None:
         """Until cancelled; then the relay carries again."""
@@ -230,7 +243,7 @@ class DirectPath:
         self.link.receive_signal = self._receive_signal
         session.on_use = self._receive_use
         # What an older session of the same peer has found is not ours.
-        path.on_relayed = hint = self._receive_hint
+        path.on_relayed = self._hint = self._receive_hint
         path.direct, path.port, path.relay_too = None, None, False
         self._say_path(None)
         try:
@@ -251,14 +264,8 @@ class DirectPath:
         finally:
             self._nursery = None
             self.link.receive_signal = session.on_use = None
-            if path.on_relayed is hint:  # else a newer session has taken over
+            if self._owns_path:
                 path.on_relayed, path.direct, path.port, path.relay_too = None, None, None, False
-
-    def owns(self, owner: str | bytes | None) -> bool:
-        """Whether a STUN message of this owner is ours."""
-        if isinstance(owner, bytes):
-            return self.ice.exchange.waits_for(owner)
-        return owner in self.ice.exchange.ufrags()
 
     def flush(self, now: float) -> None:
         """Do and send what the agent wants."""
@@ -274,7 +281,7 @@ class DirectPath:
 
     def _follow(self, event: Event) -> None:
         nursery = self._nursery
-        if nursery is None:
+        if nursery is None or not self._owns_path:
             return
         match event:
             case GatherWanted():

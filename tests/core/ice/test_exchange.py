@@ -121,12 +121,12 @@ def test_check_and_answer(ends: Ends) -> None:
     mapped = parse_stun_untrusted(answer.batch.data).find(stun.XorMappedAddress)
     assert mapped == stun.XorMappedAddress(ALICE)
     number = request[8:20]
-    assert ends.alice.waits_for(number)
+    assert ends.alice.owners.find(number) is ends.alice
     got = ends.alice.receive_untrusted(answer.batch.data, 0, BOB, 1.3)
     assert isinstance(got, Answered)
     assert (got.check.address, got.check.nominates, got.refusal) == (BOB, True, "")
     assert got.rtt == pytest.approx(0.3)
-    assert not ends.alice.waits_for(number)
+    assert ends.alice.owners.find(number) is None
     # Once is enough.
     assert ends.alice.receive_untrusted(answer.batch.data, 0, BOB, 1.3) is None
     assert ends.alice.statistics()["drop_unexpected"] == 1
@@ -279,8 +279,30 @@ def test_generations(ends: Ends) -> None:
         (packet,) = ends.alice.packets_to_send()
         got = ends.bob.receive_untrusted(packet.batch.data, 0, ALICE, 0.0)
         assert isinstance(got, Asked) == (seed == 10)
-    assert len(ends.alice.ufrags()) == 2
-    assert old.own.ufrag not in ends.alice.ufrags()
+    assert ends.alice.owners.find(old.own.ufrag) is None
+
+
+def test_what_is_claimed_is_given_back(ends: Ends) -> None:
+    """Of each of many exchanges that share a port: the last two user names, and open checks."""
+    book = ends.alice.owners
+    other = CheckExchange(random.Random(5), True, book)
+    for seed in range(10, 20):
+        one, two = (Credentials.create(random.Random(seed + end)) for end in (0.1, 0.2))
+        other.use(Keys(one, two))
+        other.ask(0, BOB, Keys(one, two), PRIORITY, float(seed))
+        other.forget_old(float(seed))
+    (newest,) = [keys for keys in other._keys if keys.own == one]
+    assert book.find(newest.own.ufrag) is other
+    assert book.find(ends.alice_keys.own.ufrag) is ends.alice
+    book.release(newest.own.ufrag, ends.alice)
+    assert book.find(newest.own.ufrag) is other, "it is not hers to give back"
+    assert len(book) == 1 + 2 + ANSWER_TIME
+    other.close()
+    assert len(book) == 1
+    for _ in range(MAX_OUTSTANDING + 9):
+        ends.alice.ask(0, BOB, ends.alice_keys, PRIORITY, 0.0)
+    assert len(book) == 1 + MAX_OUTSTANDING
+    assert book.find(None) is None
 
 
 def role_conflict(controlling: bool, own: int, theirs: int) -> tuple[CheckExchange, Keys, bytes]:

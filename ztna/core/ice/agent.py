@@ -35,6 +35,7 @@ from ztna.core.ice.events import (
 from ztna.core.ice.exchange import Answered, Asked, CheckExchange, Credentials, Keys, PortBatch
 from ztna.core.ice.messages import IceMessage, PunchingResult
 from ztna.core.ice.negotiation import STEP_TIME, Negotiation, Phase
+from ztna.core.ice.owner import OwnerBook
 from ztna.core.ice.paths import Path, PathTable, Use
 from ztna.core.ice.plan import NatView
 from ztna.core.ice.punching import Gathered, PeerSide, Punching
@@ -46,13 +47,14 @@ class IceAgent:
     """One side. random: cryptographic, but for tests.
 
     peer_hosts: IP addresses that a server has observed of the peer; without them no private address
-    is checked and no port guessed.
+    is checked and no port guessed. owners: of all agents that share its ports.
     """
 
     controlling: bool
     random: random.Random
     settings: IceSettings = attrs.field(factory=IceSettings)
     peer_hosts: frozenset[str] = frozenset()
+    owners: OwnerBook[CheckExchange] = attrs.field(factory=OwnerBook, repr=False)
     exchange: CheckExchange = attrs.field(init=False)
     paths: PathTable = attrs.field(init=False)
     punching: Punching | None = attrs.field(default=None, init=False)
@@ -68,7 +70,7 @@ class IceAgent:
     _counts: Counter[str] = attrs.field(factory=Counter, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.exchange = CheckExchange(self.random, self.controlling)
+        self.exchange = CheckExchange(self.random, self.controlling, self.owners)
         self.paths = PathTable(self.random)
         self._talks = Negotiation(self.controlling, self.random, self.settings.features)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import attrs
 
+from ztna.core.ice.owner import OwnerBook
 from ztna.core.limits import TokenBucket
 from ztna.core.ports import Address, Buffer, UdpBatch
 from ztna.core.stun.attributes import (
@@ -142,15 +143,17 @@ class Answered:
     refusal: str = ""
 
 
-@attrs.define
+@attrs.define(eq=False)
 class CheckExchange:
     """Checks of one pair of nodes.
 
     random: cryptographic, but for tests. controlling: the role now; a conflict may change it.
+    owners: of all that share its ports.
     """
 
     random: random.Random
     controlling: bool
+    owners: OwnerBook["CheckExchange"] = attrs.field(factory=OwnerBook, repr=False)
     _outbox: list[PortBatch] = attrs.field(factory=list, init=False)
     _tie_breaker: int = attrs.field(init=False)
     _keys: list[Keys] = attrs.field(factory=list, init=False)
@@ -166,19 +169,21 @@ class CheckExchange:
 
     def use(self, keys: Keys) -> None:
         """Check with these from now on; those before stay good for one more generation."""
+        for old in self._keys[_MAX_KEYS - 1 :]:
+            self.owners.release(old.own.ufrag, self)
         self._keys = [keys, *self._keys][:_MAX_KEYS]
+        self.owners.claim(keys.own.ufrag, self)
+
+    def close(self) -> None:
+        """Nothing that comes is for it any more."""
+        for keys in self._keys:
+            self.owners.release(keys.own.ufrag, self)
+        while self._sent:
+            self._forget_oldest()
 
     def statistics(self) -> Mapping[str, int]:
         """What was sent and answered, and drops by reason; `outstanding` now."""
         return {**self._counts, "outstanding": len(self._sent)}
-
-    def ufrags(self) -> frozenset[str]:
-        """Ours that are in use: how a port that several share finds the right exchange."""
-        return frozenset(keys.own.ufrag for keys in self._keys)
-
-    def waits_for(self, transaction_id: bytes) -> bool:
-        """Whether a response with this id belongs here."""
-        return transaction_id in self._sent
 
     def ask(
         self,
@@ -206,8 +211,9 @@ class CheckExchange:
         self._sent[transaction_id] = SentCheck(
             port, address, now, nominates, keys, self.controlling
         )
+        self.owners.claim(transaction_id, self)
         if len(self._sent) > MAX_OUTSTANDING:
-            self._sent.popitem(last=False)
+            self._forget_oldest()
         self._counts["checks_sent"] += 1
 
     def packets_to_send(self) -> Sequence[PortBatch]:
@@ -218,7 +224,11 @@ class CheckExchange:
     def forget_old(self, now: float) -> None:
         """Drop checks that will have no answer any more."""
         while self._sent and next(iter(self._sent.values())).sent_at <= now - ANSWER_TIME:
-            self._sent.popitem(last=False)
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        transaction_id, _ = self._sent.popitem(last=False)
+        self.owners.release(transaction_id, self)
 
     def receive_untrusted(
         self, data: Buffer, port: int, source: Address, now: float
@@ -302,6 +312,7 @@ class CheckExchange:
         if mapped is None and error is None:
             return "not_a_check"
         del self._sent[message.transaction_id]
+        self.owners.release(message.transaction_id, self)
         rtt = max(now - check.sent_at, 0.0)
         if error is not None:
             # Only if we have not changed it since: several checks may be answered so.
