@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -98,7 +99,7 @@ def test_nodes_agree_with_the_compose_file(node: ModuleType) -> None:
     assert ECHO == node.ECHO
     assert node.WEB[0] == ADDRESSES["web"]["connector-lan"]
     assert ipaddress.ip_address(node.UPSTREAM) == ipaddress.ip_network(SUBNETS["public"])[1]
-    assert f"size={node.DOWNLOAD}" in RUN
+    assert f"size={node.DOWNLOAD}" in (FOLDER / "proofs").read_text()
 
 
 def test_configuration_agrees_with_the_compose_file(node: ModuleType) -> None:
@@ -125,14 +126,45 @@ def test_every_name_of_a_nat_can_be_simulated(
     monkeypatch.setenv("NAT_AGENT", name)
     nat = parse_nat(name)
     assert node.chain("agent")[0] == nat
-    if nat.udp_blocked is not None:
-        assert node.expected("agent") == "blocked"
-    elif nat.kind is GatewayKind.NAT:
+    if nat.kind is GatewayKind.NAT:
         assert node.expected("agent") == "172.20.0.2"
     else:
         assert node.expected("agent") == "172.21.0.10"
         assert "route replace 172.21.0.0/24 via 172.20.0.2" in node.routes_past_gateways()
     assert f"`{name}`" in README
+
+
+@pytest.mark.parametrize(
+    ("agent", "connector", "way"),
+    [
+        ("port-restricted", "port-restricted", "open"),
+        ("symmetric", "full-cone", "open"),
+        ("port-restricted", "symmetric-sequential", "guess"),
+        ("cgnat", "symmetric", "luck"),
+        ("symmetric", "symmetric", "relay"),
+        ("open", "udp-blocked", "tcp"),
+    ],
+)
+def test_the_path_that_is_expected(
+    node: ModuleType, agent: str, connector: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAT_AGENT", agent)
+    monkeypatch.setenv("NAT_CONNECTOR", connector)
+    assert node.way() == way
+
+
+def test_wrong_name_of_a_nat_is_said() -> None:
+    done = subprocess.run(
+        [sys.executable, FOLDER / "node.py", "expect", "agent"],
+        env={**os.environ, "NAT_AGENT": "conical"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("'conical' is no kind of NAT")
+    assert "port-restricted" in done.stderr
 
 
 def test_default_nat_is_the_usual_one(node: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +199,9 @@ def test_run_without_docker_says_what_to_install(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [("shell",), ("shell", "nobody"), ("--base",), ("dance",)])
+@pytest.mark.parametrize(
+    "arguments", [("shell",), ("shell", "nobody"), ("--base",), ("--agent-nat",), ("dance",)]
+)
 def test_run_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(
         [FOLDER / "run", *arguments], capture_output=True, text=True, check=False, timeout=20
@@ -180,5 +214,6 @@ def test_run_helps() -> None:
     done = subprocess.run(
         [FOLDER / "run", "--help"], capture_output=True, text=True, check=True, timeout=20
     )
-    for word in ("--keep", "--base", "watch", "shell NODE", "stop", "clean", "NAT_AGENT"):
+    words = ["--keep", "--base", "watch", "shell NODE", "stop", "clean", "--agent-nat", *NAMES]
+    for word in words:
         assert word in done.stdout

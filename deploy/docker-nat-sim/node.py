@@ -5,7 +5,10 @@
     agent, connector          ztna, behind the gateway of their LAN
     echo, web                 the applications beside the connector
     ask HOST PORT TEXT        send one UDP datagram, print the answer
-    expect SIDE               print `blocked`, or the address that the world sees of a side
+    expect SIDE               print the address that the world sees of a side
+    kind SIDE                 print what the NAT of a side is called
+    way                       print how the two sides reach each other at best: open, guess, luck,
+                              relay or tcp
 
 The rules are those of `ztna.nat.ruleset`, as in the other laboratories; what is here is the glue to
 containers, whose interfaces Docker made. A carrier's NAT (`cgnat`) is a network namespace within
@@ -27,6 +30,7 @@ from pathlib import Path
 import attrs
 
 from ztna.cli.main import main as ztna_main
+from ztna.core.reachability import How, reachability
 from ztna.errors import ZtnaError
 from ztna.nat.netns import Namespace
 from ztna.nat.ruleset import conntrack_timeout, hairpin_routes, ruleset
@@ -37,6 +41,14 @@ SECOND_ADDRESS = "172.20.0.11/24"  # the intermediate's, for `ztna nat-probe`
 ECHO, WEB = ("172.22.0.20", 9999), ("172.22.0.30", 8080)
 PAGE = "Hello from a web server that no one outside can connect to.\n"
 DOWNLOAD = 4_000_000  # bytes; enough to tell by an interface's counters which way they went
+
+WAYS = {
+    How.SIMULTANEOUS_OPEN: "open",
+    How.PREDICTION: "guess",
+    How.BIRTHDAY: "luck",
+    How.RELAY: "relay",
+    How.RELAY_OVER_TCP: "tcp",
+}
 
 
 @attrs.frozen
@@ -76,6 +88,10 @@ def main() -> None:
             _say(ask(host, int(port), text))
         case ["expect", side]:
             _say(expected(side))
+        case ["kind", side]:
+            _say(chain(side)[0].behaviour.classic_name)
+        case ["way"]:
+            _say(way())
         case _:
             sys.exit(__doc__)
 
@@ -98,10 +114,14 @@ def translates(side: str) -> bool:
 
 
 def expected(side: str) -> str:
-    """The source address that the intermediate sees of a side; `blocked` without UDP."""
-    if any(nat.udp_blocked is not None for nat in chain(side)):
-        return "blocked"
+    """The source address that the intermediate sees of a side."""
     return SIDES[side].outside if translates(side) else SIDES[side].node
+
+
+def way() -> str:
+    """How the two sides reach each other at best."""
+    agent, connector = (chain(side)[0].behaviour for side in SIDES)
+    return WAYS[reachability(agent, connector)]
 
 
 def routes_past_gateways() -> Iterator[str]:
