@@ -157,6 +157,7 @@ class World:
     seed: int = 0
     now: float = 100.0
     events: list[ProbeStep | ProbeDone] = attrs.field(factory=list)
+    so_far: tuple[float, NatBehaviour] | None = None
     asked: list[tuple[ProbeSocket, Address]] = attrs.field(factory=list)
 
     def run(self) -> NatBehaviour:
@@ -192,6 +193,9 @@ class World:
                 else:
                     later(functools.partial(reach, data, outer, to))
             self.events += iter(self.prober.next_event, None)
+            so_far = self.prober.mapping_so_far()
+            if so_far is not None and self.so_far is None:
+                self.so_far = self.now - 100.0, so_far
             timer = self.prober.get_timer()
             if timer is None:
                 break
@@ -228,6 +232,18 @@ def test_every_nat_is_told(
     assert behaviour.external_hosts == {OUTER}
     assert "unexpected" not in world.prober.statistics()
     assert world.now - 100.0 < 12.0
+
+
+@pytest.mark.parametrize("mapping", MappingKind)
+def test_the_mapping_is_known_before_silence_is_over(mapping: MappingKind) -> None:
+    world = World(make_prober(), Gateway(mapping, FilteringKind.APDF, PortKind.RANDOM), full())
+    world.run()
+    assert world.so_far is not None
+    at, behaviour = world.so_far
+    assert at == pytest.approx(8 * 2 * DELAY)  # eight questions, one after the other
+    assert (behaviour.mapping, behaviour.filtering) == (mapping, None)
+    assert behaviour.ports is PortKind.RANDOM
+    assert world.now - 100.0 > 5.0
 
 
 def test_sockets_are_kept_apart() -> None:

@@ -175,6 +175,25 @@ async def test_rebinding_of_either_nat(autojump_clock: MockClock) -> None:
                         await lines.until("DIRECT")
 
 
+@pytest.mark.parametrize("hard", ["agent", "connector"])
+async def test_many_ports_are_tried_as_soon_as_the_mapping_is_known(
+    hard: str, autojump_clock: MockClock
+) -> None:
+    """The probe goes on for seconds: whom the NAT lets in is told by silence."""
+    agent_nat, connector_nat = (
+        (SYMMETRIC, PORT_RESTRICTED) if hard == "agent" else (PORT_RESTRICTED, SYMMETRIC)
+    )
+    with structlog.testing.capture_logs() as entries:
+        lines = Lines(entries)
+        async with deployed(agent_nat, connector_nat) as it:
+            it.world.direct = True
+            agent = await it.start()
+            with trio.fail_after(5):
+                async with UserHost.open(agent) as user:
+                    await echo(user, b"at once")
+                    await lines.until("DIRECT")
+
+
 async def test_a_mapped_port_lets_a_symmetric_nat_in(autojump_clock: MockClock) -> None:
     """What the test below cannot without."""
     inner, outer = ("10.0.0.2", 4434), 7000

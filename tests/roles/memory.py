@@ -288,17 +288,15 @@ class World:
         self.intermediate = await self.nursery.start(run)
 
     @asynccontextmanager
-    async def stun(self, primary: UdpPort) -> AsyncIterator[StunResponder | None]:
-        """STUN with two addresses and two ports; None where there is one address."""
-        if self.other_relay_host is None:
-            yield None
-            return
+    async def stun(self, primary: UdpPort) -> AsyncIterator[StunResponder]:
+        """STUN with two ports, and with two addresses where there is another host for that."""
         host, number = primary.local_address
-        server = StunServer((host, number), self.other_relay_host.address, 3479)
+        other = self.other_relay_host
+        server = StunServer((host, number), None if other is None else other.address, 3479)
         async with AsyncExitStack() as stack:
             ports: dict[LocalEnd, UdpPort] = {}
             for end, address in server.ends().items():
-                at = self.other_relay_host if end.alternate_ip else self.relay_host
+                at = other if end.alternate_ip and other is not None else self.relay_host
                 if end != LocalEnd():
                     ports[end] = await stack.enter_async_context(at.open_udp_port(address[1]))
             yield StunResponder(server, primary, ports)

@@ -170,6 +170,11 @@ async def test_many_peers_need_one_look_up(autojump_clock: MockClock) -> None:
         assert resolver.asked == 2
 
 
+def never() -> None:
+    """One port of one server tells no NAT that is hard."""
+    pytest.fail("a hard NAT was found")
+
+
 async def test_no_session_over_udp(autojump_clock: MockClock) -> None:
     """Nothing is asked; a bound address is known all the same."""
     async with place(PORT_RESTRICTED, NAT66) as it:
@@ -177,7 +182,7 @@ async def test_no_session_over_udp(autojump_clock: MockClock) -> None:
         found = await it.gatherer.gather()
         assert trio.current_time() == 0
         assert {each.kind for each in found.candidates} == {HOST}
-        assert not await it.gatherer.probe()
+        assert not await it.gatherer.probe(never)
 
 
 async def test_mapped_port(autojump_clock: MockClock) -> None:
@@ -198,25 +203,25 @@ async def test_what_nobody_could_reach_is_not_offered(autojump_clock: MockClock)
 async def test_last_port_of_a_nat_that_counts(autojump_clock: MockClock) -> None:
     async with place(SYMMETRIC_SEQUENTIAL) as it:
         assert (await it.gatherer.gather()).nat.last_port == 0  # not known to count
-        assert await it.gatherer.probe()
+        assert await it.gatherer.probe(never)
         assert it.gatherer.nat.ports is PortKind.SEQUENTIAL
         found = await it.gatherer.gather()
         ports = sorted(port for _, port in it.lab.gateways[0].core.outer_addresses())
         assert found.nat.last_port == ports[-1]
-        assert not await it.gatherer.probe()  # that is no news
+        assert not await it.gatherer.probe(never)  # that is no news
 
 
 @pytest.mark.parametrize("control", [4, 6])
 async def test_the_nat_of_ipv4_is_probed(control: int, autojump_clock: MockClock) -> None:
     """It decides what is tried beyond simple checks, and those suffice for IPv6."""
     async with place(SYMMETRIC_SEQUENTIAL, NAT66, first=control) as it:
-        assert await it.gatherer.probe()
+        assert await it.gatherer.probe(never)
         assert it.gatherer.nat.ports is PortKind.SEQUENTIAL
 
 
 async def test_probe_over_ipv6_where_there_is_nothing_else(autojump_clock: MockClock) -> None:
     async with place(NAT66, first=6) as it:
-        assert await it.gatherer.probe()
+        assert await it.gatherer.probe(never)
         assert it.gatherer.nat.presence is Presence.NAT
 
 

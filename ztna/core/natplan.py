@@ -96,7 +96,8 @@ _RESPONSES = {MessageClass.SUCCESS, MessageClass.ERROR}
 class ProbePlan:
     """One probe's lanes, and what they have seen. The fields are those of `NatProber`.
 
-    now: set by who runs the lanes, before it resumes one.
+    now: set by who runs the lanes, before it resumes one. mapping_seen: all questions about it are
+    over, while others still wait for what may be silence.
     """
 
     server: Address
@@ -105,6 +106,7 @@ class ProbePlan:
     lifetime: LifetimeSearch | None
     seen: Observations
     now: float = 0.0
+    mapping_seen: bool = False
 
     def stages(self) -> Iterator[Sequence[Lane]]:
         yield [self._first()]
@@ -158,6 +160,7 @@ class ProbePlan:
             yield from self._sample(what, ProbeSocket.MAPPING, destination)
         for socket in _PORT_SOCKETS:
             yield from self._sample(f"outer port of socket {socket}", socket, self.server)
+        self.mapping_seen = True
 
     def _filtering(self) -> Lane:
         """A server that names no other address cannot make the tests: its silence says nothing."""

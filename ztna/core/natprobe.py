@@ -137,6 +137,11 @@ class NatProber:
         """The next event, or None."""
         return self._events.popleft() if self._events else None
 
+    def mapping_so_far(self) -> NatBehaviour | None:
+        """What is known as soon as the mapping is: filtering and hairpin take seconds more, as
+        silence is an answer there. None: not yet."""
+        return classify(self._plan.seen) if self._plan.mapping_seen else None
+
     def statistics(self) -> Mapping[str, int]:
         """`sent`, `malformed` payloads, and `unexpected` ones: late, or not what was asked for."""
         return dict(self._counts)

@@ -28,13 +28,19 @@ def say_nothing(_words: str) -> None:
     """No progress."""
 
 
+def _wait_for_all(_behaviour: NatBehaviour) -> None:
+    """Nothing is done with half of an answer."""
+
+
 async def run_probe(
     prober: NatProber,
     ports: Mapping[ProbeSocket, UdpPort],
     progress: Progress = say_nothing,
+    mapping_seen: Callable[[NatBehaviour], None] = _wait_for_all,
 ) -> NatBehaviour:
-    """Probe to the end; a port for every key of `prober.local`, bound to that address."""
-    run = _Run(prober, ports, progress)
+    """Probe to the end; a port for every key of `prober.local`, bound to that address.
+    mapping_seen: gets `NatProber.mapping_so_far`, once."""
+    run = _Run(prober, ports, progress, mapping_seen)
     async with trio.open_nursery() as nursery:
         for socket in ports:
             nursery.start_soon(run.receive, socket)
@@ -48,13 +54,18 @@ class _Run:
     prober: NatProber
     ports: Mapping[ProbeSocket, UdpPort]
     progress: Progress
+    mapping_seen: Callable[[NatBehaviour], None]
     wake: trio.Event = attrs.field(factory=trio.Event)
 
     async def to_the_end(self) -> NatBehaviour:
-        prober = self.prober
+        prober, told = self.prober, False
         prober.start(trio.current_time())
         while True:
             self.wake = trio.Event()
+            so_far = None if told else prober.mapping_so_far()
+            if so_far is not None:
+                told = True
+                self.mapping_seen(so_far)
             while (event := prober.next_event()) is not None:
                 if isinstance(event, ProbeDone):
                     return event.behaviour

@@ -175,9 +175,10 @@ class Gatherer:
             question.answered.set()
         return True
 
-    async def probe(self) -> bool:
+    async def probe(self, found_hard: Callable[[], None]) -> bool:
         """Find out what the NAT is like, that of IPv4 if the intermediate has such an address;
-        whether that is news."""
+        whether that is news. found_hard: called early, when it is known that each destination sees
+        another port, but not yet whom it lets in: simple checks are in vain then."""
         if self.open_port is None or self.server is None:
             return False
         carried = {_version(address) for address in self.port.local_addresses}
@@ -196,7 +197,13 @@ class Gatherer:
                 # A server of one address does not name its other port, but answers there.
                 other = (server[0], DEFAULT_ALTERNATE_PORT)
                 prober = NatProber(server, addresses, random.SystemRandom(), other)
-                found = await run_probe(prober, ports)
+
+                def look(so_far: NatBehaviour) -> None:
+                    if NatView(so_far).is_hard and not NatView(before).is_hard:
+                        self.nat = so_far
+                        found_hard()
+
+                found = await run_probe(prober, ports, mapping_seen=look)
         except SystemSetupError as error:
             log.warning("the NAT is not probed", reason=str(error))
             return False

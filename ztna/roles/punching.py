@@ -109,7 +109,7 @@ class Puncher:
             while True:
                 await self._stale.wait()
                 self._stale = trio.Event()
-                if await self.gatherer.probe():
+                if await self.gatherer.probe(self._try_again):
                     self._try_again()
 
     async def _keep_mapped(self, map_port: MapPort) -> None:

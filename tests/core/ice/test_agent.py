@@ -235,6 +235,26 @@ def test_relay_that_was_silent_for_long() -> None:
     assert agent.statistics()["messages_ignored"] == 2
 
 
+@pytest.mark.parametrize("news", [False, True])
+def test_news_while_the_answer_is_waited_for(news: bool) -> None:
+    """What was offered is overtaken: the next attempt begins as soon as this one may."""
+    both = couple()
+    agent, connector = both.agent.agent, both.connector.agent
+    agent.start(0.0)
+    agent.gathered(both.agent.gathered(), 0.1)
+    (offer,) = agent.messages_to_send(0.1)
+    if news:
+        agent.network_changed(0.2)
+    assert agent.get_timer() == 5.1
+    connector.receive_message(offer, 0.3)
+    connector.gathered(both.connector.gathered(), 0.3)
+    (answer,) = connector.messages_to_send(0.3)
+    agent.receive_message(answer, 0.4)
+    assert agent.messages_to_send(0.4) == [StartPunching(1)]
+    agent.handle_timer(1.0)
+    assert agent.statistics()["generation"] == (2 if news else 1)
+
+
 def test_failed_attempts_are_repeated_after_30_s() -> None:
     both = couple()
     both.blocked = {"to_agent", "to_connector"}

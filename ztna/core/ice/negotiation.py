@@ -76,6 +76,7 @@ class Negotiation:
     _messages: list[IceMessage] = attrs.field(factory=list, init=False)
     _put_off: CandidateOffer | None = attrs.field(default=None, init=False)
     _offered_at: float = attrs.field(default=0.0, init=False)
+    _overtaken: bool = attrs.field(default=False, init=False)
     _losses: int = attrs.field(default=0, init=False)
     _lost_at: float = attrs.field(default=-math.inf, init=False)
     _offers: TokenBucket = attrs.field(
@@ -90,13 +91,17 @@ class Negotiation:
         self.generation, self.phase, self.began_at = generation, Phase.GATHERING, now
         self.own = Credentials.create(self.random)
         self.peer = self.found = None
+        self._overtaken = False
         self.due = now + STEP_TIME
         self.counts["attempts"] += 1
 
     def begin_at(self, at: float) -> None:
-        """Begin the next attempt then, or earlier if one is planned. What is being agreed upon
-        goes on, as it is new enough."""
-        if self.phase in {Phase.PUNCHING, Phase.RESTING}:
+        """Begin the next attempt then, or earlier if one is planned. Addresses that are not told
+        yet will be new enough; those that are told already are overtaken as soon as the other
+        side has answered."""
+        if self.phase is Phase.OFFERED:
+            self._overtaken = True
+        elif self.phase in {Phase.PUNCHING, Phase.RESTING}:
             planned = self.due if self.phase is Phase.RESTING else None
             at = max(at, self.began_at + _LEAST_PAUSE)
             self.phase, self.due = Phase.RESTING, at if planned is None else min(at, planned)
@@ -141,6 +146,8 @@ class Negotiation:
                 self.phase = Phase.PUNCHING
                 # Half of the way there and back: the other side begins when StartPunching comes.
                 self.due = now + min((now - self._offered_at) / 2, _MAX_HALF_TRIP)
+                if self._overtaken:
+                    self.begin_at(now)
             case StartPunching() if (message.generation, self.phase) == (
                 self.generation,
                 Phase.ANSWERED,
