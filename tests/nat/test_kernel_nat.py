@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,13 @@ pytestmark = [
     pytest.mark.kernel,
     pytest.mark.skipif(supported() is not None, reason=supported() or ""),
 ]
+
+# Delays are made by it (`ztna.nat.kernel_link`).
+_PATH = f"{os.defpath}:/usr/sbin:/sbin"
+needs_iptables = pytest.mark.skipif(
+    None in {shutil.which(name, path=_PATH) for name in ("iptables", "ip6tables")},
+    reason="missing program: iptables (scripts/setup iptables)",
+)
 
 EVERY_NAT = [
     NatSpec(*kinds)
@@ -90,7 +98,12 @@ async def test_all_are_classified(shared: Shared) -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", topologies.OF_EVERY_LAB, ids=lambda scenario: scenario.__name__
+    "scenario",
+    [
+        pytest.param(one, marks=[needs_iptables] * (one is topologies.duplicates))
+        for one in topologies.OF_EVERY_LAB
+    ],
+    ids=lambda scenario: scenario.__name__,
 )
 async def test_topologies(scenario: topologies.OfLab, kernel_lab: KernelNatLab) -> None:
     await scenario(kernel_lab)
@@ -125,6 +138,7 @@ async def test_links(kernel_lab: KernelNatLab) -> None:
         assert await scenarios.heard_until(kernel_lab, inner, b"end") == []
 
 
+@needs_iptables
 @pytest.mark.parametrize("nat", [PORT_RESTRICTED, attrs.evolve(FIREWALL, ip_version=6)])
 async def test_delays(nat: NatSpec, kernel_lab: KernelNatLab) -> None:
     """In both directions, of each link by itself, in order; and gone when they are taken away."""
@@ -151,6 +165,7 @@ async def test_delays(nat: NatSpec, kernel_lab: KernelNatLab) -> None:
         assert trio.current_time() - start < 0.05
 
 
+@needs_iptables
 async def test_reordering(kernel_lab: KernelNatLab) -> None:
     host, server = kernel_lab.host(), kernel_lab.host()
     kernel_lab.set_link(host, LinkSpec(reorder=0.2, reorder_delay=0.02))

@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.net.endpoints import SERVER_ADDRESS, open_pair, receive_count
+from tests.ports import free_port
 from ztna.core.limits import SourceLimiter
 from ztna.core.ports import Address, UdpBatch
 from ztna.core.stun.attributes import ChangeRequest, OtherAddress, ResponseOrigin, XorMappedAddress
@@ -111,13 +112,6 @@ async def test_alternate_port(autojump_clock: MockClock) -> None:
         assert responder.statistics()["not_stun"] == 2
         assert responder.statistics()["answered"] == 4
         pair.nursery.cancel_scope.cancel()
-
-
-def free_port() -> int:
-    """A UDP port that is free on all addresses."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("0.0.0.0", 0))
-        return int(sock.getsockname()[1])
 
 
 async def serve(responder: StunResponder) -> None:

@@ -4,12 +4,12 @@ What goes through them is tried in tests/ingress and tests/lab.
 """
 
 import ipaddress
-import socket
 
 import pytest
 import structlog
 import trio
 
+from tests.ports import free_port
 from tests.roles.memory import ECHO_IP, NO_FILES, WEB_IP
 from ztna.config.forwards import Forward
 from ztna.config.model import AgentConfig, AgentService, IntermediateAddress, TunConfig
@@ -24,12 +24,6 @@ SERVICES = (
     AgentService("echo", ECHO_IP, (9999,), ("udp",)),
 )
 ROUTES = [ServiceRoute("web", WEB_IP), ServiceRoute("echo", ECHO_IP)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 def config(*forwards: Forward, socks: Address | None = None) -> AgentConfig:
@@ -65,7 +59,10 @@ async def test_all_ports_listen_and_are_closed_again() -> None:
 
 
 async def test_ports_that_others_reach_are_warned_of() -> None:
-    given = config(Forward(("0.0.0.0", free_port()), "web"), socks=("localhost", free_port()))
+    given = config(
+        Forward(("0.0.0.0", free_port()), "web"),
+        socks=("localhost", free_port()),
+    )
     with structlog.testing.capture_logs() as logs:
         async with open_local_ports(given, ROUTES):
             pass

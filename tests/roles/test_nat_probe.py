@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.net.certificates import Deployment, make_agent, make_deployment
+from tests.ports import free_port
 from ztna.config.model import DEFAULT_PORT
 from ztna.config.stun import DEFAULT_ALTERNATE_PORT
 from ztna.core import natprobe, wire
@@ -37,12 +38,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def deployment() -> Deployment:
     return make_deployment()
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("0.0.0.0", 0))
-        return int(sock.getsockname()[1])
 
 
 @asynccontextmanager
