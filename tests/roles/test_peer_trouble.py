@@ -117,6 +117,32 @@ def every_rival(monkeypatch: pytest.MonkeyPatch) -> list[Session]:
     return begun
 
 
+async def test_one_agent_begins_few_sessions(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs the connector a signature, and lines in its log."""
+    kept: list[tuple[AgentPeers, Peer]] = []
+    original = AgentPeers._keep_session
+
+    async def keep(peers: AgentPeers, peer: Peer) -> None:
+        kept.append((peers, peer))
+        await original(peers, peer)
+
+    monkeypatch.setattr(AgentPeers, "_keep_session", keep)
+    async with deployment() as (_, agent), UserHost.open(agent) as user:
+        with trio.fail_after(30):
+            assert await ask(user) == b"hello"
+        ((peers, peer),) = kept
+        sessions = [peers._connect(peer) for _ in range(60)]
+        await trio.sleep(5)
+        assert 29 <= sum(session.verified for session in sessions) <= 35
+        for session in sessions:
+            session.close(0x7A00, "enough")
+        await trio.sleep(30)
+        with trio.fail_after(30):
+            assert await ask(user) == b"hello"
+
+
 async def test_a_rival_that_is_refused_is_not_the_last_one(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,8 @@ class Endpoint:
         peers_only: only such as come by a peer path, so no stranger can begin one."""
         if self._listener is not None:
             raise LocalProtocolError("this endpoint listens already")
+        if peers_only:
+            self._doorkeeper.meet_peers_alone()
         accepted, sessions = trio.open_memory_channel[Session](self.settings.accept_queue)
         self._listener = Listener(
             credentials,

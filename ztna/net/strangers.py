@@ -29,6 +29,10 @@ HANDSHAKE_RATE = 50.0
 HANDSHAKE_BURST = 256.0
 ALL_HANDSHAKES_RATE = 150.0
 ALL_HANDSHAKES_BURST = 1024.0
+# Our choice, of a peer's virtual address: one agent or connector, which needs a session, and now and
+# then a second one beside it. As an intermediate grants an identity.
+PEER_HANDSHAKE_RATE = 1.0
+PEER_HANDSHAKE_BURST = 30.0
 # Our choice. To look at a stranger's first packet, and answer it by Retry or Version Negotiation,
 # takes some 30 us: a twentieth of a core at this rate, whatever comes.
 GREETING_RATE = 100.0
@@ -70,6 +74,11 @@ class ProvenIds:
     retry: bytes | None
 
 
+def _handshakes(rate: float, burst: float) -> SourceLimiter:
+    total = TokenBucket(ALL_HANDSHAKES_RATE, ALL_HANDSHAKES_BURST)
+    return SourceLimiter(rate, burst, total=total)
+
+
 @attrs.define
 class Doorkeeper:
     """Makes the answers. resets: stateless resets a second at most. greetings: how
@@ -77,13 +86,7 @@ class Doorkeeper:
 
     reset_key: ResetKey | None
     resets: float
-    handshakes: SourceLimiter = attrs.Factory(
-        lambda: SourceLimiter(
-            HANDSHAKE_RATE,
-            HANDSHAKE_BURST,
-            total=TokenBucket(ALL_HANDSHAKES_RATE, ALL_HANDSHAKES_BURST),
-        )
-    )
+    handshakes: SourceLimiter = attrs.Factory(lambda: _handshakes(HANDSHAKE_RATE, HANDSHAKE_BURST))
     greetings: SourceLimiter = attrs.Factory(
         lambda: SourceLimiter(
             GREETING_RATE,
@@ -95,6 +98,10 @@ class Doorkeeper:
     _reset_gate: RateGate = attrs.field(
         default=attrs.Factory(lambda self: RateGate(self.resets, self.resets), takes_self=True)
     )
+
+    def meet_peers_alone(self) -> None:
+        """All that come are peers, each with an address of its own."""
+        self.handshakes = _handshakes(PEER_HANDSHAKE_RATE, PEER_HANDSHAKE_BURST)
 
     def forget(self, address: Address) -> None:
         """A virtual address that is given up."""
