@@ -155,6 +155,7 @@ TABLES = {
     "ztna.roles.echoes:EchoBook.records": OWN_FILE,
     "ztna.roles.echoes:EchoBook._waiting": "ztna.roles.echoes:MAX_WAITING",
     "ztna.roles.gathering:Gatherer._asked": "questions that this node asks",
+    "ztna.roles.gathering:Gatherer._resolved": "one of each IP version",
     "ztna.roles.health:HealthDesk._results": OWN_FILE,
     "ztna.roles.health:HealthAsks._waiting": OWN_FILE,
     "ztna.roles.health:HealthAsks._answers": OWN_FILE,

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from trio.testing import MockClock, lockstep_stream_pair
 
+from tests.descriptors import no_descriptors
 from tests.net.certificates import (
     BAD_CLIENTS,
     BAD_SERVERS,
@@ -271,6 +272,30 @@ async def test_handshakes_in_progress_are_capped(
         assert ends.listener.statistics()["drop_half_open_full"] == 1
         await trio.sleep(HANDSHAKE_TIME + 1)
         assert ends.listener.statistics()["half_open"] == 0
+
+
+async def test_handshakes_in_progress_of_one_ipv6_network_are_capped(
+    autojump_clock: MockClock,
+) -> None:
+    """Whoever has a /64 has as many addresses as are wanted, and locks nobody out."""
+    async with open_ends(deployment()) as ends:
+        for number in range(MAX_HALF_OPEN_OF_ADDRESS + 8):
+            ends.tcp.remote = (f"2001:db8::{number + 1:x}", 1)
+            await ends.tcp.connect(SERVER_ADDRESS)
+        await trio.testing.wait_all_tasks_blocked()
+        assert ends.listener.statistics()["half_open"] == MAX_HALF_OPEN_OF_ADDRESS
+        ends.tcp.remote = ("2001:db8:0:1::1", 1)
+        await ends.dial()
+
+
+async def test_no_descriptor_left_costs_one_connection(autojump_clock: MockClock) -> None:
+    """OpenSSL is given our certificate by pipes."""
+    async with open_ends(deployment()) as ends:
+        with no_descriptors():
+            await ends.tcp.connect(SERVER_ADDRESS)
+            await trio.testing.wait_all_tasks_blocked()
+        await ends.dial()
+        assert ends.listener.statistics()["refused"] == 1
 
 
 async def test_connections_are_capped(

@@ -82,6 +82,17 @@ async def test_few_control_messages_at_a_time_are_served(autojump_clock: MockClo
         assert not mallory.session.closed
 
 
+async def test_last_words_cannot_fill_the_log(autojump_clock: MockClock) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with open_scene() as scene, open_mallory(scene) as mallory:
+            for number in range(30):
+                kind = ("Goodbye", "ProtocolError")[number % 2]
+                mallory.session.send_control(frame({"type": kind, "reason": "again"}))
+            await trio.sleep(1)
+            assert not mallory.session.closed
+    assert sum(entry.get("reason") == "again" for entry in logs) == MALFORMED_LOG_LIMIT
+
+
 async def test_control_bytes_without_end(autojump_clock: MockClock) -> None:
     """Frames of a type that nobody knows are ignored, but not for nothing."""
     assert CONTROL_BURST == 256 << 10

@@ -97,13 +97,15 @@ class SourceLimiter:
 
     def allow(self, host: str, now: float) -> bool:
         """Whether a request from this host may be answered at `now`."""
-        return self._sources.allow(_source_key(host), now) and self.total.take(now)
+        return self._sources.allow(source_key(host), now) and self.total.take(now)
 
     def forget(self, host: str) -> None:
         """A host that will not come again: a virtual address that is given up."""
-        self._sources.forget(_source_key(host))
+        self._sources.forget(source_key(host))
 
 
-def _source_key(host: str) -> bytes:
+def source_key(host: str) -> bytes:
+    """What counts as one source: an IPv4 address, an IPv6 /64, of which every host has so many
+    addresses that they tell nothing."""
     # A virtual address stands for one far end, whose /64 it shares with all others.
     return ipaddress.ip_address(host).packed[: 16 if is_virtual((host, 0)) else 8]

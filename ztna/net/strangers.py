@@ -29,8 +29,8 @@ HANDSHAKE_RATE = 50.0
 HANDSHAKE_BURST = 256.0
 ALL_HANDSHAKES_RATE = 150.0
 ALL_HANDSHAKES_BURST = 1024.0
-# Our choice, of a peer's virtual address: one agent or connector, which needs a session, and now and
-# then a second one beside it. As an intermediate grants an identity.
+# Our choice, of a peer's virtual address: of one agent, which needs a session, and now and then a
+# second one beside it. An intermediate grants an identity as many.
 PEER_HANDSHAKE_RATE = 1.0
 PEER_HANDSHAKE_BURST = 30.0
 # Our choice. To look at a stranger's first packet, and answer it by Retry or Version Negotiation,

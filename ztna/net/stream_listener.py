@@ -18,9 +18,9 @@ import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.identity import Role
-from ztna.core.limits import SourceLimiter, TokenBucket
+from ztna.core.limits import SourceLimiter, TokenBucket, source_key
 from ztna.core.ports import Address
-from ztna.errors import RefusedError
+from ztna.errors import IdentityError, RefusedError
 from ztna.net.strangers import (
     ALL_HANDSHAKES_BURST,
     ALL_HANDSHAKES_RATE,
@@ -73,7 +73,7 @@ class StreamListener:
     expected_roles: Set[Role]
     denied_serials: Callable[[], Set[int]]
     now: Callable[[], datetime.datetime]
-    _half_open: Counter[str] = attrs.field(factory=Counter, init=False)
+    _half_open: Counter[bytes] = attrs.field(factory=Counter, init=False)
     _context: tuple[Credentials, ssl.SSLContext] | None = attrs.field(
         default=None, init=False, repr=False
     )
@@ -106,7 +106,7 @@ class StreamListener:
                     self._counters[why] += 1
                     await trio.aclose_forcefully(transport)
                 else:
-                    self._half_open[remote[0]] += 1
+                    self._half_open[source_key(remote[0])] += 1
                     nursery.start_soon(self._serve, transport, remote)
 
     def _no_room(self, host: str) -> str | None:
@@ -114,7 +114,7 @@ class StreamListener:
         half_open = self._half_open.total()
         if half_open >= MAX_HALF_OPEN:
             return "drop_half_open_full"
-        if self._half_open[host] >= MAX_HALF_OPEN_OF_ADDRESS:
+        if self._half_open[source_key(host)] >= MAX_HALF_OPEN_OF_ADDRESS:
             return "drop_half_open_of_address"
         if half_open + len(self.port.streams()) >= MAX_CONNECTIONS:
             return "drop_connections_full"
@@ -147,14 +147,15 @@ class StreamListener:
                     stream = self._admit(connection, remote, peer)
                     stack.pop_all()
                     return stream
-            except RefusedError as error:
+            except (RefusedError, IdentityError) as error:
                 reason = str(error)
             except _BROKEN:
                 reason = "the connection broke"
             finally:
-                self._half_open[remote[0]] -= 1
-                if not self._half_open[remote[0]]:
-                    del self._half_open[remote[0]]
+                source = source_key(remote[0])
+                self._half_open[source] -= 1
+                if not self._half_open[source]:
+                    del self._half_open[source]
             self._counters["refused"] += 1
             if self._log_gate.allow(trio.current_time()):
                 log.warning("TLS client refused", address=format_address(remote), reason=reason)

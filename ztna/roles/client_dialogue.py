@@ -35,7 +35,8 @@ from ztna.roles.served import Intermediate, Served, send_policy, send_service_ma
 
 log = structlog.get_logger(__name__)
 
-# Our choice: lines that one session can cause in the log by malformed messages, and by asking.
+# Our choice: lines that one session can cause in the log by malformed messages
+# or last words, and by asking.
 MALFORMED_LOG_LIMIT = 5
 ANSWER_LOG_LIMIT = 1000
 
@@ -60,12 +61,19 @@ async def read_control(intermediate: Intermediate, served: Served) -> None:
                     intermediate.introduce()
                 case Withdraw():
                     _receive_withdraw(intermediate, served, message)
-                case Goodbye():
-                    log.info("goodbye", reason=message.reason[:80])
-                case ProtocolError():
-                    log.warning("client reports a breach of ours", reason=message.reason[:200])
+                case Goodbye() | ProtocolError():
+                    served.last_words += 1
+                    if served.last_words <= MALFORMED_LOG_LIMIT:
+                        _log_last_words(message)
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} is not for a server")
+
+
+def _log_last_words(message: Goodbye | ProtocolError) -> None:
+    if isinstance(message, Goodbye):
+        log.info("goodbye", reason=message.reason[:80])
+    else:
+        log.warning("client reports a breach of ours", reason=message.reason[:200])
 
 
 async def _receive_hello_untrusted(

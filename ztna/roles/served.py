@@ -51,6 +51,7 @@ class Served:
     unauthorised: set[str] = attrs.Factory(set)
     policy_sent: SignedDocument | None = None
     malformed: int = 0
+    last_words: int = 0
     answered: int = 0
     dialogue_dropped: int = 0
     plain_refused: int = 0
