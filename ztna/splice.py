@@ -6,6 +6,7 @@ Both sides of the tunnel need it: the connector splices users' connections to it
 closes, or the send buffer fills. Half-close and reset go through in both directions.
 """
 
+import math
 import socket
 import struct
 from collections.abc import Callable
@@ -38,12 +39,14 @@ class Splice:
     """Moves bytes between a connection and a stream until both directions ended.
 
     touch: tells the connection's table that the connection was acted upon.
-    ended: how the connection broke; None while it did not.
+    ended: how the connection broke; None while it did not. heard_at: when the stream gave bytes
+    last, trio's time.
     """
 
     connection: TcpConnection
     touch: Callable[[], None]
     ended: Reset | TimedOut | None = None
+    heard_at: float = -math.inf
     _over: bool = False
     _cut: bool = False
     _changed: trio.Event = attrs.Factory(trio.Event)
@@ -125,5 +128,6 @@ class Splice:
                 connection.write_eof()
                 self.touch()
                 return
-            connection.write(data, trio.current_time())
+            self.heard_at = now = trio.current_time()
+            connection.write(data, now)
             self.touch()

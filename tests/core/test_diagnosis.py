@@ -23,6 +23,7 @@ def test_what_was_not_looked_at_was_not_tried() -> None:
         (StageName.NAME, 3),
         (StageName.ROUTE, 3),
         (StageName.CERTIFICATE, 4),
+        (StageName.AGENT, 6),
         (StageName.INTERMEDIATE, 6),
         (StageName.POLICY, 5),
         (StageName.CONNECTOR, 6),
@@ -35,6 +36,12 @@ def test_exit_codes_by_kind_of_cause(name: StageName, code: int) -> None:
     assert found.exit_code == code
     said = found.to_json()
     assert (said["works"], said["broken"], said["todo"]) == (False, name.value, "mend it")
+
+
+def test_an_exit_code_that_says_more_than_the_stage() -> None:
+    stage = broken(StageName.AGENT, "its file is wrong", "")
+    assert Diagnosis.of("web", [stage], 3).exit_code == 3
+    assert Diagnosis.of("web", [NAME], 3).exit_code == 0
 
 
 def test_the_first_broken_stage_is_the_cause() -> None:

@@ -30,6 +30,30 @@ async def test_handshake_shows_both_who_the_other_is(autojump_clock: MockClock) 
         assert trio.current_time() < 0.1
 
 
+async def test_a_question_takes_one_round_trip(autojump_clock: MockClock) -> None:
+    """Also several at once, and of both ends; lost ones go again."""
+    async with open_pair(LinkSpec(delay=0.05)) as pair:
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        for session in (client, server):
+            # The answer may wait for the peer's delayed ACK, 5 ms.
+            assert 0.1 <= await session.ask() < 0.13
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(client.ask)
+        pair.network.block(pair.client_host, pair.server_host)
+        with trio.move_on_after(2) as patience:
+            await client.ask()
+        assert patience.cancelled_caught
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.ask)
+            await trio.sleep(0.3)
+            pair.network.unblock(pair.client_host, pair.server_host)
+        server.close(CloseCode.GOODBYE, "")
+        with pytest.raises(SessionClosedError):
+            await client.ask()
+
+
 async def test_close_tells_the_peer_why(autojump_clock: MockClock) -> None:
     async with open_pair() as pair:
         client, server = await pair.connected()

@@ -30,11 +30,12 @@ from ztna.config.model import (
 )
 from ztna.core.policy import PolicyRule
 from ztna.core.policy_document import SignedDocument
-from ztna.core.ports import Address, IpPacket, UdpPort
+from ztna.core.ports import Address, IpPacket, UdpBatch, UdpPort
 from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.errors import ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork, MemoryUdpPort
 from ztna.net.aioquic_private.mutual_tls import utc_now
+from ztna.net.knock import Knocked, KnockResult, is_answer, request
 from ztna.net.stateless_reset import ResetKey
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_listener import StreamEntrance
@@ -387,11 +388,26 @@ class World:
                         check_route=check_route,
                         open_port=functools.partial(self.open_other_port, name),
                         map_port=self.map_port(name),
+                        knock=functools.partial(self.knock, name),
                         task_status=task_status,
                     )
 
         await self.nursery.start(run)
         return host
+
+    async def knock(self, name: str, address: Address, size: int) -> Knocked:
+        """As `net.knock` asks, from a port of a host in memory."""
+        number = bytes(12)
+        question = request(number, size)
+        with trio.move_on_after(1.2):
+            async with self.hosts[name].open_udp_port() as port:
+                while True:
+                    await port.send([UdpBatch(question, len(question), address)])
+                    with trio.move_on_after(0.3):
+                        for batch in await port.receive():
+                            if is_answer(bytes(batch.data), number):
+                                return Knocked(KnockResult.ANSWERS)
+        return Knocked(KnockResult.SILENT)
 
     def map_port(self, name: str) -> MapPort | None:
         """What a host's gateway gives for its port; None where it gives nothing."""

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.roles.memory import MemoryDialer
+from tests.roles.memory import BackendResetsError, MemoryDialer, StreamServer
 from ztna.backend.sockets import SocketDialer
 from ztna.core.flow import OfferedService
 from ztna.core.messages import Health, HealthAnswer
@@ -111,13 +111,67 @@ async def test_questions_at_once_are_bounded(autojump_clock: MockClock) -> None:
 async def test_kernel_sockets() -> None:
     """What the kernel says of a port that is open, and of one that is closed."""
     desk = HealthDesk(SocketDialer())
-    closed = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = closed[0].socket.getsockname()[1]
-    assert (await ask(desk, TCP_ALONE, ("127.0.0.1", port))).state == "answers"
-    await closed[0].aclose()
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener.socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        assert (await ask(desk, TCP_ALONE, ("127.0.0.1", port))).state == "answers"
+        nursery.cancel_scope.cancel()
     desk = HealthDesk(SocketDialer())
     assert (await ask(desk, TCP_ALONE, ("127.0.0.1", port))).state == "refuses"
     assert (await ask(desk, UDP_ALONE, ("127.0.0.1", port))).state == "refuses"
+
+
+async def test_application_that_hangs_behind_a_kernel_that_does_not() -> None:
+    """Nobody accepts, as where a process is stopped: the kernel completes the connection."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        backend = ("127.0.0.1", listener.socket.getsockname()[1])
+        answer = await ask(HealthDesk(SocketDialer()), TCP_ALONE, backend)
+    assert answer.state == "hangs"
+    assert "neither a word nor an end came in 2 s" in answer.words
+
+
+async def silent(stream: trio.abc.HalfCloseableStream) -> None:
+    await trio.sleep_forever()
+
+
+async def resets(stream: trio.abc.HalfCloseableStream) -> None:
+    raise BackendResetsError
+
+
+async def speaks_first(stream: trio.abc.HalfCloseableStream) -> None:
+    await stream.send_all(b"220 ready")
+    await trio.sleep_forever()
+
+
+async def test_what_an_application_does_with_an_empty_connection(
+    autojump_clock: MockClock,
+) -> None:
+    heard_at = -math.inf
+
+    async def state(server: StreamServer) -> str:
+        await trio.sleep(1.1)
+        dialer.streams[BACKEND] = server
+        return (await ask(desk, TCP_ALONE)).state
+
+    async with trio.open_nursery() as nursery:
+        dialer = MemoryDialer(nursery)
+        desk = HealthDesk(dialer, lambda _: heard_at)
+        for server in (serve, resets, speaks_first):
+            assert await state(server) == "answers"
+        # Some take no notice of it: what they send to users shows that they live.
+        assert await state(silent) == "hangs"
+        await trio.sleep(1)
+        heard_at = trio.current_time()
+        assert await state(silent) == "answers"
+        # And later that silence alone says nothing of them.
+        await trio.sleep(60)
+        assert await state(silent) == "not told"
+        # Until one takes notice.
+        assert await state(serve) == "answers"
+        assert await state(silent) == "hangs"
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +202,7 @@ async def test_asking(autojump_clock: MockClock) -> None:
         asks.receive(HealthAnswer(health.number, health.service, "answers", ""))
 
     async with trio.open_nursery() as nursery:
-        for seconds, expected in ((1.0, "answers"), (math.inf, None), (7.0, None)):
+        for seconds, expected in ((1.0, "answers"), (math.inf, None), (9.0, None)):
             with trio.move_on_after(20):
                 send = sent.append
                 if seconds < math.inf:

@@ -1,7 +1,7 @@
 """`ztna why` names the true cause, in each set-up that is broken in another way.
 
-In memory, on the virtual clock. Blocked UDP with TLS, and a hostile MTU on real links:
-tests/lab/test_seen.py. NATs that allow no direct path: tests/roles/test_ways.py.
+In memory, on the virtual clock. By real processes: tests/lab/test_why.py. NATs that allow no direct
+path: tests/nat/test_seen.py.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.identity import Identity
 from ztna.core.policy import PolicyRule
-from ztna.errors import UsageError
+from ztna.errors import RefusedError, UsageError
 from ztna.nat.link import LinkSpec
 from ztna.roles.agent_view import AgentView
 
@@ -69,6 +69,7 @@ STAGES = [
     "name",
     "route",
     "certificate",
+    "agent",
     "intermediate",
     "policy",
     "connector",
@@ -154,8 +155,13 @@ async def test_udp_blocked_and_tls_too(autojump_clock: MockClock) -> None:
         tcp.refuses = True
         await trio.sleep(10)
         answer = await why(agent)
-        assert_broken(answer, "intermediate", "UDP: no QUIC handshake with 198.51.100.10:4433")
-        assert "TLS: TLS with 198.51.100.10:443" in answer["found"]
+        assert_broken(answer, "intermediate", "UDP is blocked: 198.51.100.10 refuses con")
+        assert "over TLS: TLS with 198.51.100.10:443: TCP: Connection refused" in answer["found"]
+        assert "let UDP out to 198.51.100.10:4433" in answer["todo"]
+        tcp.refuses, tcp.hangs = False, True
+        answer = await why(agent)
+        assert_broken(answer, "intermediate", "intermediate unreachable: 198.51.100.10 answers")
+        assert "neither on UDP port 4433, nor on TCP port 443" in answer["found"]
 
 
 async def test_own_certificate_expired(autojump_clock: MockClock) -> None:
@@ -178,23 +184,23 @@ async def test_intermediate_unreachable(autojump_clock: MockClock) -> None:
     async with open_world(POLICY) as world:
         world.dialer.streams[WEB_BACKEND] = listen
         agent = await world.start_agent(AGENT)
-        await trio.sleep(1)
-        assert_broken(await why(agent), "intermediate", "the first attempt goes on")
-        await trio.sleep(6)
-        answer = await why(agent)
-        assert_broken(
-            answer, "intermediate", "no answer: no QUIC handshake with 198.51.100.10:4433"
-        )
-        assert "firewall" in answer["todo"]
+        begun = trio.current_time()
+        answer = await why(agent)  # waits for the end of the first attempt
+        assert 5 < trio.current_time() - begun < 8
+        silent = "intermediate unreachable: 198.51.100.10 does not answer on UDP port 4433"
+        assert_broken(answer, "intermediate", silent)
+        assert "is its machine up" in answer["todo"]
         await world.start_intermediate()
         await world.start_connector(CONNECTOR)
         await trio.sleep(40)
         assert (await why(agent))["works"]
         await world.kill("intermediate")
+        # At once, also while nobody has used the session since.
+        assert_broken(await why(agent), "intermediate", silent)
         async with UserHost.open(agent) as user:
             user.send(echo_request(user.address(WEB_IP), WEB_IP.packed))
             await trio.sleep(13)
-        assert_broken(await why(agent), "intermediate", "198.51.100.10:4433")
+        assert_broken(await why(agent), "intermediate", silent)
 
 
 async def test_wrong_name_in_the_servers_certificate(autojump_clock: MockClock) -> None:
@@ -225,7 +231,7 @@ async def test_no_connector_registered(autojump_clock: MockClock) -> None:
         await world.start_intermediate()
         agent = await world.start_agent(AGENT)
         await trio.sleep(1)
-        assert_broken(await why(agent), "connector", "no connector provides web now")
+        assert_broken(await why(agent), "connector", "no connector is registered for web")
 
 
 async def test_connector_that_is_gone(autojump_clock: MockClock) -> None:
@@ -315,17 +321,33 @@ async def test_mtu_black_hole_before_there_is_a_session(autojump_clock: MockCloc
         # And with nobody there it is not called so.
         world.stop("intermediate")
         await trio.sleep(7)
-        assert_broken(await why(agent), "intermediate", "no answer")
+        assert_broken(await why(agent), "intermediate", "does not answer on UDP port 4433")
+
+
+async def test_mtu_black_hole_is_no_blocked_udp(autojump_clock: MockClock) -> None:
+    """It works over TLS; that UDP does not is not the doing of who blocks UDP."""
+    async with open_world(POLICY) as world:
+        world.tcp = MemoryTcp()
+        world.hosts["laptop"] = world.network.host("203.0.113.1")
+        narrow = LinkSpec(delay=0.01, mtu=1000)
+        world.network.set_link(world.hosts["laptop"], world.relay_host, narrow)
+        agent = await open_all(world)
+        await trio.sleep(10)
+        answer = await why(agent)
+        assert answer["works"]
+        (stage,) = [each for each in answer["stages"] if each["state"] == "degraded"]
+        assert "MTU black hole: 198.51.100.10:4433 answers small" in stage["found"]
+        assert "small MTU" in stage["todo"]
 
 
 async def test_nothing_comes_back(autojump_clock: MockClock) -> None:
-    """The path is dead, and the session does not know it yet."""
+    """Behind the intermediate, which answers."""
     async with open_world(POLICY) as world:
         agent = await open_all(world)
         await trio.sleep(1)
         world.network.block(world.hosts["home"], world.relay_host)
         answer = await why(agent)
-        assert_broken(answer, "path", "no answer to 3 echoes", also="not tried")
+        assert_broken(answer, "connector", "connector/home answers no more")
         assert states(answer)["backend"] == "not tried"
 
 
@@ -440,9 +462,9 @@ async def test_odd_requests(
 
 
 async def test_ping_of_a_refused_service(autojump_clock: MockClock) -> None:
-    """By the intermediate: no echo leaves. By a signed policy it is refused in words at once."""
+    """In words and at once, and no echo leaves."""
     async with open_world(POLICY) as world:
         agent = await open_all(world)
         await trio.sleep(1)
-        line, summary = await agent.ask(ask="ping", service="vault", count=1)
-        assert (line["rtt"], line["path"], summary["exit_code"]) == (None, "none", 6)
+        with pytest.raises(RefusedError, match="no policy rule lets agent/laptop reach vault"):
+            await agent.ask(ask="ping", service="vault", count=1)

@@ -46,6 +46,11 @@ class TcpSplice:
     def __attrs_post_init__(self) -> None:
         self._splice = Splice(self.flow.connection, lambda: self.owner.touch(self.flow))
 
+    @property
+    def heard_at(self) -> float:
+        """When the backend sent something last, trio's time."""
+        return self._splice.heard_at
+
     def wake(self) -> None:
         """Something happened to the connection."""
         self._splice.wake()

@@ -45,6 +45,7 @@ class Terminator:
     backends: Mapping[str, Address]
     dialer: Dialer = attrs.Factory(SocketDialer)
     _drivers: dict[Flow, TcpSplice | UdpForward] = attrs.Factory(dict)
+    _heard: dict[Address, float] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
     _log_bucket: TokenBucket = attrs.Factory(lambda: TokenBucket(LOG_RATE, LOG_BURST))
     _timer_changed: trio.Event = attrs.Factory(trio.Event)
@@ -79,6 +80,15 @@ class Terminator:
         self.table.services, self.backends = services, backends
         for flow in over:
             self._abort(flow)
+
+    def heard_at(self, backend: Address) -> float:
+        """When a backend sent something last over TCP, trio's time; -infinity if it never did."""
+        running = [
+            driver.heard_at
+            for driver in self._drivers.values()
+            if isinstance(driver, TcpSplice) and driver.backend == backend
+        ]
+        return max([self._heard.get(backend, -math.inf), *running])
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
         """Take a batch of users' packets, each with the id of its service."""
@@ -158,6 +168,17 @@ class Terminator:
             log.exception("internal error in a flow", backend=driver.backend)
             self._drivers.pop(driver.flow, None)
             self._abort(driver.flow)
+        finally:
+            if isinstance(driver, TcpSplice):
+                self._remember(driver)
+
+    def _remember(self, driver: TcpSplice) -> None:
+        """What is heard of a backend outlives the connection; backends of old files do not."""
+        known = set(self.backends.values())
+        self._heard = {each: at for each, at in self._heard.items() if each in known}
+        if driver.backend in known:
+            last = self._heard.get(driver.backend, -math.inf)
+            self._heard[driver.backend] = max(last, driver.heard_at)
 
     def _abort(self, flow: Flow) -> None:
         now = trio.current_time()

@@ -11,14 +11,13 @@ import rich_click as click
 from click import get_current_context
 from rich.console import Console
 
-from ztna.cli import seen_text
+from ztna.cli import seen_text, unanswered
 from ztna.cli.main import verbose_option
 from ztna.cli.text import printable
 from ztna.config.load import load_config
 from ztna.config.model import AgentConfig, default_file, default_state_dir
 from ztna.core.identity import Role
-from ztna.errors import ConfigError, IdentityError, SystemSetupError, UnreachableError, ZtnaError
-from ztna.pki import load_credentials
+from ztna.errors import ConfigError, SystemSetupError, UnreachableError, ZtnaError
 from ztna.roles.local import RUNTIME_FOLDER, socket_path
 
 # Our choice: longer than any look at a service takes, several of them one after the other.
@@ -124,8 +123,9 @@ def ping(
 def why(service: str, config: Path | None, given: Path | None, as_json: bool) -> None:
     """Say why a service does not work, and why its path is not direct.
 
-    Goes along the way, name, route, certificate, intermediate, policy, connector, backend, path,
-    and names the first stage that is broken, with what to do. SERVICE: its id, name or address.
+    Goes along the way, name, route, certificate, agent, intermediate, policy, connector, backend,
+    path, and names the first stage that is broken, with what to do. SERVICE: its id, name or
+    address.
 
     The exit code is 0 if nothing is broken, else as of ztna status.
 
@@ -133,9 +133,10 @@ def why(service: str, config: Path | None, given: Path | None, as_json: bool) ->
     """
     try:
         answer = _one(_ask(config, given, {"ask": "why", "service": service}))
-    except UnreachableError as error:
-        _check_files(config, error)
-        raise
+    except NobodyError as error:
+        file = config or default_file(Role.AGENT)
+        diagnosis = unanswered.diagnose(service, file, error.words)
+        answer = {"kind": "why", **diagnosis.to_json(), "path": None}
     _show(answer, as_json, seen_text.why)
     get_current_context().exit(_code(answer))
 
@@ -191,6 +192,16 @@ def _ask(config: Path | None, given: Path | None, request: Mapping[str, object])
                 yield answer
 
 
+class NobodyError(UnreachableError):
+    """No agent runs here."""
+
+    def __init__(self, path: Path) -> None:
+        self.words = f"no agent runs here: nobody answers at {path}"
+        super().__init__(
+            f"{self.words}; start it (ztna run agent), or name its --config or --socket"
+        )
+
+
 def _one(answers: Iterator[Line]) -> Line:
     """The only answer."""
     for answer in answers:
@@ -216,10 +227,7 @@ def _connect(connection: socket.socket, path: Path) -> None:
     except OSError as error:
         if error.errno not in {errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR}:
             raise SystemSetupError(f"{path}: {error.strerror or error}") from error
-        raise UnreachableError(
-            f"no agent runs here: nobody answers at {path}; start it (ztna run agent), or name "
-            "its --config or --socket"
-        ) from error
+        raise NobodyError(path) from error
 
 
 def _error(answer: Line) -> ZtnaError:
@@ -241,13 +249,3 @@ def _socket(config: Path | None) -> Path:
         own = loaded.status_socket or socket_path(Role.AGENT, loaded.state_dir)
     # An agent that systemd runs has its state, but not its socket, where its unit says.
     return own if config is not None or own.exists() else RUNTIME_FOLDER / own.name
-
-
-def _check_files(config: Path | None, error: UnreachableError) -> None:
-    """No agent runs: perhaps because it cannot. Raises what its files are refused for."""
-    file = config or default_file(Role.AGENT)
-    try:
-        identity = load_config(AgentConfig, file, []).identity
-        load_credentials(identity.cert, identity.key, identity.ca)
-    except (ConfigError, IdentityError) as cause:
-        raise type(cause)(f"{error}\n  it cannot start: {cause}") from error

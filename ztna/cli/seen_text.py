@@ -18,6 +18,8 @@ def status(console: Console, answer: Line) -> None:
     intermediate = answer["intermediate"]
     rtt = "" if not intermediate["rtt"] else f", round trip {_time(intermediate['rtt'])}"
     where = f"{intermediate['address']}: {intermediate['words']}{rtt}"
+    if intermediate["state"] != "ok":
+        where = f"{intermediate['address']}: {intermediate['state']}: {intermediate['found']}"
     _print(console, f"{answer['identity']}, tunnel address {answer['tunnel_address'] or 'none'}")
     _print(console, f"intermediate {where}")
     if answer["observed_address"]:
@@ -25,11 +27,12 @@ def status(console: Console, answer: Line) -> None:
     services = answer["services"]
     heads = ("service", "state", "proof", "path", "rtt", "loss", "mtu", "backend")
     _table(console, heads, [_row(each) for each in services])
+    said: dict[str, list[str]] = {}
     for each in services:
-        if not each["ready"]:
-            _print(console, f"{each['service']}: {each['words']} (ztna why {each['service']})")
-        for note in each["notes"]:
-            _print(console, f"{each['service']}: {note}")
+        for words in [*([] if each["ready"] else [each["words"]]), *each["notes"]]:
+            said.setdefault(words, []).append(each["service"])
+    for words, names in said.items():
+        _print(console, f"{', '.join(names)}: {words} (ztna why {names[0]})")
     for here, there in sorted({(s["nat_here"], s["nat_there"]) for s in services if s["nat_here"]}):
         _print(console, f"NAT here: {here}; at the connector: {there or 'not known'}")
 
@@ -65,23 +68,29 @@ def ping(console: Console, answer: Line) -> None:
 
 
 def why(console: Console, answer: Line) -> None:
-    """The stages, the cause, and why it is not direct."""
-    for stage in answer["stages"]:
-        mark = stage["state"].upper() if stage["state"] == "broken" else stage["state"]
-        line = f"{stage['name']:<13}{mark:<11}{stage['found']}"
-        _print(console, line, _MARKS.get(stage["state"], "dim"))
-    _print(console, "")
-    if answer["works"]:
-        _print(console, f"{answer['service']} works.", "green")
-    else:
+    """The cause and what to do about it; then every stage, and why the path is not direct."""
+    path = answer["path"]
+    if not answer["works"]:
         _print(console, f"Broken: {answer['broken']}: {answer['found']}", "red")
         _print(console, f"To do: {answer['todo']}")
+    else:
+        way = "" if path is None else f": {_way(path['way'])}"
+        _print(console, f"{answer['service']} works{way}", "green")
     for stage in answer["stages"]:
         if stage["state"] == "degraded":
             _print(console, f"Weak: {stage['name']}: {stage['found']}", "yellow")
             _print(console, f"To do: {stage['todo']}")
-    if answer["path"] is not None:
-        for line in _story(answer["path"], answer["path"]["way"]):
+    if answer["works"] and path is not None and not path["direct"]:
+        for line in _not_direct(path):
+            _print(console, line)
+    _print(console, "")
+    for stage in answer["stages"]:
+        mark = stage["state"].upper() if stage["state"] == "broken" else stage["state"]
+        line = f"{stage['name']:<13}{mark:<11}{stage['found']}"
+        _print(console, line, _MARKS.get(stage["state"], "dim"))
+    if path is not None:
+        _print(console, "")
+        for line in _tried(path):
             _print(console, line)
 
 
@@ -100,24 +109,32 @@ def paths(console: Console, answer: Line) -> None:
             reason = f": {path['reason']}" if path.get("reason") else ""
             line = f" {mark} {path['kind']} {path['address']}{rtt} {path['state']}{reason}"
             _print(console, line)
-        for line in _story(peer, peer["selected"]):
+        if not peer["direct"]:
+            for line in _not_direct(peer):
+                _print(console, f"   {line}")
+        for line in _tried(peer):
             _print(console, f"   {line}")
 
 
-def _story(story: Line, way: Line) -> Iterator[str]:
-    """Why a path is not direct: both NATs, every pair with its reason, what would change it."""
-    yield f"Path: {way['kind']}" + (f" {way['address']}" if way["address"] else "")
-    if story["nat_here"]:
-        yield f"NAT here: {story['nat_here']}; at the connector: {story['nat_there']}"
-    if story["direct"]:
-        return
+def _way(way: Line) -> str:
+    return f"{way['kind']} {way['address']}".rstrip()
+
+
+def _not_direct(story: Line) -> Iterator[str]:
     yield f"Not direct: {story['why']}"
+    if story["would_change"]:
+        yield f"What would change it: {story['would_change']}"
+
+
+def _tried(story: Line) -> Iterator[str]:
+    """Both NATs, and every pair with its reason."""
+    if story["nat_here"]:
+        there = story["nat_there"] or "not known"
+        yield f"NAT here: {story['nat_here']}; at the connector: {there}"
     for title, pairs in (("from here", story["pairs"]), ("from there", story["peer_pairs"])):
         for pair in pairs:
             reason = f": {pair['reason']}" if pair["reason"] else ""
             yield f"  {title} to {pair['kind']} {pair['remote']}: {pair['state']}{reason}"
-    if story["would_change"]:
-        yield f"What would change it: {story['would_change']}"
 
 
 def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -27,6 +27,7 @@ class StageName(enum.Enum):
     NAME = "name"
     ROUTE = "route"
     CERTIFICATE = "certificate"
+    AGENT = "agent"
     INTERMEDIATE = "intermediate"
     POLICY = "policy"
     CONNECTOR = "connector"
@@ -46,12 +47,16 @@ _UNREACHABLE = 6
 
 @attrs.frozen
 class Stage:
-    """One stage. found: what is true, in words. todo: what to do about it; empty if nothing."""
+    """One stage. found: what is true, in words. todo: what to do about it; empty if nothing.
+
+    passing: it will be another one soon, by itself.
+    """
 
     name: StageName
     state: StageState
     found: str
     todo: str = ""
+    passing: bool = False
 
 
 def ok(name: StageName, found: str) -> Stage:
@@ -64,9 +69,9 @@ def degraded(name: StageName, found: str, todo: str) -> Stage:
     return Stage(name, StageState.DEGRADED, found, todo)
 
 
-def broken(name: StageName, found: str, todo: str) -> Stage:
+def broken(name: StageName, found: str, todo: str, *, passing: bool = False) -> Stage:
     """A stage at which it ends."""
-    return Stage(name, StageState.BROKEN, found, todo)
+    return Stage(name, StageState.BROKEN, found, todo, passing)
 
 
 @attrs.frozen
@@ -75,10 +80,12 @@ class Diagnosis:
 
     service: str
     stages: tuple[Stage, ...]
+    code: int = 0
 
     @classmethod
-    def of(cls, service: str, known: Sequence[Stage]) -> "Diagnosis":
-        """The stages that were looked at; the others were not tried."""
+    def of(cls, service: str, known: Sequence[Stage], code: int = 0) -> "Diagnosis":
+        """The stages that were looked at; the others were not tried. code: an exit code that says
+        more than the stage; 0 for the stage's."""
         by_name = {stage.name: stage for stage in known}
         waiting = "an earlier stage is broken"
         return cls(
@@ -86,6 +93,7 @@ class Diagnosis:
             tuple(
                 by_name.get(name, Stage(name, StageState.NOT_TRIED, waiting)) for name in StageName
             ),
+            code,
         )
 
     @property
@@ -101,7 +109,9 @@ class Diagnosis:
     @property
     def exit_code(self) -> int:
         """Of the kind of the cause; 0 if there is none."""
-        return 0 if self.cause is None else _CODES.get(self.cause.name, _UNREACHABLE)
+        if self.cause is None:
+            return 0
+        return self.code or _CODES.get(self.cause.name, _UNREACHABLE)
 
     def to_json(self) -> dict[str, object]:
         """For programs."""

@@ -292,6 +292,8 @@ class Session(SessionQueues):
                     self._owner.connection_id_issued(self, connection_id)
                 case events.ConnectionIdRetired(connection_id=connection_id):
                     self._owner.connection_id_retired(self, connection_id)
+                case events.PingAcknowledged(uid=number):
+                    self._take_answer(number)
                 case events.HandshakeCompleted():
                     self._handshake_completed()
         if datagrams:
@@ -330,6 +332,10 @@ class Session(SessionQueues):
             self._stirred = True
             self._heartbeat.asked(now)
             self._heartbeat.sent(now)
+        if self._peer is not None and self._questions:
+            for number in self._take_questions():
+                self._connection.send_ping(number)
+                self._stirred = True
 
     def _watch_answers(self, now: float) -> None:
         """Notice a peer that does not acknowledge what it should, and one that does again.

@@ -127,6 +127,8 @@ class SessionQueues:
     _datagrams_here: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
     _control_here: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
     _room_here: ParkingLot = attrs.field(factory=ParkingLot, init=False, repr=False)
+    _asked: int = attrs.field(default=0, init=False, repr=False)
+    _questions: dict[int, bool] = attrs.field(factory=dict, init=False, repr=False)
     _counters: dict[str, int] = attrs.field(
         factory=lambda: dict.fromkeys(_COUNTERS, 0), init=False, repr=False
     )
@@ -191,6 +193,35 @@ class SessionQueues:
         while self._close_info is None:
             await self._changed.park()
         return self._close_info
+
+    async def ask(self) -> float:
+        """Have the peer acknowledge a PING of its own; return the seconds that took.
+
+        Waits for as long as that takes. Raises SessionClosedError.
+        """
+        self._asked += 1
+        number, begun = self._asked, trio.current_time()
+        self._questions[number] = False
+        self._wake.set()
+        try:
+            await trio.lowlevel.checkpoint()
+            while number in self._questions:
+                self._raise_if_closed()
+                await self._changed.park()
+        finally:
+            self._questions.pop(number, None)
+        return trio.current_time() - begun
+
+    def _take_questions(self) -> list[int]:
+        """PINGs to send that were not sent yet."""
+        fresh = [number for number, sent in self._questions.items() if not sent]
+        self._questions.update(dict.fromkeys(fresh, True))
+        return fresh
+
+    def _take_answer(self, number: int) -> None:
+        """The peer has acknowledged a PING."""
+        if self._questions.pop(number, None) is not None:
+            self._changed.unpark_all()
 
     def deliver_datagrams(self, receiver: Receiver) -> None:
         """From now on hand DATAGRAMs to a function as they come, instead of `receive_datagrams`.

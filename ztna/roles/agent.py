@@ -31,6 +31,7 @@ from ztna.core.ports import IpPacket, TunDevice, UdpPort
 from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
+from ztna.net.knock import Knock, knock
 from ztna.net.session import Session
 from ztna.net.stream_dialer import StreamDialer
 from ztna.pki import Credentials
@@ -84,6 +85,7 @@ async def run_agent(
     check_route: CheckRoute = no_obstacle,
     open_port: OpenPort | None = None,
     map_port: MapPort | None = None,
+    knock: Knock = knock,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry packets between tun and the intermediate until cancelled.
@@ -93,7 +95,7 @@ async def run_agent(
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
     ports, to learn what the NAT is like and to guess its ports. map_port: asks the gateway to open
     this one.
-    serve: answers those who ask what this agent sees. check_route: see `Seen`.
+    serve: answers those who ask what this agent sees. check_route, knock: see `Seen`.
     """
     fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
     routes = RouteTable.of(())
@@ -135,7 +137,7 @@ async def run_agent(
             streams,
         )
         if serve is not None:
-            view = AgentView(Seen(agent, keeper, agent.echoes, check_route))
+            view = AgentView(Seen(agent, keeper, agent.echoes, check_route, knock))
             nursery.start_soon(serve, view.answer)
         if policy is not None:
             registry.register("policy", policy.statistics)

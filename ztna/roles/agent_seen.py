@@ -16,6 +16,7 @@ from ztna.core.encapsulation import ServiceLabel
 from ztna.core.identity import Identity
 from ztna.core.ports import IpPacket
 from ztna.core.routes import RouteTable
+from ztna.net.knock import Knock, knock
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_peers import AgentPeers
 from ztna.roles.control_client import ControlLink
@@ -61,12 +62,16 @@ class Round:
 
 @attrs.define(eq=False)
 class Seen:
-    """The agent, as those see it who only look. check_route: asks the system's own routes."""
+    """The agent, as those see it who only look.
+
+    check_route: asks the system's own routes. knock: asks at the intermediate's UDP port.
+    """
 
     agent: AgentState
     keeper: ControlKeeper
     echoes: EchoBook
     check_route: CheckRoute = no_obstacle
+    knock: Knock = knock
 
     @property
     def intermediate(self) -> str:
@@ -125,7 +130,8 @@ class Seen:
         link = self.agent.link
         if link is not None:
             over = "TLS" if is_virtual(link.session.remote_address) else "UDP"
-            return f"session over {over}"
+            silent = ", which it leaves unanswered" if link.session.suspect else ""
+            return f"session over {over}{silent}"
         trouble = self.keeper.trouble
         return "no session yet" if trouble is None else trouble.words
 

@@ -5,15 +5,17 @@ tunnel, `status` and `why` have the connector try its application. `roles.agent_
 service's way; what the paths are is `roles.ways`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import attrs
 import trio
 
 from ztna.core.addresses import format_address
+from ztna.core.diagnosis import Stage
 from ztna.core.ice.paths import Path
 from ztna.errors import RefusedError, UnreachableError, UsageError
 from ztna.roles.agent_peer import Peer
+from ztna.roles.agent_reach import look_intermediate, settled
 from ztna.roles.agent_seen import Round, Seen, find_service
 from ztna.roles.agent_why import Walk
 from ztna.roles.local import Request, Send
@@ -60,9 +62,15 @@ class AgentView:
         names = [service.id for service in seen.agent.granted.services]
         seen.echoes.keep_only(names)
 
+        reach = await settled(lambda: look_intermediate(seen))
+
+        async def known(_: Seen) -> Stage:
+            await trio.lowlevel.checkpoint()
+            return reach
+
         async def look(name: str) -> None:
             async with limiter:
-                rows[name] = await self._row(name)
+                rows[name] = await self._row(name, known)
 
         async with trio.open_nursery() as nursery:
             for name in names:
@@ -79,6 +87,9 @@ class AgentView:
                 "address": seen.intermediate,
                 "up": link is not None,
                 "words": session,
+                "state": reach.state.value,
+                "found": reach.found,
+                "todo": reach.todo,
                 "rtt": None if link is None else link.session.statistics()["rtt"],
             },
             "observed_address": None if observed is None else format_address(observed),
@@ -86,8 +97,8 @@ class AgentView:
             "exit_code": max(codes, default=0 if link is not None else UnreachableError.exit_code),
         }
 
-    async def _row(self, name: str) -> dict[str, object]:
-        walk = Walk(self.seen, name)
+    async def _row(self, name: str, reach: Callable[[Seen], Awaitable[Stage]]) -> dict[str, object]:
+        walk = Walk(self.seen, name, reach)
         diagnosis = await walk.diagnose()
         record, peer = self.seen.echoes.record(name), self.seen.peer_of(name)
         cause, service = diagnosis.cause, self.seen.service(name)
@@ -124,7 +135,8 @@ class AgentView:
         service = find_service(self.seen, name)
         if service is None:
             raise UsageError(f"this agent knows no service {name[:80]!r}; ztna status lists them")
-        refusal = self.seen.agent.granted.refused.get(service.id)
+        agent = self.seen.agent
+        refusal = agent.granted.refused.get(service.id) or agent.routes.refused.get(service.id)
         if refusal is not None:
             raise RefusedError(refusal)
         number, stop = 0, request.get("until_direct") is True

@@ -4,12 +4,12 @@ backend, path. Each is tried or looked up now, and says in words what is true an
 
 import datetime
 import difflib
+from collections.abc import Awaitable, Callable
 
 import attrs
 import trio
 
 from ztna.config.model import AgentService
-from ztna.core.addresses import is_virtual
 from ztna.core.diagnosis import (
     Diagnosis,
     Stage,
@@ -20,12 +20,9 @@ from ztna.core.diagnosis import (
     ok,
 )
 from ztna.core.messages import HealthAnswer
-from ztna.errors import UnreachableError
 from ztna.roles import health
+from ztna.roles.agent_reach import SMALL_MTU, look_intermediate, settled
 from ztna.roles.agent_seen import Round, Seen
-from ztna.roles.control_client import ControlLink
-from ztna.roles.resolve import family_of, resolve
-from ztna.roles.trouble import Trouble, TroubleKind
 
 # Our choices: echoes of one look, and s that each may take; most of a second suffices for any path
 # that people would call working.
@@ -37,11 +34,16 @@ MESSAGE_HEADER = 3
 
 @attrs.define(eq=False)
 class Walk:
-    """One look at one service. health, largest: what it has found: the application's state, and
-    bytes of the largest packet that goes in one piece."""
+    """One look at one service.
+
+    reach: looks at the intermediate, for many services at once; None to look by itself.
+    health, largest: what was found: the application's state, and bytes of the largest packet that
+    goes in one piece.
+    """
 
     seen: Seen
     name: str
+    reach: Callable[[Seen], Awaitable[Stage]] | None = None
     health: HealthAnswer | None = None
     largest: int | None = None
 
@@ -53,14 +55,13 @@ class Walk:
             self._look_name,
             self._look_route,
             self._look_certificate,
+            self._look_agent,
             self._look_intermediate,
             self._look_policy,
             self._look_connector,
         ):
-            stages.append(look())
+            stages.append(await settled(look))
             if stages[-1].state is StageState.BROKEN:
-                if stages[-1].name is StageName.INTERMEDIATE:
-                    stages[-1] = await self._knock(stages[-1])
                 return Diagnosis.of(self.name, stages)
         service = self.seen.service(self.name)
         assert service is not None, "its name was looked at first"
@@ -109,52 +110,21 @@ class Walk:
             return degraded(stage, f"it expires on {until}", "have it renewed (ztna pki renew)")
         return ok(stage, f"valid until {until}")
 
-    def _look_intermediate(self) -> Stage:
-        seen, stage = self.seen, StageName.INTERMEDIATE
-        link, trouble = seen.agent.link, seen.keeper.trouble
-        if link is not None and not link.session.suspect:
-            return self._look_session(link)
-        if link is not None:
-            found = f"{seen.intermediate} leaves data unanswered for more than a second"
-            todo = "is it still up, and this machine's network?"
-        else:
-            found, todo = _no_session(seen.intermediate, trouble)
+    def _look_agent(self) -> Stage:
+        agent = self.seen.agent
+        address = "no tunnel address yet" if agent.address is None else f"{agent.address}"
+        return ok(StageName.AGENT, f"{agent.identity} runs, {address}")
+
+    async def _look_intermediate(self) -> Stage:
+        """Nothing is broken by it as long as a direct path carries the service."""
+        seen = self.seen
+        stage = await (self.reach or look_intermediate)(seen)
         peer = seen.peer_of(self.name)
-        if peer is not None and peer.carries(self.name) and peer.path.direct is not None:
-            return degraded(stage, f"{found}; the direct session goes on without it", todo)
-        return broken(stage, found, todo)
-
-    async def _knock(self, stage: Stage) -> Stage:
-        """No answer to QUIC, whose first packets have 1,200 bytes: do small ones pass?"""
-        seen, there = self.seen, self.seen.keeper.intermediate
-        peers, trouble = seen.agent.peers, seen.keeper.trouble
-        silent = trouble is not None and trouble.kind is TroubleKind.NO_ANSWER
-        if not silent or peers is None or peers.puncher is None:
-            return stage
-        family = family_of(seen.keeper.endpoint.port)
-        try:
-            address = await resolve(there.host, there.port, family)
-        except UnreachableError:
-            return stage
-        if not await peers.puncher.gatherer.knock(address):
-            return stage
-        found = (
-            f"MTU black hole: {seen.intermediate} answers small packets over UDP, and none of the "
-            "1,200 bytes that a QUIC handshake begins with"
-        )
-        return broken(StageName.INTERMEDIATE, found, _SMALL_MTU)
-
-    def _look_session(self, link: ControlLink) -> Stage:
-        stage, there = StageName.INTERMEDIATE, self.seen.intermediate
-        rtt = float(link.session.statistics()["rtt"]) * 1000
-        if is_virtual(link.session.remote_address):
-            found = (
-                f"UDP is blocked: {there} gives no answer by UDP, so the session runs over TLS "
-                f"(round trip {rtt:.1f} ms), which is slower"
-            )
-            todo = f"let UDP out to {there}, and let it in there"
-            return degraded(stage, found, todo)
-        return ok(stage, f"session over UDP with {there}, round trip {rtt:.1f} ms")
+        direct = peer is not None and peer.carries(self.name) and peer.path.direct is not None
+        if stage.state is StageState.BROKEN and direct:
+            found = f"{stage.found}; the direct session goes on without it"
+            return degraded(stage.name, found, stage.todo)
+        return stage
 
     def _look_policy(self) -> Stage:
         agent, stage = self.seen.agent, StageName.POLICY
@@ -164,10 +134,10 @@ class Walk:
             reason = link.refused.get(self.name)
         if reason is not None:
             todo = "whoever writes the policy can add a rule for this agent"
-            return broken(stage, reason, todo)
+            return broken(stage, f"denied: {reason}", todo)
         if link is not None and self.name not in link.labels:
             found = "the intermediate has not answered yet whether this agent may reach it"
-            return broken(stage, found, "wait some seconds, and ask again")
+            return broken(stage, found, "wait some seconds, and ask again", passing=True)
         by = "the signed policy" if agent.policy is not None else "the intermediate's policy"
         return ok(stage, f"{agent.identity} may reach it, by {by}")
 
@@ -177,9 +147,17 @@ class Walk:
             return Stage(stage, StageState.NOT_TOLD, "the plain relay does not say who answers")
         peer = self.seen.peer_of(self.name)
         if peer is None:
-            reason = agent.peers.unavailable.get(self.name, "the intermediate names none yet")
-            found = f"no connector provides {self.name} now: {reason}"
-            todo = "start it; its log must say `registered` for this service"
+            reason = agent.peers.unavailable.get(self.name)
+            todo = (
+                f"start the connector of {self.name} (ztna run connector); its log must say "
+                f"`registered` for {self.name}"
+            )
+            if reason is None:
+                found = f"the intermediate names no connector of {self.name} yet"
+                return broken(stage, found, todo, passing=True)
+            found = f"no connector is registered for {self.name}"
+            if not reason.startswith("no connector"):  # else it says the same
+                found = f"{found} that this agent can use: {reason}"
             return broken(stage, found, todo)
         name = str(peer.identity)
         if peer.carries(self.name):
@@ -191,12 +169,13 @@ class Walk:
             found = f"{name} has lost the intermediate: {peer.failure or 'no channel'}"
             return broken(stage, found, "see the connector's log")
         found = f"no session with {name}: {peer.failure or 'the handshake goes on'}"
-        return broken(stage, found, "see the connector's log; does its network let UDP through?")
+        todo = "see the connector's log; does its network let UDP through?"
+        return broken(stage, found, todo, passing=not peer.failure)
 
     # --- what is tried ------------------------------------------------------------------------
 
     async def _try(self, service: AgentService) -> list[Stage]:
-        """The application and the path, both at once."""
+        """The application and the path, both at once; what answers neither is the connector."""
         paths: list[Stage] = []
         async with trio.open_nursery() as nursery:
 
@@ -207,7 +186,19 @@ class Walk:
 
             nursery.start_soon(path)
             await self._ask_health(service.id)
-        return [self._backend(paths[0]), *paths]
+        gone = [] if self.health is not None else self._silent_connector(service.id)
+        return gone or [self._backend(paths[0]), *paths]
+
+    def _silent_connector(self, service_id: str) -> list[Stage]:
+        """Where it leaves all unanswered, it is no matter of the path: that is tried first by the
+        session itself, which takes the relay after a second of silence."""
+        peers = self.seen.agent.peers
+        link = None if peers is None else peers.link_for(service_id)
+        peer = self.seen.peer_of(service_id)
+        if peer is None or (link is not None and not link.session.suspect):
+            return []
+        found = f"{peer.identity} answers no more: it, its machine or its network is down"
+        return [broken(StageName.CONNECTOR, found, "see whether it runs, and its log")]
 
     async def _ask_health(self, service_id: str) -> None:
         peers = self.seen.agent.peers
@@ -254,7 +245,7 @@ class Walk:
                 f"MTU black hole: echoes of 64 bytes are answered, those of {room} are not; "
                 f"something on the way drops large packets ({small.words})"
             )
-            return broken(stage, found, _SMALL_MTU)
+            return broken(stage, found, SMALL_MTU)
         self.largest = room
         words = f"{small.words}, round trip {small.rtt * 1000:.1f} ms"
         return ok(stage, f"{words}, {room} bytes go in one piece")
@@ -265,28 +256,3 @@ class Walk:
             if got.rtt is not None:
                 return got
         return await self.seen.echo(service, PATIENCE, size)
-
-
-_SMALL_MTU = "find the link with the small MTU: a VPN, PPPoE or a firewall that drops ICMP"
-_TODO = {
-    TroubleKind.NO_NAME: "check `intermediate.host` and this machine's DNS",
-    TroubleKind.NO_ANSWER: "is it running (ss -ulnp there), do its firewall and this network let "
-    "UDP through?",
-    TroubleKind.ITS_CERTIFICATE: "set `server_name` to a name that its certificate holds, or have "
-    "the certificate issued with this one (ztna pki show)",
-    TroubleKind.OUR_CERTIFICATE: "compare `ztna pki show` of this agent's certificate with the "
-    "intermediate's CA",
-    TroubleKind.REFUSED: "see what the words name",
-    TroubleKind.PROTOCOL: "bring agent and intermediate to the same version",
-    TroubleKind.ENDED: "wait some seconds: it is tried again; else see the intermediate's log",
-}
-
-
-def _no_session(where: str, trouble: Trouble | None) -> tuple[str, str]:
-    """Why there is none, and what to do."""
-    if trouble is None:
-        return f"no session with {where} yet: the first attempt goes on", "ask again in 5 s"
-    words = trouble.words
-    if trouble.kind is TroubleKind.NO_ANSWER and len(trouble.ways) > 1:
-        words = "; ".join(f"{way.upper()}: {said}" for way, said in trouble.ways.items())
-    return f"{where}: {trouble.kind.value}: {words}", _TODO[trouble.kind]

@@ -206,7 +206,7 @@ class ConnectorPeers:
         if len(self._agents) >= MAX_AGENTS or self._nursery is None:
             return None
         terminator = self.new_terminator()
-        health = HealthDesk(terminator.dialer)
+        health = HealthDesk(terminator.dialer, terminator.heard_at)
         side = AgentSide(identity, self.endpoint.paths.open(), terminator, health=health)
         self._agents[identity] = side
         self._nursery.start_soon(self._run_side, side)

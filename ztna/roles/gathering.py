@@ -157,10 +157,6 @@ class Gatherer:
         hosts = frozenset(address[0] for address in seen)
         return Gathered(fit, NatView(self.nat, last_port), {0: versions}, hosts)
 
-    async def knock(self, server: Address) -> bool:
-        """Whether a server answers a small question over UDP, also while there is no session."""
-        return await self._ask(self.port.send, server) is not None
-
     def receive_response_untrusted(self, data: Buffer, number: bytes, source: Address) -> bool:
         """An answer to a question of ours; whether it was one."""
         question = self._asked.get(number)

@@ -6,6 +6,7 @@ what is younger than a second (docs/protocol.md section 10).
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import attrs
@@ -20,13 +21,16 @@ from ztna.core.ports import Address
 
 # docs/protocol.md section 10.
 CONNECT_TIME = 3.0
+END_TIME = 2.0
 UDP_TIME = 0.5
 MAX_AGE = 1.0
 MAX_RUNNING = 8
-# Our choices: results that are kept, and what the agent waits for an answer: the connector's time
-# for TCP and UDP, and some round trips.
+# Our choices: results that are kept; what the agent waits for an answer, which is the connector's
+# time for TCP and UDP, and some round trips; and for how long a backend that sent something counts
+# as alive: what hangs is asked about later than that.
 MAX_RESULTS = 256
-ANSWER_TIME = 6.0
+ANSWER_TIME = 8.0
+ALIVE_FOR = 5.0
 
 ANSWERS = "answers"
 REFUSES = "refuses"
@@ -49,12 +53,17 @@ class Tried:
 
 @attrs.define(eq=False)
 class HealthDesk:
-    """The connector's side, for one agent: tries backends for whoever asks."""
+    """The connector's side, for one agent: tries backends for whoever asks.
+
+    heard_at: when a backend sent something to this agent last; -infinity if it never did.
+    """
 
     dialer: Dialer = attrs.Factory(SocketDialer)
+    heard_at: Callable[[Address], float] = lambda _: -math.inf
     refused: int = 0
     _running: int = 0
     _results: dict[tuple[Address, frozenset[int]], Tried] = attrs.Factory(dict)
+    _silent_at: dict[Address, float] = attrs.Factory(dict)  # did not react to an empty connection
 
     def receive(
         self,
@@ -116,9 +125,28 @@ class HealthDesk:
             return _refusal(where, error)
         if stream is None:
             return HANGS, f"{where}: no answer to a connect in {CONNECT_TIME:g} s"
-        await trio.aclose_forcefully(stream)
-        took = (trio.current_time() - begun) * 1000
-        return ANSWERS, f"{where}: connected in {took:.1f} ms"
+        took = f"{where}: connected in {(trio.current_time() - begun) * 1000:.1f} ms"
+        try:
+            reacts = await _reacts(stream)
+        finally:
+            await trio.aclose_forcefully(stream)
+        return self._judge(backend, took, reacts=reacts)
+
+    def _judge(self, backend: Address, took: str, *, reacts: bool) -> tuple[str, str]:
+        """Of a backend whose machine has taken our connection: that machine's kernel does so for an
+        application that hangs, too."""
+        if reacts:
+            self._silent_at.pop(backend, None)
+            return ANSWERS, took
+        now, heard_at = trio.current_time(), self.heard_at(backend)
+        if now - heard_at < ALIVE_FOR:
+            return ANSWERS, f"{took}; it sent data {now - heard_at:.0f} s ago"
+        if len(self._silent_at) >= MAX_RESULTS:
+            self._silent_at.clear()
+        before = self._silent_at.setdefault(backend, now)
+        if heard_at > before:  # some applications are like that
+            return NOT_TOLD, f"{took}; it takes no notice when a connection ends, so it may hang"
+        return HANGS, f"{took}, but then neither a word nor an end came in {END_TIME:g} s"
 
     async def _try_udp(self, backend: Address) -> tuple[str, str]:
         where = f"UDP {format_host_port(backend)}"
@@ -134,6 +162,19 @@ class HealthDesk:
         except OSError as error:
             return _refusal(where, error)
         return NOT_TOLD, f"{where}: silent, as UDP may be; its port is not closed"
+
+
+async def _reacts(stream: trio.abc.HalfCloseableStream) -> bool:
+    """Whether anybody sees that we have nothing to say: an application answers the end of a
+    connection by a word, or by its own end."""
+    with trio.move_on_after(END_TIME):
+        try:
+            await stream.send_eof()
+            await stream.receive_some(1)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # a reset is an answer, too
+        return True
+    return False
 
 
 def _refusal(where: str, error: OSError) -> tuple[str, str]:
