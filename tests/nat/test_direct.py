@@ -41,12 +41,15 @@ class Lines:
             if str(each["event"]).startswith("Path selected:") and each["peer"] == peer
         ]
 
-    async def until(self, kind: str) -> None:
-        """Wait until both sides say that their packets take this kind of path."""
+    async def until(self, kind: str, or_reason: str = "") -> None:
+        """Wait until both sides say that their packets take this kind of path; or until one gives
+        such a reason why they do not."""
         peers = ("agent/laptop", "connector/home")
         async with aclosing(periodic(0.1)) as times:
             async for _ in times:
                 if all(self.of(each)[-1:] == [kind] for each in peers):
+                    return
+                if or_reason and any(or_reason in str(e.get("reason")) for e in self.entries):
                     return
 
 

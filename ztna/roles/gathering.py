@@ -2,9 +2,11 @@
 
 Of each IP version that the port carries, the host address is the machine's own towards the world;
 the server-reflexive one is asked of the intermediate by STUN from the port that carries QUIC, as
-only that port's mapping counts. Where the NAT is known to count ports, a fresh one shows which it
-gave last. The NAT itself is probed (RFC 5780) beside the first attempt, and again when the observed
-address is another one: simple checks need none of it.
+only that port's mapping counts. A NAT that gives each destination a port of its own has given one
+for the peer by the first attempt: where such a NAT counts ports, or lets everybody in, each attempt
+has a fresh port, which shows the number that was given last, or is a candidate. The NAT itself is
+probed (RFC 5780) beside the first attempt, and again when the observed address is another one:
+simple checks need none of it.
 """
 
 import ipaddress
@@ -12,6 +14,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from types import MappingProxyType
 from typing import Protocol
 
 import attrs
@@ -127,8 +130,16 @@ class Gatherer:
                 return source_address(self.server if same else _WORLD[version])
         return ""
 
-    async def gather(self) -> Gathered:
-        """Candidates, NAT, and local ports."""
+    @property
+    def wants_fresh_port(self) -> bool:
+        """Whether an attempt needs a local port that has sent nothing to the peer yet."""
+        view = NatView(self.nat)
+        counts = self.nat.ports is PortKind.SEQUENTIAL
+        return view.is_hard and (counts or view.lets_in)
+
+    async def gather(self, fresh: Mapping[int, UdpPort] = MappingProxyType({})) -> Gathered:
+        """Candidates, NAT, and local ports. fresh: opened for this attempt, by their numbers; their
+        answers come to `receive_response_untrusted`."""
         carried = {_version(address) for address in self.port.local_addresses}
         locals_ = {version: self.local_host(version) for version in sorted(carried)}
         reflexive: dict[int, Address] = {}
@@ -137,13 +148,17 @@ class Gatherer:
             for version, local in locals_.items():
                 if local:
                     nursery.start_soon(self._ask_as, version, reflexive)
-        if self.nat.ports is PortKind.SEQUENTIAL and locals_.get(4):
-            last_port = await self._last_port(locals_[4])
         number = self.port.local_address[1]
         found = [
             candidate(CandidateKind.HOST, (local, number)) for local in locals_.values() if local
         ]
         seen = [*reflexive.values(), *([] if self.observed is None else [self.observed])]
+        for port in fresh.values():
+            server = await self._server(4)
+            mapped = None if server is None else await self._ask(port.send, server)
+            if mapped is not None:
+                last_port = mapped[1]
+                seen += [mapped] if NatView(self.nat).lets_in else []
         for address in seen:
             kind, base = CandidateKind.SERVER_REFLEXIVE, locals_.get(_version(address), "")
             found.append(candidate(kind, address, base=base, server=str(self.server)))
@@ -155,7 +170,8 @@ class Gatherer:
         fit = [each for each in found if not CandidateRules().forbidden(each.address)]
         versions = frozenset(v for v, local in locals_.items() if local) or frozenset(carried)
         hosts = frozenset(address[0] for address in seen)
-        return Gathered(fit, NatView(self.nat, last_port), {0: versions}, hosts)
+        ports = {0: versions, **dict.fromkeys(fresh, frozenset({4}))}
+        return Gathered(fit, NatView(self.nat, last_port), ports, hosts, frozenset(fresh))
 
     def receive_response_untrusted(self, data: Buffer, number: bytes, source: Address) -> bool:
         """An answer to a question of ours; whether it was one."""
@@ -247,26 +263,6 @@ class Gatherer:
         finally:
             del self._asked[number]
         return question.mapped
-
-    async def _last_port(self, local: str) -> int:
-        """The outer port that the NAT gave last: that of a port which is opened for it."""
-        server = await self._server(4)
-        if self.open_port is None or server is None:
-            return 0
-        try:
-            async with self.open_port(local) as port, trio.open_nursery() as nursery:
-                nursery.start_soon(self._hear, port)
-                mapped = await self._ask(port.send, server)
-                nursery.cancel_scope.cancel()
-        except SystemSetupError:
-            return 0
-        return 0 if mapped is None else mapped[1]
-
-    async def _hear(self, port: UdpPort) -> None:
-        while True:
-            for batch in await port.receive():
-                data = bytes(batch.data[: batch.segment_size])
-                self.receive_response_untrusted(data, data[8:20], batch.address)
 
 
 def stun_server(control: Address) -> Address | None:

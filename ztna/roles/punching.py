@@ -340,12 +340,18 @@ class DirectPath:
             self.wake.set()
 
     async def _gather(self) -> None:
-        found = await self.puncher.gatherer.gather()
+        gatherer = self.puncher.gatherer
+        opened = await self._opened(1) if gatherer.wants_fresh_port else []
+        found = await gatherer.gather({number: self._ports[number] for number in opened})
         self.ice.gathered(found, trio.current_time())
         self.wake.set()
 
     async def _open_ports(self, count: int) -> None:
-        """As many as there are to be had; each is served by a task of its own."""
+        self.ice.ports_opened(await self._opened(count), trio.current_time())
+        self.wake.set()
+
+    async def _opened(self, count: int) -> list[int]:
+        """As many ports as there are to be had; each is served by a task of its own."""
         opened: list[int] = []
         assert self._nursery is not None
         with suppress(SystemSetupError):
@@ -354,8 +360,7 @@ class DirectPath:
                 if number is None:
                     break
                 opened.append(number)
-        self.ice.ports_opened(opened, trio.current_time())
-        self.wake.set()
+        return opened
 
     async def _serve_port(
         self, task_status: trio.TaskStatus[int | None] = trio.TASK_STATUS_IGNORED

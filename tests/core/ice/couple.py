@@ -48,10 +48,12 @@ class Side:
     messages: list[IceMessage] = attrs.field(factory=list)
     packets: list[tuple[float, PortBatch]] = attrs.field(factory=list)
     kinds: tuple[CandidateKind, ...] = (CandidateKind.HOST,)
+    fresh: frozenset[int] = frozenset()
 
     def gathered(self) -> Gathered:
         found = [candidate(kind, self.address) for kind in self.kinds]
-        return Gathered(found, self.nat, {0: {4}, 1: {6}}, frozenset({self.address[0]}))
+        ports = {0: {4}, 1: {6}, **{port: {4} for port in self.fresh}}
+        return Gathered(found, self.nat, ports, frozenset({self.address[0]}), self.fresh)
 
 
 @attrs.define

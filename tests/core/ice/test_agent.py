@@ -7,6 +7,7 @@ from tests.core.ice.couple import CONE, OPEN, SYMMETRIC, Couple, couple, direct_
 from ztna.core.ice.agent import IceAgent
 from ztna.core.ice.candidate import CandidateKind
 from ztna.core.ice.events import (
+    Event,
     GatherWanted,
     IceSettings,
     PathSelected,
@@ -23,9 +24,10 @@ from ztna.core.ice.messages import (
     PunchingResult,
     StartPunching,
 )
-from ztna.core.ice.negotiation import Phase
+from ztna.core.ice.negotiation import STEP_TIME, Phase
 from ztna.core.ice.paths import Use
 from ztna.core.ice.plan import NatView
+from ztna.core.ice.punching import Gathered
 from ztna.core.natclass import FilteringKind, MappingKind, NatBehaviour, PortKind, Presence
 from ztna.core.stun import attributes as stun
 from ztna.core.stun.messages import MessageClass, StunMessage, build_stun_message
@@ -457,6 +459,42 @@ def test_ports_that_come_too_late_are_given_back() -> None:
     agent = couple().agent.agent
     agent.ports_opened([7], 0.0)
     assert agent.next_event() == PortsReleased((7,))
+
+
+def test_a_fresh_port_is_checked_from_and_given_back() -> None:
+    """It is there from the offer on, until the attempt is over."""
+    both = couple()
+    both.agent.fresh, both.connector.fresh = frozenset({6}), frozenset({7})
+    both.blocked = {"to_agent", "to_connector"}
+    both.agent.agent.start(0.0)
+    both.run(4.0)
+    for side, port in ((both.agent, 6), (both.connector, 7)):
+        assert {packet.port for _, packet in side.packets} == {0, port}
+        assert side.agent.statistics()["extra_ports"] == 1
+    both.run(2.0)
+    for side, port in ((both.agent, 6), (both.connector, 7)):
+        assert PortsReleased((port,)) in side.events
+        assert side.agent.statistics()["extra_ports"] == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_fresh_port_whose_attempt_does_not_come(late: bool) -> None:
+    """The other side never answers, or the port came too late."""
+    agent = couple().agent.agent
+    agent.start(0.0)
+    if late:
+        agent.handle_timer(STEP_TIME)
+    agent.gathered(Gathered((), OPEN, {0: {4}, 7: {4}}, frozenset(), frozenset({7})), STEP_TIME)
+    events: list[Event] = []
+
+    def taken() -> list[Event]:
+        while (event := agent.next_event()) is not None:
+            events.append(event)
+        return events
+
+    assert (PortsReleased((7,)) in taken()) == late
+    agent.handle_timer(2 * STEP_TIME)
+    assert taken().count(PortsReleased((7,))) == 1
 
 
 def test_birthday_that_is_not_needed() -> None:

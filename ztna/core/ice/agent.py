@@ -103,8 +103,10 @@ class IceAgent:
 
     def gathered(self, found: Gathered, now: float) -> None:
         """The answer to `GatherWanted`; later ones are for nobody."""
+        self._extra_ports |= found.fresh
         self._talks.gathered(found, now)
         self._follow(now)
+        self._settle(now)
 
     def ports_opened(self, ports: Sequence[int], now: float) -> None:
         """The answer to `PortsWanted`: local ports as `PortBatch` will name them."""
@@ -331,6 +333,8 @@ class IceAgent:
 
     def _release_ports(self) -> None:
         used = {path.port for path in self.paths}
+        if self._talks.found is not None and self.phase in {Phase.OFFERED, Phase.ANSWERED}:
+            used |= self._talks.found.fresh
         waiting = self.punching
         idle = {
             port

@@ -40,13 +40,14 @@ class Gathered:
     """What a driver has found out about this node.
 
     ports: local ports, 0 first, and the IP versions of each. hosts: IP addresses that servers have
-    observed of us.
+    observed of us. fresh: ports that were opened for this attempt and are given back after it.
     """
 
     candidates: Sequence[Candidate]
     nat: NatView
     ports: Mapping[int, Set[int]]
     hosts: frozenset[str] = frozenset()
+    fresh: frozenset[int] = frozenset()
 
 
 @attrs.frozen
@@ -234,6 +235,8 @@ class Punching:
     def uses(self, port: int) -> bool:
         """Whether a local port is still needed."""
         if self._birthday is not None and port in self._birthday.ports:
+            return True
+        if self.started_at is None and port in self.own.fresh:
             return True
         return any(pair.port == port and pair.open for pair in self.pairs)
 
