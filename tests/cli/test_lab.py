@@ -19,9 +19,9 @@ from ztna.cli.main import cli
 from ztna.core.reachability import How
 from ztna.errors import SystemSetupError
 from ztna.nat.link import LinkSpec
-from ztna.nat.spec import CGNAT, FULL_CONE, PORT_RESTRICTED, SYMMETRIC, UDP_BLOCKED, NatSpec
+from ztna.nat.spec import CGNAT, FULL_CONE, OPEN, PORT_RESTRICTED, SYMMETRIC, UDP_BLOCKED, NatSpec
 from ztna.roles import connector, memory_site
-from ztna.roles.lab_matrix import PairOutcome, is_direct, measure_in_memory
+from ztna.roles.lab_matrix import Conditions, PairOutcome, Run, is_direct, measure_in_memory
 
 
 def invoke(*arguments: str) -> Result:
@@ -64,6 +64,10 @@ def test_direct_path_is_what_the_agent_says_last(monkeypatch: pytest.MonkeyPatch
         "path": "direct",
         "seconds_to_first_answer": 0.18,
         "seconds_to_direct_path": 0.33,
+        "seconds_of_punching": None,
+        "runs": 1,
+        "runs_with_direct_path": 1,
+        "all_seconds_to_direct_path": [0.33],
     }
     assert 'class="direct">direct 330 ms</text>' in as_svg(matrix)
 
@@ -93,16 +97,20 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert document["laboratory"] == "memory"
     first, second, *_ = document["pairs"]
     assert (first["agent_nat"], first["connector_nat"]) == ("symmetric", "symmetric")
+    alone: dict[str, object] = {"seconds_of_punching": None, "runs": 1, "runs_with_direct_path": 0}
+    alone["all_seconds_to_direct_path"] = [None]
     assert first["measured"] == {
         "path": "relay",
         "seconds_to_first_answer": 0.18,
         "seconds_to_direct_path": None,
+        **alone,
     }
     assert first["expected_not_measured"]["technique"] == "relay"
     assert second["measured"] == {
         "path": None,
         "seconds_to_first_answer": None,
         "seconds_to_direct_path": None,
+        **alone,
     }
     svg = ET.fromstring(files[1].read_text())
     words = [node.text or "" for node in svg.iter("{http://www.w3.org/2000/svg}text")]
@@ -111,9 +119,49 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert any(f"--nat symmetric --nat udp-blocked --svg {files[1]}" in one for one in words)
 
 
+def test_medians_of_several_runs() -> None:
+    """A path is direct where most runs had one; who had none tells nothing of the time to it."""
+    runs = [Run(0.2, 0.5, 0.3), Run(0.3), Run(0.4, 0.7, 0.5), Run(0.25, 9.0, 8.0)]
+    found = PairOutcome(SYMMETRIC, PORT_RESTRICTED, runs)
+    assert (found.path, found.direct, found.punched, found.direct_runs) == ("direct", 0.7, 0.5, 3)
+    assert found.seconds == pytest.approx(0.275)
+    half = PairOutcome(SYMMETRIC, PORT_RESTRICTED, runs[:2])
+    assert (half.path, half.direct) == ("relay", None)
+    assert PairOutcome(UDP_BLOCKED, OPEN, [Run(None)] * 2).path is None
+    matrix = Matrix("kernel", "", "", [found, half])
+    assert "3/4" in as_svg(matrix)
+    assert "3 of 4" not in as_svg(matrix)
+    assert as_json(matrix)["pairs"][0]["measured"]["all_seconds_to_direct_path"][1] is None
+
+
+def test_grid_of_mapping_and_filtering(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def measure(
+        pairs: list[tuple[NatSpec, NatSpec]], conditions: object, **_: bool
+    ) -> Iterator[PairOutcome]:
+        asked.append(conditions)
+        return (PairOutcome(*pair, [Run(0.5, 1.25)] * 2) for pair in reversed(pairs))
+
+    monkeypatch.setattr(module, "measure_in_memory", measure)
+    arguments = ("matrix", "--grid", "--runs", "2", "--delay", "20ms")
+    result = invoke(*arguments, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert asked == [Conditions(2, 0.02)]
+    document = json.loads(result.stdout)
+    pairs = [(one["agent_nat"], one["connector_nat"]) for one in document["pairs"]]
+    assert (len(pairs), len(set(pairs))) == (66, 66)
+    assert pairs[0] == ("open", "open")
+    assert ("adm/adf+random", "symmetric-sequential") in pairs
+    assert "median of 2 runs" in document["conditions"]
+    assert "2/2" in invoke(*arguments).stdout
+
+
 def test_json_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(pairs: list[tuple[NatSpec, NatSpec]], **_: bool) -> Iterator[PairOutcome]:
-        return (PairOutcome(*pair, seconds=1.25) for pair in pairs)
+    def measure(
+        pairs: list[tuple[NatSpec, NatSpec]], *_: object, **__: bool
+    ) -> Iterator[PairOutcome]:
+        return (PairOutcome(*pair, [Run(1.25)]) for pair in pairs)
 
     monkeypatch.setattr(module, "measure_in_memory", measure)
     result = invoke("matrix", "--json", "-")
@@ -130,6 +178,8 @@ def test_json_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("matrix", "--nat", "symmetric+ipv6"), "runs over IPv4"),
         (("matrix", "--nat", "open", "--json", "/nowhere/x"), "cannot write /nowhere/x"),
+        (("matrix", "--grid", "--nat", "open"), "--grid has its own NATs"),
+        (("matrix", "--parallel", "2"), "--parallel is for --kernel"),
         (("run",), "no COMMAND"),
         (("run", "--agent-nat", "round", "--", "true"), "'round' is not known"),
         (("run", "--loss", "101%", "--", "true"), "give a share such as 2%"),

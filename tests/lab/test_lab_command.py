@@ -150,10 +150,16 @@ def test_errors_leave_nothing(
 
 
 def test_matrix_in_the_kernel(tmp_path: Path) -> None:
-    with start(tmp_path, "matrix", "--kernel", "--nat", "symmetric", "--json", "-") as process:
+    """Real processes, forked; each run begins with gateways that know nobody."""
+    arguments = ("matrix", "--kernel", "--nat", "port-restricted", "--runs", "2", "--delay", "5ms")
+    with start(tmp_path, *arguments, "--json", "-") as process:
         output, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, errors
     document: Mapping[str, list[Mapping[str, Mapping[str, object]]]] = json.loads(output)
     (pair,) = document["pairs"]
-    assert pair["measured"]["path"] == "relay"
+    measured = pair["measured"]
+    assert (measured["path"], measured["runs_with_direct_path"]) == ("direct", 2)
+    assert isinstance(measured["seconds_of_punching"], float)
+    # Four legs of 5 ms for the offer, as many for the answer, and a check directly.
+    assert 0.05 < measured["seconds_of_punching"] < 5
     assert_nothing_left(process, tmp_path)

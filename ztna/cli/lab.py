@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import rich_click as click
 from click import get_current_context
 from rich.console import Console
 
+from ztna.cli.lab_cells import measure_in_laboratories
 from ztna.cli.lab_host import (
     announce,
     ended_by_signals,
@@ -38,11 +40,12 @@ from ztna.nat.site import HOSTS, Site, open_site, prepare
 from ztna.nat.spec import NAMES, NatSpec, parse_nat
 from ztna.roles.lab_matrix import (
     ALL_NATS,
+    GRID_NATS,
     REPRESENTATIVE_PAIRS,
     UPLINK_DELAY,
+    Conditions,
     Pair,
     PairOutcome,
-    measure_in_kernel,
     measure_in_memory,
 )
 
@@ -220,11 +223,47 @@ def shell(
     metavar="NAT",
     help="Only pairs of these; may be given several times.",
 )
+@click.option(
+    "--grid",
+    is_flag=True,
+    help="Every pair of eleven kinds, by mapping and filtering of RFC 4787, in one order.",
+)
+@click.option(
+    "--runs",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Measure each pair so often; times are medians.",
+)
+@click.option(
+    "--delay",
+    type=Duration(),
+    metavar="TIME",
+    default=None,
+    help="Each NAT's uplink takes so long, in each direction, such as 20ms. "
+    "[default: 10ms in memory, 0 in the kernel]",
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="With --kernel: so many laboratories at once.",
+)
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help='Write JSON; "-" is stdout.')
 @click.option("--svg", "svg_file", type=_FILE, metavar="FILE", help='A picture; "-" is stdout.')
 @verbose_option
 def matrix(
-    kernel: bool, nats: tuple[NatSpec, ...], json_file: Path | None, svg_file: Path | None
+    kernel: bool,
+    nats: tuple[NatSpec, ...],
+    grid: bool,
+    runs: int,
+    delay: float | None,
+    parallel: int,
+    json_file: Path | None,
+    svg_file: Path | None,
 ) -> None:
     """Try pairs of NATs: which path is found, and how soon.
 
@@ -234,30 +273,40 @@ def matrix(
 
     \b
     In memory, without privileges, on a virtual clock, with every pair; or with --kernel, in network
-    namespaces, real processes and real time, six pairs or those of --nat.
+    namespaces, real processes and real time, six pairs, or those of --nat or --grid.
 
     Example: ztna lab matrix --nat symmetric --nat port-restricted --json -
-    """
+    """  # fmt: skip
     ctx = get_current_context()
     configure_logging("human", logging.DEBUG if verbosity(ctx) else logging.ERROR)
-    grid = _grid(nats)
+    if grid and nats:
+        raise UsageError("--grid has its own NATs; leave --nat, or --grid")
+    if parallel > 1 and not kernel:
+        raise UsageError("--parallel is for --kernel; in memory a second laboratory gains nothing")
     for one in nats:
         _check_version(one)
+    if delay is None:
+        delay = 0.0 if kernel else UPLINK_DELAY
+    conditions = Conditions(runs, delay)
+    pairs = list(itertools.combinations_with_replacement(GRID_NATS, 2)) if grid else _grid(nats)
     if kernel:
         ensure_namespaces()
+        pairs = pairs or list(REPRESENTATIVE_PAIRS)
         with ended_by_signals(), lab_folder() as folder, contextlib.ExitStack() as stack:
             stack.callback(going_down)
-            pairs = grid or list(REPRESENTATIVE_PAIRS)
-            outcomes = _told(measure_in_kernel(pairs, folder), len(pairs))
-        conditions = "real time, with the start of the agent's program"
+            found = measure_in_laboratories(pairs, folder, conditions, parallel)
+            outcomes = _told(stack.enter_context(contextlib.closing(found)), pairs)
     else:
-        pairs = grid or _grid(ALL_NATS)
-        outcomes = _told(measure_in_memory(pairs, verbose=bool(verbosity(ctx))), len(pairs))
-        conditions = f"virtual time, uplinks of {UPLINK_DELAY * 1000:.0f} ms"
-    words = [*["--kernel"] * kernel, *(f"--nat {nat.words}" for nat in nats)]
+        pairs = pairs or _grid(ALL_NATS)
+        in_memory = measure_in_memory(pairs, conditions, verbose=bool(verbosity(ctx)))
+        outcomes = _told(in_memory, pairs)
+    words = [*["--kernel"] * kernel, *(f"--nat {nat.words}" for nat in nats), *["--grid"] * grid]
+    words += [f"--runs {runs}"] * (runs > 1) + [f"--delay {delay * 1000:g}ms"] * kernel
+    words += [f"--parallel {parallel}"] * (parallel > 1)
     words += [f"--svg {svg_file}"] * (svg_file is not None)
     command = " ".join(["ztna lab matrix", *words])
-    result = Matrix("kernel" if kernel else "memory", conditions, command, outcomes)
+    where = "kernel" if kernel else "memory"
+    result = Matrix(where, _conditions_words(conditions, kernel=kernel), command, outcomes)
     files = {json_file: json.dumps(as_json(result), indent=1) + "\n", svg_file: as_svg(result)}
     for file, text in files.items():
         if file is not None:
@@ -266,19 +315,30 @@ def matrix(
         Console(highlight=False).print(render(result))
 
 
+def _conditions_words(conditions: Conditions, *, kernel: bool) -> str:
+    words = "real time" if kernel else "virtual time"
+    words += f", uplinks of {conditions.delay * 1000:.0f} ms"
+    if conditions.runs > 1:
+        words += f", median of {conditions.runs} runs"
+    if kernel:
+        load = os.getloadavg()[0]
+        words += f", {os.cpu_count()} cores at a load of {load:.0f} in the end"
+    return words
+
+
 def _grid(nats: Sequence[NatSpec]) -> list[Pair]:
     return list(itertools.product(nats, nats))
 
 
-def _told(outcomes: Iterator[PairOutcome], number: int) -> list[PairOutcome]:
-    """Take all, with a word on stderr while it lasts."""
+def _told(outcomes: Iterator[PairOutcome], pairs: Sequence[Pair]) -> list[PairOutcome]:
+    """Take all, with a word on stderr while it lasts; return them in the order of the pairs."""
     console = Console(stderr=True, highlight=False, markup=False)
-    done = []
-    with console.status(f"measuring {number} pairs") as status:
+    done: dict[Pair, PairOutcome] = {}
+    with console.status(f"measuring {len(pairs)} pairs") as status:
         for outcome in outcomes:
-            done.append(outcome)
-            status.update(f"measured {len(done)} of {number} pairs")
-    return done
+            done[outcome.agent, outcome.connector] = outcome
+            status.update(f"measured {len(done)} of {len(pairs)} pairs")
+    return [done[pair] for pair in pairs]
 
 
 def _check_version(nat: NatSpec) -> None:

@@ -70,7 +70,8 @@ class Matrix:
 
 
 def as_json(matrix: Matrix) -> dict[str, Any]:
-    """For programs. Times in seconds; a path of null: no packet was answered."""
+    """For programs. Times in seconds, medians of the runs; a path of null: no packet was answered.
+    Of punching: of the time to the direct path, what passed since the session was on the relay."""
     return {
         "laboratory": matrix.laboratory,
         "conditions": matrix.conditions,
@@ -87,6 +88,14 @@ def as_json(matrix: Matrix) -> dict[str, Any]:
                     "seconds_to_direct_path": (
                         None if pair.direct is None else round(pair.direct, 4)
                     ),
+                    "seconds_of_punching": (
+                        None if pair.punched is None else round(pair.punched, 4)
+                    ),
+                    "runs": len(pair.runs),
+                    "runs_with_direct_path": pair.direct_runs,
+                    "all_seconds_to_direct_path": [
+                        None if run.direct is None else round(run.direct, 4) for run in pair.runs
+                    ],
                 },
                 "expected_not_measured": {
                     "technique": pair.expected.name.lower(),
@@ -127,7 +136,7 @@ def _grid(matrix: Matrix) -> Table:
         for connector in matrix.connectors:
             pair = matrix.pair(agent, connector)
             assert pair is not None
-            cell = Text("\n".join(_measured(pair)), style="bold")
+            cell = Text("\n".join(_measured(pair)) + _share(pair), style="bold")
             short = f"\n{_SHORT[pair.expected]}"
             cells.append(cell.append(short, style=f"not bold {_COLOURS[pair.expected][0]}"))
         table.add_row(*cells)
@@ -138,7 +147,8 @@ def _lines(matrix: Matrix) -> Table:
     table = Table("agent", "connector", "measured", "~ expected", title=_title(matrix))
     for pair in matrix.pairs:
         expected = Text(_SHORT[pair.expected], style=_COLOURS[pair.expected][0])
-        table.add_row(_name(pair.agent), _name(pair.connector), " ".join(_measured(pair)), expected)
+        measured = " ".join(_measured(pair)) + _share(pair)
+        table.add_row(_name(pair.agent), _name(pair.connector), measured, expected)
     return table
 
 
@@ -187,7 +197,7 @@ def _cell(x: int, y: int, pair: PairOutcome) -> str:
     return (
         f'<g><rect x="{x}" y="{y}" width="{_CELL - 2}" height="{_ROW - 2}" fill="{colour}"/>'
         + _text(x + 6, y + 18, " ".join(_measured(pair)), "direct" if pair.path == "direct" else "")
-        + _text(x + 6, y + 34, f"{_SHORT[pair.expected]}", "small")
+        + _text(x + 6, y + 34, f"{_SHORT[pair.expected]}{_share(pair)}", "small")
         + "</g>"
     )
 
@@ -206,6 +216,8 @@ def _measured_words(matrix: Matrix) -> str:
     return (
         f"the path, and the time from the agent's start until it was in use ({matrix.conditions}); "
         f"{_NO_PATH}: nothing was answered"
+        + "; n/m: n of m runs had a direct path"
+        * any(len(pair.runs) > 1 for pair in matrix.pairs)
     )
 
 
@@ -214,7 +226,13 @@ def _measured(pair: PairOutcome) -> tuple[str, ...]:
     if pair.seconds is None or pair.path is None:
         return (_NO_PATH,)
     seconds = pair.seconds if pair.direct is None else pair.direct
-    return pair.path, f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    words = f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    return pair.path, words
+
+
+def _share(pair: PairOutcome) -> str:
+    """How many of the runs, where there are several."""
+    return f" {pair.direct_runs}/{len(pair.runs)}" if len(pair.runs) > 1 else ""
 
 
 def _name(nat: NatSpec) -> str:

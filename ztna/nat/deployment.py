@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +41,33 @@ class Machine(Protocol):
         """Start a program there."""
 
 
+class Running(Protocol):
+    """A process that was started: a subprocess.Popen, or what can do the same."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, once it is known that it has ended."""
+
+    def poll(self) -> int | None:
+        """Look whether it has ended: its exit code."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. Raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send a signal, if it still runs."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
 class NotReadyError(ZtnaError):
     """A process ended, or did not say in time what it should; the message holds its last words."""
 
@@ -50,7 +77,7 @@ class LoggedProcess:
     """A running program whose output goes to a file."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: Running
     log: Path
 
     @property
@@ -110,13 +137,15 @@ def start(machine: Machine, name: str, log: Path, *args: str | Path) -> LoggedPr
 class Deployment:
     """A CA and the nodes that hold its certificates. `folder` must exist.
 
-    program: how ztna is called. processes: every role that was started, for their last words.
+    program: how ztna is called; launch: what starts that, as `start` does. processes: every role
+    that was started, for their last words.
     """
 
     folder: Path
     intermediate_address: str
     port: int = 4433
     program: Sequence[str | Path] = PROGRAM
+    launch: Callable[..., LoggedProcess] = start
     processes: list[LoggedProcess] = attrs.field(factory=list)
 
     @property
@@ -180,7 +209,9 @@ class Deployment:
         """Start a role on a machine. Every start gets a log of its own."""
         log = file.with_name(f"{role}.{len(self.processes)}.log")
         name = file.parent.name
-        process = start(machine, name, log, *self.program, "run", role, "--config", file, *flags)
+        process = self.launch(
+            machine, name, log, *self.program, "run", role, "--config", file, *flags
+        )
         self.processes.append(process)
         return process
 

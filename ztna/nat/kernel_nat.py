@@ -92,6 +92,12 @@ class KernelGateway:
         finally:
             self.namespace.nft(GO_ON)
 
+    def begin_anew(self) -> None:
+        """Know nobody, as after a restart of the gateway; ports are chosen as before. Who still
+        sends would bring a mapping back: see `rebind`."""
+        self.namespace.nft(forget_mappings(self.spec))
+        flush_conntrack(self.namespace)
+
     def _forget(self, address: str | None) -> None:
         nat = self.spec
         if address is None and nat.ports is not PortKind.PRESERVED:

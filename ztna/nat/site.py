@@ -10,7 +10,9 @@ is not called, so this stays beside `ztna.net` and below `ztna.roles`.
 """
 
 import contextlib
+import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,6 +60,21 @@ class Files:
     intermediate: Path
     agent: Path
     connector: Mapping[str, object]
+
+    def copied(self, folder: Path) -> "Files":
+        """The same nodes with all their files below another folder, which is made: for a second
+        site beside the first."""
+        known, own = str(self.deployment.folder), str(folder)
+        shutil.copytree(known, folder)
+        for file in folder.glob("*/*.json"):
+            file.write_text(file.read_text().replace(known, own))
+        deployment = attrs.evolve(self.deployment, folder=folder, processes=[])
+        return Files(
+            deployment,
+            folder / self.intermediate.relative_to(known),
+            folder / self.agent.relative_to(known),
+            json.loads(json.dumps(self.connector).replace(known, own)),
+        )
 
 
 def prepare(folder: Path) -> Files:
