@@ -5,6 +5,7 @@ import trio.lowlevel
 from trio.testing import MockClock
 
 from tests.net.endpoints import open_pair, receive_count
+from ztna.nat.link import LinkSpec
 from ztna.net.session import Session, SessionSettings
 
 DELAY = 0.01
@@ -42,6 +43,46 @@ async def test_traffic_goes_on_at_once_after_a_black_hole(autojump_clock: MockCl
         assert not is_suspect(client)
         statistics = client.statistics()
         assert statistics["rtt"] < 0.1
+
+
+async def test_doubt_empties_the_window(autojump_clock: MockClock) -> None:
+    """What is in a black hole fills no window while packets go another way besides."""
+    settings = SessionSettings(outgoing_datagrams=64)
+    for doubted in (False, True):
+        async with open_pair(settings=settings) as pair:
+            client, server = await pair.connected()
+            client.send_datagrams([bytes(1000)] * 20)
+            await receive_count(server, 20)
+            await trio.sleep(1)
+            pair.network.block(pair.client_host, pair.server_host)
+            await send_for_four_seconds(client)
+            pair.network.unblock(pair.client_host, pair.server_host)
+            if doubted:
+                client.path_doubted()
+            with trio.move_on_after(2 * DELAY) as waited:
+                await server.receive_datagrams()
+            assert waited.cancelled_caught is not doubted
+
+
+async def test_what_is_under_way_on_the_slower_path_arrives(autojump_clock: MockClock) -> None:
+    """A new path is faster, and the old connection id is retired on it: what was sent before comes
+    later than that, and counts all the same (RFC 9000 section 5.1.2)."""
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        slow, fast = LinkSpec(delay=0.08), LinkSpec(delay=0.04)
+        for side, (sender, receiver) in enumerate(((client, server), (server, client))):
+            for number in range(6):  # more than there are spare ids
+                pair.network.set_link(pair.client_host, pair.server_host, slow)
+                sender.send_datagrams([b"slow %d %d" % (side, number)])
+                await trio.sleep(0.001)
+                pair.network.set_link(pair.client_host, pair.server_host, fast)
+                sender.path_changed("direct", rtt=0.08)
+                with trio.fail_after(1):
+                    assert await receive_count(receiver, 1) == [b"slow %d %d" % (side, number)]
+                await trio.sleep(0.5)
+        # Of each end: eight to use, at most three that are retired, and what a client chose first.
+        for endpoint in (pair.client, pair.server):
+            assert endpoint.statistics()["connection_ids"] <= 12
 
 
 async def test_size_of_the_new_path(autojump_clock: MockClock) -> None:

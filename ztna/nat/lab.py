@@ -60,6 +60,12 @@ class LabHost(Protocol):
     def unblock(self, peer: str) -> None:
         """Undo `block`."""
 
+    def block_one_way(self, peer: str) -> None:
+        """Drop, at the next router, what goes from this host to an IP address."""
+
+    def unblock_one_way(self, peer: str) -> None:
+        """Undo `block_one_way`."""
+
     def pull_cable(self) -> None:
         """Nothing goes in or out any more."""
 

@@ -42,11 +42,19 @@ class MemoryLabHost(MemoryHost):
 
     def block(self, peer: str) -> None:
         """Drop, at the next router, all between this host and an IP address."""
-        self.router.blocks.add(frozenset((self.address, peer)))
+        self.router.blocks |= {(self.address, peer), (peer, self.address)}
 
     def unblock(self, peer: str) -> None:
         """Undo `block`."""
-        self.router.blocks.discard(frozenset((self.address, peer)))
+        self.router.blocks -= {(self.address, peer), (peer, self.address)}
+
+    def block_one_way(self, peer: str) -> None:
+        """Drop, at the next router, what goes from this host to an IP address."""
+        self.router.blocks.add((self.address, peer))
+
+    def unblock_one_way(self, peer: str) -> None:
+        """Undo `block_one_way`."""
+        self.router.blocks.discard((self.address, peer))
 
     def pull_cable(self) -> None:
         """Nothing goes in or out any more; what is on the link is lost when it arrives."""
@@ -85,7 +93,7 @@ class MemoryRouter(MemoryNetwork):
 
     gateway: "MemoryGateway | None" = None
     routes: dict[IpNetwork, MemoryLabHost] = attrs.field(factory=dict)
-    blocks: set[frozenset[str]] = attrs.field(factory=set)
+    blocks: set[tuple[str, str]] = attrs.field(factory=set)
     hub: MemoryLabHost = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -127,7 +135,7 @@ class MemoryRouter(MemoryNetwork):
         member = self._hosts.get(batch.destination[0]) or self._routed(batch.destination[0])
         if member is None:
             self._counters["no_route"] += 1
-        elif frozenset((batch.source[0], batch.destination[0])) in self.blocks:
+        elif (batch.source[0], batch.destination[0]) in self.blocks:
             self._counters["blocked"] += 1
         else:
             self.link(self.hub, member).receive_batches([batch], trio.current_time())
@@ -154,7 +162,7 @@ class MemoryRouter(MemoryNetwork):
         inside = destination in self._hosts or self._routed(destination) is not None
         if inside or self.gateway is None:
             self.send_down(batch)
-        elif frozenset((batch.source[0], destination)) in self.blocks:
+        elif (batch.source[0], destination) in self.blocks:
             self._counters["blocked"] += 1
         else:
             self.gateway.receive(Side.INSIDE, batch)

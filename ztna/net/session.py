@@ -24,7 +24,7 @@ from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import CONTAINED
 from ztna.net.aioquic_private import state as aioquic_state
 from ztna.net.aioquic_private.mutual_tls import MutualQuicConnection
-from ztna.net.aioquic_private.path_change import PathBook
+from ztna.net.aioquic_private.path_change import PathBook, give_up
 from ztna.net.batches import batches_of
 from ztna.net.closing import (
     CloseCode,
@@ -221,6 +221,10 @@ class Session(SessionQueues):
             self._stirred = True
         if self._path_wanted is not None and self._peer is not None:
             self._change_path(self._path_wanted, now)
+        if self._doubted:
+            self._doubted = False
+            give_up(connection, now)
+            self._stirred = True
         if self._close_info is not None:
             self._drain_events()
             self._finished = aioquic_state.finished(connection)

@@ -114,6 +114,7 @@ class SessionQueues:
     _close_info: CloseInfo | None = attrs.field(default=None, init=False)
     _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)
     _path_wanted: PathChange | None = attrs.field(default=None, init=False, repr=False)
+    _doubted: bool = attrs.field(default=False, init=False)
     _outgoing: deque[bytes] = attrs.field(factory=deque, init=False, repr=False)
     _incoming: list[bytes] = attrs.field(factory=list, init=False, repr=False)
     _receiver: Receiver | None = attrs.field(default=None, init=False, repr=False)
@@ -311,6 +312,12 @@ class SessionQueues:
         """What is sent from now on takes another path: what is in flight is given up, windows and
         times are the new path's, and a PING goes at once (`aioquic_private.path_change`)."""
         self._path_wanted = PathChange(path, max_udp_payload, rtt)
+        self._kick()
+
+    def path_doubted(self) -> None:
+        """What is in flight may have met a black hole: it is given up, so that it fills no window
+        while packets go another way besides, and a PING goes at once."""
+        self._doubted = True
         self._kick()
 
     def _raise_if_closed(self) -> None:

@@ -296,6 +296,8 @@ class DirectPath:
                 self._select(event)
             case RelayToo(on=on):
                 self.path.relay_too = on
+                if on:
+                    self.link.session.path_doubted()
             case PunchingDone(outcome="failed"):
                 log.info("no direct path", peer=str(self.link.peer), reason=event.reason)
             case PunchingDone():

@@ -114,10 +114,32 @@ def test_traffic_without_acks() -> None:
 
 def test_patience_follows_the_probe_timeout() -> None:
     found = table((A, 0.2))
-    found.receive_use(use(9, 10, pto=0.4), 1.0)
-    assert found.handle_timer(1.9) == []
-    found.receive_use(use(9, 10, pto=0.4), 2.2)
+    found.receive_use(use(9, 10, pto=0.2), 1.0)
+    assert found.handle_timer(1.5) == []
+    found.receive_use(use(9, 10, pto=0.2), 1.6)
     assert is_in(current(found), PathState.SUSPECT)
+
+
+def test_patience_ends_with_two_round_trips() -> None:
+    """However much they vary, on a busy machine say."""
+    found = table((A, 0.2))
+    found.receive_use(use(9, 10, pto=2.0), 1.0)
+    assert found.get_timer() == pytest.approx(1.7)
+    assert found.handle_timer(1.69) == []
+    found.receive_use(use(9, 10, pto=2.0), 1.7)
+    assert is_in(current(found), PathState.SUSPECT)
+
+
+def test_slow_path_has_time_to_answer() -> None:
+    found = table((A, 0.5))
+    path = current(found)
+    found.receive_use(use(9, 10, pto=0.1), 1.0)
+    found.receive_use(use(9, 10, pto=0.1), 1.3)
+    assert is_in(path, PathState.SUSPECT)
+    found.handle_timer(2.29)
+    assert is_in(path, PathState.SUSPECT)
+    found.handle_timer(2.3)
+    assert is_in(path, PathState.DOWN)
 
 
 def test_acks_of_packets_that_went_elsewhere_do_not_count() -> None:

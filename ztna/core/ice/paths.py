@@ -4,8 +4,9 @@ A path is here once a check of ours was answered on it. It lives by answers to c
 packets that went on it alone; what is received proves nothing of the way out. Idle, it is checked
 every 5 s and is dead after 3 checks without an answer. Under traffic, when nothing is acknowledged
 for max(3 PTO, 300 ms), packets go on the relay too and it is checked at once; without an answer in
-0.4 s more, they go on the relay alone. Nothing goes to an address that has not answered a check for
-30 s (RFC 7675). Answers promote a path; they never demote another but by being better.
+0.4 s (or two round trips) more, they go on the relay alone. Nothing goes to an address that has not
+answered a check for 30 s (RFC 7675). Answers promote a path; they never demote another but by being
+better.
 """
 
 import enum
@@ -32,11 +33,15 @@ CONSENT_TIME = 30.0
 _REPEAT_INTERVAL = 0.5
 _REPEATS = 3
 _REPEAT_TIME = (_REPEATS - 1) * _REPEAT_INTERVAL
-# design: under traffic the relay helps after so long without an ACK.
+# design: under traffic the relay helps after so long without an ACK. Our choice: but not later than
+# two round trips and 0.3 s. A PTO has four times the variation of the round trips in it, which on a
+# busy machine, or just after a change of the path, is seconds.
 _LEAST_PATIENCE = 0.3
 _PTO_COUNT = 3
-# Our choice: between that and giving the path up; together 0.7 s, below the design's 1 s.
+# Our choice: between that and giving the path up; together 0.7 s, below the design's 1 s. A slow
+# path has time to answer a check.
 _SUSPECT_TIME = 0.4
+_SUSPECT_RTTS = 2
 _SUSPECT_INTERVAL = 0.1
 # Our choice: how often a path that is down is checked, until its consent has run out.
 _DOWN_INTERVAL = 2.0
@@ -97,6 +102,11 @@ class Path:
         """s; less is better."""
         return self.rtt - (IPV6_BONUS if ":" in self.address[0] else 0.0)
 
+    @property
+    def _fails_at(self) -> float:
+        """Until when it must have proven itself, if it is suspect."""
+        return self._suspect_since + max(_SUSPECT_TIME, _SUSPECT_RTTS * self.rtt)
+
     def usable(self, now: float) -> bool:
         """Whether packets may go this way alone."""
         return self.state is PathState.UP and now >= self._held_until and not self.expired(now)
@@ -150,7 +160,7 @@ class Path:
         """When to look at it again."""
         due = min(self.next_check_at, self.answered_at + CONSENT_TIME)
         if self.state is PathState.SUSPECT:
-            due = min(due, self._suspect_since + _SUSPECT_TIME)
+            due = min(due, self._fails_at)
         if self.state is PathState.UP and self._held_until > -math.inf:
             due = min(due, self._held_until)
         return due
@@ -159,7 +169,7 @@ class Path:
         """Returns whether a check is to be sent now."""
         if now >= self._held_until:
             self._held_until = -math.inf
-        if self.state is PathState.SUSPECT and now >= self._suspect_since + _SUSPECT_TIME:
+        if self.state is PathState.SUSPECT and now >= self._fails_at:
             self.fail("what was sent on it was not acknowledged, and no check was answered", now)
         if now < self.next_check_at:
             return False
@@ -275,7 +285,8 @@ class PathTable:
             return
         if self._alone_from is None:
             self._alone_from = use.next_number
-        self._watch.patience = max(_LEAST_PATIENCE, _PTO_COUNT * use.probe_timeout)
+        patience = min(_PTO_COUNT * use.probe_timeout, 2 * path.rtt + _LEAST_PATIENCE)
+        self._watch.patience = max(_LEAST_PATIENCE, patience)
         known = use.acknowledged if use.acknowledged >= self._alone_from else -1
         before = self._watch.acknowledged
         self._watch.observe(known, waiting=use.waiting, now=now)

@@ -38,6 +38,9 @@ CONNECTION_ID_NAMES = (
     "receive_datagram",
 )
 
+# Our choice: a path that flaps retires one each time, and what is under way is on the last ones.
+_RETIRED_KEPT = 2
+
 ResetToken = Callable[[bytes], bytes]
 
 
@@ -65,7 +68,7 @@ class KeyedConnection(QuicConnection):
         )
         self._reset_token = reset_token
         self._receiving = False
-        self._retired_first: list[QuicConnectionId] = []
+        self._retired: list[QuicConnectionId] = []
         first = self._host_cids[0]
         first.cid = OUR_IDS.make(Given.TO_PEERS if self._is_client else Given.TO_ANYBODY)
         self.host_cid = self._local_initial_source_connection_id = first.cid
@@ -88,14 +91,15 @@ class KeyedConnection(QuicConnection):
             super().change_connection_id()
 
     def _replenish_connection_ids(self) -> None:
-        for retired in self._retired_first:  # of no use to the peer
+        kept = [each for each in self._retired if each in self._host_cids]
+        for retired in kept:  # of no use to the peer
             self._host_cids.remove(retired)
         known = len(self._host_cids)
         super()._replenish_connection_ids()
         for connection_id in self._host_cids[known:]:
             connection_id.cid = OUR_IDS.make(Given.TO_PEERS)
             connection_id.stateless_reset_token = self._reset_token(connection_id.cid)
-        self._host_cids += self._retired_first
+        self._host_cids += kept
 
     def _write_new_connection_id_frame(
         self, builder: QuicPacketBuilder, connection_id: QuicConnectionId
@@ -118,11 +122,20 @@ class KeyedConnection(QuicConnection):
     def _handle_retire_connection_id_frame(
         self, context: QuicReceiveContext, frame_type: int, buf: Buffer
     ) -> None:
-        """A server goes on to take packets with its first id: those that were on their way when the
-        client retired it, as it was told to, would be lost."""
-        first = [each for each in self._host_cids if not each.sequence_number]
+        """We go on to take packets with what the peer has retired, RFC 9000 section 5.1.2: after a
+        change of the path (`path_change`) the frame overtakes what is under way on a slower one.
+        With our first id as a server, which the client was told to retire, and with the last two.
+        """
+        before = list(self._host_cids)
         super()._handle_retire_connection_id_frame(context, frame_type, buf)
-        if first and first[0] not in self._host_cids and not self._is_client:
-            self._host_cids += first
-            self._retired_first = first
-            self._events.remove(ConnectionIdRetired(connection_id=first[0].cid))
+        for gone in before:
+            if gone not in self._host_cids:
+                self._events.remove(ConnectionIdRetired(connection_id=gone.cid))
+                self._host_cids.append(gone)
+                self._retired = [each for each in self._retired if each is not gone]
+                self._retired.append(gone)
+        later = [each for each in self._retired if self._is_client or each.sequence_number]
+        for forgotten in later[:-_RETIRED_KEPT]:
+            self._retired.remove(forgotten)
+            self._host_cids.remove(forgotten)
+            self._events.append(ConnectionIdRetired(connection_id=forgotten.cid))

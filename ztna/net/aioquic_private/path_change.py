@@ -67,12 +67,7 @@ def change_path(
     9.5), and a PING asks at once for the first sample.
     """
     loss = connection._loss
-    for space in loss.spaces:
-        loss._on_packets_lost(
-            congestion_event=False, now=now, packets=list(space.sent_packets.values()), space=space
-        )
-        space.loss_time = None
-    loss._pto_count = 0
+    give_up(connection, now)
     left = PathMemory(
         now,
         connection._max_datagram_size,
@@ -104,8 +99,20 @@ def change_path(
     loss._pacer = QuicPacketPacer(max_datagram_size=max_datagram_size)
     connection._pacing_at = None
     connection.change_connection_id()
-    connection.send_ping(0)
     return left
+
+
+def give_up(connection: QuicConnection, now: float) -> None:
+    """What is in flight says nothing: no congestion event, an empty window, streams send again,
+    the probe timeout is not backed off any more, and a PING asks at once."""
+    loss = connection._loss
+    for space in loss.spaces:
+        loss._on_packets_lost(
+            congestion_event=False, now=now, packets=list(space.sent_packets.values()), space=space
+        )
+        space.loss_time = None
+    loss._pto_count = 0
+    connection.send_ping(0)
 
 
 @attrs.define
