@@ -135,7 +135,7 @@ def test_paths(node: Node, answered: dict[str, Lines]) -> None:
     result = run(node, answered["paths"], "paths")
     assert result.output.startswith("connector/home (echo, web): up, round trip ")
     assert "\n * relay 198.51.100.10:4433 up\n" in result.output
-    assert run(node, [{"peers": []}], "paths").output == "no connector is known now\n"
+    assert run(node, [{"peers": []}], "paths").output == "no peer is known now\n"
 
 
 def test_reasons_why_it_is_not_direct(node: Node, answered: dict[str, Lines]) -> None:

@@ -98,6 +98,9 @@ class FixedMapping:
     external: Address
     gateway: str = "the laboratory"
 
+    def statistics(self) -> Mapping[str, object]:
+        return {"external": str(self.external), "gateway": self.gateway}
+
     async def wait_changed(self) -> None:
         await trio.sleep_forever()
 
@@ -205,6 +208,7 @@ class World:
     tcp: MemoryTcp | None = None
     network_changed: list[Callable[[], None]] = attrs.Factory(list)
     mapped: dict[str, Address] = attrs.Factory(dict)
+    answers: dict[str, Answer] = attrs.Factory(dict)
     relay_name: str = RELAY
     second_hosts: dict[str, MemoryHost] = attrs.Factory(dict)
 
@@ -283,6 +287,7 @@ class World:
                         policy_keys=self.policy_keys,
                         entrance=entrance,
                         stun=stun,
+                        serve=functools.partial(self.serve, "intermediate"),
                         task_status=task_status,
                     )
 
@@ -337,6 +342,7 @@ class World:
                         streams=streams,
                         open_port=functools.partial(self.open_other_port, name),
                         map_port=self.map_port(name),
+                        serve=functools.partial(self.serve, name),
                         task_status=task_status,
                     )
 
@@ -394,6 +400,22 @@ class World:
 
         await self.nursery.start(run)
         return host
+
+    async def serve(self, name: str, answer: Answer) -> None:
+        """In place of a connector's or intermediate's status socket."""
+        self.answers[name] = answer
+        await trio.sleep_forever()
+
+    async def ask(self, name: str, **request: object) -> list[dict[str, Any]]:
+        """All lines that a node answers."""
+        lines: list[dict[str, Any]] = []
+
+        async def send(fields: Mapping[str, object]) -> None:
+            await trio.lowlevel.checkpoint()
+            lines.append(json.loads(json.dumps(fields)))
+
+        await self.answers[name](request, send)
+        return lines
 
     async def knock(self, name: str, address: Address, size: int) -> Knocked:
         """As `net.knock` asks, from a port of a host in memory."""

@@ -2,7 +2,7 @@
 forwards. What the agents inside them decide: tests/core/ice; behind NATs: tests/nat."""
 
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import attrs
@@ -311,6 +311,9 @@ class Gateway:
     external: Address | None = None
     gateway: str = "192.0.2.254"
     changed: trio.Event = attrs.Factory(trio.Event)
+
+    def statistics(self) -> Mapping[str, object]:
+        return {"external": str(self.external), "gateway": self.gateway}
 
     async def wait_changed(self) -> None:
         await self.changed.wait()

@@ -3,7 +3,7 @@
 import errno
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,16 +13,16 @@ from rich.console import Console
 
 from ztna.cli import seen_text, unanswered
 from ztna.cli.main import verbose_option
+from ztna.cli.node_socket import find_socket
 from ztna.cli.text import printable
-from ztna.config.load import load_config
-from ztna.config.model import AgentConfig, default_file, default_state_dir
+from ztna.config.model import default_file
 from ztna.core.identity import Role
-from ztna.errors import ConfigError, SystemSetupError, UnreachableError, ZtnaError
-from ztna.roles.local import RUNTIME_FOLDER, socket_path
+from ztna.errors import SystemSetupError, UnreachableError, ZtnaError
 
 # Our choice: longer than any look at a service takes, several of them one after the other.
 _ANSWER_TIME = 60.0
 _LONGEST_LINE = 16 << 20
+_ROLES = (Role.AGENT, Role.CONNECTOR, Role.INTERMEDIATE)
 
 F = TypeVar("F", bound=Callable[..., Any])
 Line = dict[str, Any]
@@ -40,7 +40,7 @@ def _options(command: F) -> F:
             "--config",
             type=file,
             metavar="FILE",
-            help=f"The agent's configuration, which says where its socket is.  "
+            help=f"The node's configuration, which says where its socket is.  "
             f"[default: {default_file(Role.AGENT)}]",
         ),
     ):
@@ -51,10 +51,12 @@ def _options(command: F) -> F:
 @click.command()
 @_options
 def status(config: Path | None, given: Path | None, as_json: bool) -> None:
-    """Show every service of the running agent, each tried now, end to end.
+    """Show what this machine's node sees, each thing tried now.
 
-    A service is ready when an echo has gone through the tunnel and come back, just now, and its
-    connector has reached the application.
+    Of an agent every service, end to end: it is ready when an echo has gone through the tunnel and
+    come back, just now, and its connector has reached the application. Of a connector its
+    registration, its applications and its agents. Of an intermediate its sessions, services, relay
+    channels and rates. Which of them is asked says --config, or what runs here.
 
     \b
     Exit codes, by the worst service:
@@ -62,15 +64,16 @@ def status(config: Path | None, given: Path | None, as_json: bool) -> None:
       3  a service or its route is not as configured
       4  this agent's certificate has expired
       5  the policy refuses a service
-      6  something does not answer; or no agent runs here
+      6  something does not answer; or no node runs here
 
     \b
     Examples:
       ztna status
-      ztna status --json --config /etc/ztna/agent.json
+      ztna status --json --config /etc/ztna/connector.json
     """
-    answer = _one(_ask(config, given, {"ask": "status"}))
-    _show(answer, as_json, seen_text.status)
+    answer = _one(_ask(config, given, {"ask": "status"}, _ROLES))
+    show = {"connector": seen_text.connector, "intermediate": seen_text.intermediate}
+    _show(answer, as_json, show.get(answer.get("role", ""), seen_text.status))
     get_current_context().exit(_code(answer))
 
 
@@ -145,14 +148,15 @@ def why(service: str, config: Path | None, given: Path | None, as_json: bool) ->
 @click.option("--watch", is_flag=True, help="Go on, and show every change as it comes.")
 @_options
 def paths(watch: bool, config: Path | None, given: Path | None, as_json: bool) -> None:
-    """Show every connector with the paths that lead to it.
+    """Show every peer of this machine's agent or connector with the paths that lead to it.
 
     \b
     Examples:
       ztna paths
       ztna paths --watch --json
     """
-    for answer in _ask(config, given, {"ask": "paths", "watch": watch}):
+    roles = (Role.AGENT, Role.CONNECTOR)
+    for answer in _ask(config, given, {"ask": "paths", "watch": watch}, roles):
         _show(answer, as_json, seen_text.paths)
 
 
@@ -176,9 +180,14 @@ def _code(answer: Line) -> int:
     return int(answer.get("exit_code") or 0)
 
 
-def _ask(config: Path | None, given: Path | None, request: Mapping[str, object]) -> Iterator[Line]:
-    """Answers, as they come."""
-    path = given or _socket(config)
+def _ask(
+    config: Path | None,
+    given: Path | None,
+    request: Mapping[str, object],
+    roles: Sequence[Role] = (Role.AGENT,),
+) -> Iterator[Line]:
+    """Answers, as they come. roles: of those nodes that can be asked this."""
+    path = given or find_socket(config, roles)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         _connect(connection, path)
         connection.sendall(json.dumps(request).encode() + b"\n")
@@ -193,12 +202,13 @@ def _ask(config: Path | None, given: Path | None, request: Mapping[str, object])
 
 
 class NobodyError(UnreachableError):
-    """No agent runs here."""
+    """No node runs here."""
 
     def __init__(self, path: Path) -> None:
-        self.words = f"no agent runs here: nobody answers at {path}"
+        role = path.stem if path.stem in set(Role) else "agent"
+        self.words = f"no {role} runs here: nobody answers at {path}"
         super().__init__(
-            f"{self.words}; start it (ztna run agent), or name its --config or --socket"
+            f"{self.words}; start it (ztna run {role}), or name its --config or --socket"
         )
 
 
@@ -222,7 +232,8 @@ def _connect(connection: socket.socket, path: Path) -> None:
         connection.connect(str(path))
     except PermissionError as error:
         raise SystemSetupError(
-            f"{path}: only root, the agent's user and its group may ask; run it as one of them"
+            f"{path}: only root, the node's own user and its group may ask; run this as one of "
+            "them, such as by sudo"
         ) from error
     except OSError as error:
         if error.errno not in {errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR}:
@@ -234,18 +245,3 @@ def _error(answer: Line) -> ZtnaError:
     error = ZtnaError(str(answer["error"]))
     error.exit_code = int(answer.get("exit_code", 1))
     return error
-
-
-def _socket(config: Path | None) -> Path:
-    """Where the agent's socket is: as its file says, else where it would be without one."""
-    file = config or default_file(Role.AGENT)
-    try:
-        loaded = load_config(AgentConfig, file, [])
-    except ConfigError:
-        if config is not None:
-            raise
-        own = socket_path(Role.AGENT, default_state_dir())
-    else:
-        own = loaded.status_socket or socket_path(Role.AGENT, loaded.state_dir)
-    # An agent that systemd runs has its state, but not its socket, where its unit says.
-    return own if config is not None or own.exists() else RUNTIME_FOLDER / own.name

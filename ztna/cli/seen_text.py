@@ -24,6 +24,8 @@ def status(console: Console, answer: Line) -> None:
     _print(console, f"intermediate {where}")
     if answer["observed_address"]:
         _print(console, f"seen from there as {answer['observed_address']}")
+    if answer["port_mapping"] is not None and answer["port_mapping"]["external"]:
+        _nat(console, {**answer, "nat": None})
     services = answer["services"]
     heads = ("service", "state", "proof", "path", "rtt", "loss", "mtu", "backend")
     _table(console, heads, [_row(each) for each in services])
@@ -35,6 +37,78 @@ def status(console: Console, answer: Line) -> None:
         _print(console, f"{', '.join(names)}: {words} (ztna why {names[0]})")
     for here, there in sorted({(s["nat_here"], s["nat_there"]) for s in services if s["nat_here"]}):
         _print(console, f"NAT here: {here}; at the connector: {there or 'not known'}")
+
+
+def connector(console: Console, answer: Line) -> None:
+    """The registration, a row for each service, and the agents."""
+    there = answer["intermediate"]
+    _print(console, f"{answer['identity']}, certificate until {there['certificate_until'][:16]}")
+    _print(console, f"intermediate {there['address']}: {there['state']}: {there['found']}")
+    if there["todo"]:
+        _print(console, f"To do: {there['todo']}")
+    if answer["observed_address"]:
+        _print(console, f"seen from there as {answer['observed_address']}")
+    _nat(console, answer)
+    heads = ("service", "state", "backend", "application", "tried")
+    services = answer["services"]
+    rows = [
+        (
+            each["service"],
+            "ready" if each["ready"] else each["state"],
+            each["backend"],
+            each["health"],
+            f"{_age(each['health_age'])} ago",
+        )
+        for each in services
+    ]
+    _table(console, heads, rows)
+    for each in services:
+        if not each["ready"]:
+            words = each["words"] or each["health_words"]
+            _print(console, f"{each['service']}: {each['state']}: {words}")
+    if not answer["peers"]:
+        _print(console, "no agent is here now")
+    _peers(console, answer["peers"])
+
+
+def intermediate(console: Console, answer: Line) -> None:
+    """A row for each session, and for each service; channels and rates."""
+    _print(console, f"{answer['identity']} at {answer['address']}, by {answer['policy']}")
+    _print(console, f"certificate until {answer['certificate_until'][:16]} UTC")
+    heads = ("client", "state", "address", "rtt", "certificate", "services")
+    rows = [
+        (
+            each["client"],
+            "ready" if each["rtt"] is not None else "silent",
+            each["address"],
+            "-" if each["rtt"] is None else _time(each["rtt"]),
+            f"{each['certificate_days']} days",
+            ", ".join(each["services"]) or "-",
+        )
+        for each in answer["sessions"]
+    ]
+    _table(console, heads, rows)
+    for each in answer["services"]:
+        names = ", ".join(each["connectors"]) or "no connector"
+        _print(console, f"{each['service']}: {names}; {each['agents']} agents may use it")
+    relay = answer["relay"]
+    rate = relay["rates"].get("relay_relayed_bytes", 0.0) * 8 / 1e6
+    _print(
+        console,
+        f"relay: {relay['channels']} channels, {relay['peer_sessions']} peer sessions, "
+        f"{rate:.3f} Mbit/s now, {relay.get('relayed_bytes', 0)} bytes so far",
+    )
+
+
+def _nat(console: Console, answer: Line) -> None:
+    if answer["nat"]:
+        _print(console, f"NAT here: {answer['nat']}")
+    mapping = answer["port_mapping"]
+    if mapping is None:
+        return
+    given = mapping["external"] or f"none: {mapping.get('problem') or 'not answered yet'}"
+    by = f" (by {mapping['protocol']} of {mapping['gateway']})" if mapping["external"] else ""
+    _print(console, f"mapped port: {given}{by}")
 
 
 def _row(each: Line) -> Sequence[str]:
@@ -97,8 +171,12 @@ def why(console: Console, answer: Line) -> None:
 def paths(console: Console, answer: Line) -> None:
     """Each peer, its paths, and what was tried."""
     if not answer["peers"]:
-        _print(console, "no connector is known now")
-    for peer in answer["peers"]:
+        _print(console, "no peer is known now")
+    _peers(console, answer["peers"])
+
+
+def _peers(console: Console, peers: Sequence[Line]) -> None:
+    for peer in peers:
         state = "up" if peer["up"] else f"down: {peer['failure'] or 'not reached yet'}"
         services = ", ".join(peer["services"]) or "no service"
         rtt = "" if not peer["rtt"] else f", round trip {_time(peer['rtt'])}"

@@ -1,4 +1,4 @@
-"""Whether the agent reaches its intermediate now, and in words why not.
+"""Whether an agent or connector reaches its intermediate now, and in words why not.
 
 A session is asked for a round trip. Without an answer, or without a session, the intermediate's
 UDP port is knocked at by small and by large datagrams, and its TCP port: what answers there, and
@@ -11,13 +11,13 @@ from contextlib import suppress
 import attrs
 import trio
 
-from ztna.core.addresses import is_virtual
+from ztna.core.addresses import format_address, is_virtual
 from ztna.core.diagnosis import Stage, StageName, broken, degraded, ok
 from ztna.core.ports import Address
 from ztna.errors import SessionClosedError, UnreachableError
-from ztna.net.knock import HANDSHAKE_SIZE, Knocked, KnockResult
-from ztna.roles.agent_seen import Seen
+from ztna.net.knock import HANDSHAKE_SIZE, Knock, Knocked, KnockResult
 from ztna.roles.control_client import ControlLink
+from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.resolve import family_of, resolve
 from ztna.roles.trouble import Trouble, TroubleKind
 
@@ -36,12 +36,27 @@ _TODO = {
     TroubleKind.NO_ANSWER: "wait some seconds: it is tried again; else see the intermediate's log",
     TroubleKind.ITS_CERTIFICATE: "set `server_name` to a name that its certificate holds, or have "
     "the certificate issued with this one (ztna pki show)",
-    TroubleKind.OUR_CERTIFICATE: "compare `ztna pki show` of this agent's certificate with the "
+    TroubleKind.OUR_CERTIFICATE: "compare `ztna pki show` of this node's certificate with the "
     "intermediate's CA",
     TroubleKind.REFUSED: "see what the words name",
     TroubleKind.PROTOCOL: "bring agent and intermediate to the same version",
     TroubleKind.ENDED: "wait some seconds: it is tried again; else see the intermediate's log",
 }
+
+
+@attrs.frozen
+class Towards:
+    """A client's way to its intermediate. link: its session now, if there is one."""
+
+    keeper: ControlKeeper
+    link: ControlLink | None
+    knock: Knock
+
+    @property
+    def name(self) -> str:
+        """The intermediate's name and port, as configured."""
+        there = self.keeper.intermediate
+        return format_address((there.host, there.port))
 
 
 @attrs.frozen
@@ -71,26 +86,26 @@ async def _once(look: Look) -> Stage:
     return stage if isinstance(stage, Stage) else await stage
 
 
-async def look_intermediate(seen: Seen) -> Stage:
+async def look_intermediate(seen: Towards) -> Stage:
     """One look: a round trip, or why there is none."""
     await trio.lowlevel.checkpoint()
-    link = seen.agent.link
+    link = seen.link
     if link is not None:
         return await _look_session(seen, link)
     trouble = seen.keeper.trouble
     if trouble is None:
-        found = f"no session with {seen.intermediate} yet: the first attempt goes on"
+        found = f"no session with {seen.name} yet: the first attempt goes on"
         return broken(_STAGE, found, "ask again in 5 s", passing=True)
     if trouble.kind in {TroubleKind.NO_ANSWER, TroubleKind.ENDED}:
         there = await _find(seen)
         if there is not None:
             return broken(_STAGE, *_no_answer(seen, there, trouble))
-    words = f"{seen.intermediate}: {trouble.kind.value}: {trouble.words}"
+    words = f"{seen.name}: {trouble.kind.value}: {trouble.words}"
     return broken(_STAGE, words, _TODO[trouble.kind])
 
 
-async def _look_session(seen: Seen, link: ControlLink) -> Stage:
-    where, rtt = seen.intermediate, None
+async def _look_session(seen: Towards, link: ControlLink) -> Stage:
+    where, rtt = seen.name, None
     with trio.move_on_after(ROUND_TRIP_TIME), suppress(SessionClosedError):
         rtt = await link.session.ask()
     if rtt is None:
@@ -106,7 +121,7 @@ async def _look_session(seen: Seen, link: ControlLink) -> Stage:
     return degraded(_STAGE, f"{found}; the session runs over TLS, {trip}, which is slower", todo)
 
 
-async def _find(seen: Seen) -> Found | None:
+async def _find(seen: Towards) -> Found | None:
     """Knock; None where its name does not resolve any more."""
     there = seen.keeper.intermediate
     try:
@@ -126,7 +141,7 @@ async def _find(seen: Seen) -> Found | None:
     return Found(small, large, answers[0])
 
 
-async def _answers_tcp(seen: Seen, address: Address) -> str | None:
+async def _answers_tcp(seen: Towards, address: Address) -> str | None:
     """What its machine does about a connection, as in `Found`."""
     dialer = seen.keeper.dialer
     if dialer is None:
@@ -142,15 +157,15 @@ async def _answers_tcp(seen: Seen, address: Address) -> str | None:
     return ""
 
 
-def _no_answer(seen: Seen, there: Found, trouble: Trouble | None) -> tuple[str, str]:
+def _no_answer(seen: Towards, there: Found, trouble: Trouble | None) -> tuple[str, str]:
     """Why no session comes about, or one has fallen silent: what is found, and what to do."""
     host, port = seen.keeper.intermediate.host, seen.keeper.intermediate.port
     tcp_port = seen.keeper.intermediate.tcp_port
     match there.small.result:
         case KnockResult.ANSWERS if _passes(there):
-            found = f"{seen.intermediate} answers small questions, but no session comes about"
+            found = f"{seen.name} answers small questions, but no session comes about"
             if trouble is not None:
-                found = f"{seen.intermediate}: {trouble.kind.value}: {trouble.words}"
+                found = f"{seen.name}: {trouble.kind.value}: {trouble.words}"
             return found, _TODO[TroubleKind.NO_ANSWER]
         case KnockResult.CLOSED:
             found = (
@@ -181,10 +196,10 @@ def _passes(there: Found) -> bool:
     return there.large is not None and there.large.result is KnockResult.ANSWERS
 
 
-def _udp(seen: Seen, there: Found) -> tuple[str, str]:
+def _udp(seen: Towards, there: Found) -> tuple[str, str]:
     """What is wrong with UDP towards an intermediate whose machine is there."""
     host, port = seen.keeper.intermediate.host, seen.keeper.intermediate.port
-    where = seen.intermediate
+    where = seen.name
     let = f"let UDP out to {where}, and let it in there"
     match there.small.result:
         case KnockResult.ANSWERS if _passes(there):

@@ -11,7 +11,7 @@ import attrs
 import trio
 
 from ztna.config.model import AgentConfig, AgentService
-from ztna.core.addresses import format_address, is_virtual
+from ztna.core.addresses import is_virtual
 from ztna.core.encapsulation import ServiceLabel
 from ztna.core.identity import Identity
 from ztna.core.ports import IpPacket
@@ -19,6 +19,7 @@ from ztna.core.routes import RouteTable
 from ztna.net.knock import Knock, knock
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_peers import AgentPeers
+from ztna.roles.agent_reach import Towards
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.echoes import EchoBook
@@ -76,8 +77,12 @@ class Seen:
     @property
     def intermediate(self) -> str:
         """Its name and port, as configured."""
-        there = self.keeper.intermediate
-        return format_address((there.host, there.port))
+        return self.towards.name
+
+    @property
+    def towards(self) -> Towards:
+        """The way to the intermediate, as it is now."""
+        return Towards(self.keeper, self.agent.link, self.knock)
 
     def service(self, service_id: str) -> AgentService | None:
         """A service by its id."""

@@ -5,20 +5,20 @@ tunnel, `status` and `why` have the connector try its application. `roles.agent_
 service's way; what the paths are is `roles.ways`.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 import attrs
 import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.diagnosis import Stage
-from ztna.core.ice.paths import Path
 from ztna.errors import RefusedError, UnreachableError, UsageError
 from ztna.roles.agent_peer import Peer
-from ztna.roles.agent_reach import look_intermediate, settled
+from ztna.roles.agent_reach import Towards, look_intermediate, settled
 from ztna.roles.agent_seen import Round, Seen, find_service
 from ztna.roles.agent_why import Walk
 from ztna.roles.local import Request, Send
+from ztna.roles.peer_view import Seat, without_figures
 from ztna.roles.punching import Puncher
 from ztna.roles.ways import NONE, Story, Way, story_of, way_of
 
@@ -62,9 +62,9 @@ class AgentView:
         names = [service.id for service in seen.agent.granted.services]
         seen.echoes.keep_only(names)
 
-        reach = await settled(lambda: look_intermediate(seen))
+        reach = await settled(lambda: look_intermediate(seen.towards))
 
-        async def known(_: Seen) -> Stage:
+        async def known(_: Towards) -> Stage:
             await trio.lowlevel.checkpoint()
             return reach
 
@@ -78,7 +78,8 @@ class AgentView:
         link, agent = seen.agent.link, seen.agent
         observed = None if link is None else link.observed_address
         codes = [row["exit_code"] for row in rows.values() if isinstance(row["exit_code"], int)]
-        session = seen.session_words()
+        session, puncher = seen.session_words(), self._puncher
+        mapping = None if puncher is None else puncher.gatherer.mapping
         return {
             "role": "agent",
             "identity": agent.identity.uri,
@@ -93,11 +94,15 @@ class AgentView:
                 "rtt": None if link is None else link.session.statistics()["rtt"],
             },
             "observed_address": None if observed is None else format_address(observed),
+            "nat": None if puncher is None else puncher.gatherer.nat.classic_name,
+            "port_mapping": None if mapping is None else mapping.statistics(),
             "services": [rows[name] for name in names],
             "exit_code": max(codes, default=0 if link is not None else UnreachableError.exit_code),
         }
 
-    async def _row(self, name: str, reach: Callable[[Seen], Awaitable[Stage]]) -> dict[str, object]:
+    async def _row(
+        self, name: str, reach: Callable[[Towards], Awaitable[Stage]]
+    ) -> dict[str, object]:
         walk = Walk(self.seen, name, reach)
         diagnosis = await walk.diagnose()
         record, peer = self.seen.echoes.record(name), self.seen.peer_of(name)
@@ -175,7 +180,7 @@ class AgentView:
         before: object = None
         while True:
             now = self.paths()
-            shape = [_without_figures(each) for each in now]
+            shape = [without_figures(each) for each in now]
             if shape != before:
                 await send({"kind": "paths", "peers": now})
                 before = shape
@@ -186,28 +191,13 @@ class AgentView:
     def paths(self) -> list[dict[str, object]]:
         """Every peer with its paths."""
         peers = self.seen.agent.peers
-        return [] if peers is None else [self._peer(peer) for peer in peers.peers]
-
-    def _peer(self, peer: Peer) -> dict[str, object]:
-        way, puncher = self._way(peer), self._puncher
-        ice = None if puncher is None else puncher.ice_of(peer.path)
-        known: list[dict[str, object]] = []
-        relay = way_of(attrs.evolve(peer.path, direct=None), self.seen.intermediate)
-        if relay.kind != NONE:
-            known.append({**relay.to_json(), "state": "up", "selected": way == relay})
-        if ice is not None:
-            known += [_direct(path, selected=path is ice.paths.current) for path in ice.paths]
-        link = peer.link
-        return {
-            "peer": str(peer.identity),
-            "up": link is not None,
-            "failure": peer.failure if link is None else "",
-            "services": sorted(peer.granted),
-            "selected": way.to_json(),
-            "rtt": None if link is None else link.session.statistics()["rtt"],
-            "paths": known,
-            **self._story(peer).to_json(),
-        }
+        known = [] if peers is None else peers.peers
+        return [
+            Seat(each.identity, each.path, each.link, each.granted, each.failure).to_json(
+                self._puncher, self.seen.intermediate
+            )
+            for each in known
+        ]
 
     def _way(self, peer: Peer | None) -> Way:
         return Way(NONE) if peer is None else way_of(peer.path, self.seen.intermediate)
@@ -219,17 +209,6 @@ class AgentView:
     def _puncher(self) -> Puncher | None:
         peers = self.seen.agent.peers
         return None if peers is None else peers.puncher
-
-
-def _direct(path: Path, *, selected: bool) -> dict[str, object]:
-    return {
-        "kind": "direct",
-        "address": format_address(path.address),
-        "state": path.state.value,
-        "reason": path.reason,
-        "rtt": path.rtt,
-        "selected": selected,
-    }
 
 
 def _round(got: Round) -> dict[str, object]:
@@ -251,15 +230,6 @@ def _summary(service_id: str, sent: int, times: list[float], *, direct: bool) ->
         "direct": direct,
         "exit_code": code,
     }
-
-
-def _without_figures(value: object) -> object:
-    """What makes two pictures differ: round-trip times always do."""
-    if isinstance(value, Mapping):
-        return {k: _without_figures(v) for k, v in value.items() if k != "rtt"}
-    if isinstance(value, list):
-        return [_without_figures(each) for each in value]
-    return value
 
 
 def _number(request: Request, key: str, default: float, least: float, most: float) -> float:

@@ -21,7 +21,7 @@ from ztna.core.diagnosis import (
 )
 from ztna.core.messages import HealthAnswer
 from ztna.roles import health
-from ztna.roles.agent_reach import SMALL_MTU, look_intermediate, settled
+from ztna.roles.agent_reach import SMALL_MTU, Towards, look_intermediate, settled
 from ztna.roles.agent_seen import Round, Seen
 
 # Our choices: echoes of one look, and s that each may take; most of a second suffices for any path
@@ -43,7 +43,7 @@ class Walk:
 
     seen: Seen
     name: str
-    reach: Callable[[Seen], Awaitable[Stage]] | None = None
+    reach: Callable[[Towards], Awaitable[Stage]] | None = None
     health: HealthAnswer | None = None
     largest: int | None = None
 
@@ -118,7 +118,7 @@ class Walk:
     async def _look_intermediate(self) -> Stage:
         """Nothing is broken by it as long as a direct path carries the service."""
         seen = self.seen
-        stage = await (self.reach or look_intermediate)(seen)
+        stage = await (self.reach or look_intermediate)(seen.towards)
         peer = seen.peer_of(self.name)
         direct = peer is not None and peer.carries(self.name) and peer.path.direct is not None
         if stage.state is StageState.BROKEN and direct:

@@ -40,10 +40,12 @@ from ztna.net.udp import open_client_port, open_udp_port
 from ztna.pki import Credentials
 from ztna.roles.client_reload import apply_to_session, changed_services
 from ztna.roles.connector_peers import ConnectorPeers
+from ztna.roles.connector_view import ConnectorView
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.gathering import MapPort, OpenPort
 from ztna.roles.granted import Granted, grant
+from ztna.roles.local import Serve, status_server
 from ztna.roles.peer_link import PEER_SETTINGS
 from ztna.roles.punching import open_puncher
 from ztna.roles.reload import (
@@ -97,6 +99,7 @@ async def run_connector_from_config(
             streams=StreamDialer(port, utc_now),
             open_port=functools.partial(open_udp_port, port=0),
             map_port=open_port_mapping,
+            serve=status_server(None, Role.CONNECTOR, config.state_dir),
         )
 
 
@@ -113,6 +116,7 @@ async def run_connector(
     streams: StreamDialer | None = None,
     open_port: OpenPort | None = None,
     map_port: MapPort | None = None,
+    serve: Serve | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Provide services over one UDP port until cancelled.
@@ -121,7 +125,7 @@ async def run_connector(
     files for a reload. policy: judges beside the intermediate; None if no policy key is pinned.
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
     ports, to learn what the NAT is like and to guess its ports. map_port: asks the gateway to open
-    this one.
+    this one. serve: answers those who ask what this connector sees.
     """
     secret = os.urandom(16)
 
@@ -174,6 +178,8 @@ async def run_connector(
             policy,
             streams,
         )
+        if serve is not None:
+            nursery.start_soon(serve, ConnectorView(connector, keeper, dialer).answer)
         if policy is not None:
             registry.register("policy", policy.statistics)
             policy.subscribe(functools.partial(connector.judge_again, keeper, nursery))

@@ -65,6 +65,9 @@ class MappedPort(Protocol):
     async def wait_changed(self) -> None:
         """Wait until it is another one."""
 
+    def statistics(self) -> Mapping[str, object]:
+        """For people: its address or why there is none, and what is spoken with whom."""
+
 
 MapPort = Callable[[int], AbstractAsyncContextManager[MappedPort]]
 """Has a UDP port of this machine mapped."""

@@ -103,17 +103,21 @@ class HealthDesk:
         if known is not None and trio.current_time() - known.at < MAX_AGE:
             await trio.lowlevel.checkpoint()
             return known
+        tried = await self.try_now(backend, protocols)
+        if len(self._results) >= MAX_RESULTS:
+            self._results.clear()
+        self._results[backend, protocols] = tried
+        return tried
+
+    async def try_now(self, backend: Address, protocols: frozenset[int]) -> Tried:
+        """Try an application; nothing that is kept counts."""
         found: list[tuple[str, str]] = []
         if TCP in protocols:
             found.append(await self._try_tcp(backend))
         if UDP in protocols and not (found and found[0][0] == ANSWERS):
             found.append(await self._try_udp(backend))
         state = min((state for state, _ in found), key=_BEST_FIRST.index)
-        tried = Tried(state, "; ".join(words for _, words in found), trio.current_time())
-        if len(self._results) >= MAX_RESULTS:
-            self._results.clear()
-        self._results[backend, protocols] = tried
-        return tried
+        return Tried(state, "; ".join(words for _, words in found), trio.current_time())
 
     async def _try_tcp(self, backend: Address) -> tuple[str, str]:
         where, begun = f"TCP {format_host_port(backend)}", trio.current_time()

@@ -51,7 +51,9 @@ from ztna.roles.address_book import AddressBook, open_address_book
 from ztna.roles.client_dialogue import read_control, receive_datagrams, reconcile
 from ztna.roles.control_client import REPLACED_WAIT
 from ztna.roles.expiry import close_when_expired
+from ztna.roles.intermediate_view import IntermediateView
 from ztna.roles.judgement import apply_files, apply_policy, policy_of
+from ztna.roles.local import Serve, status_server
 from ztna.roles.reload import (
     NodeFiles,
     ReadFiles,
@@ -109,6 +111,7 @@ async def run_intermediate_from_config(
             policy=files.policy,
             policy_keys=files.policy_keys,
             entrance=entrance,
+            serve=status_server(None, Role.INTERMEDIATE, config.state_dir),
         )
 
 
@@ -150,12 +153,13 @@ async def run_intermediate(
     policy: SignedDocument | None = None,
     policy_keys: PolicyKeys | None = None,
     entrance: StreamEntrance | None = None,
+    serve: Serve | None = None,
     task_status: trio.TaskStatus[Intermediate] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve clients on one port until cancelled.
 
     read: gives the files anew for a reload. policy: the signed one, instead of the configuration's.
-    entrance: where TLS comes in, beside this port.
+    entrance: where TLS comes in, beside this port. serve: answers those who ask what it sees.
     """
     files = NodeFiles(config, credentials, denied_serials, policy_keys, policy)
     registry = Registry(policy_of(files), config.service_range)
@@ -204,6 +208,9 @@ async def run_intermediate(
             )
             statistics_registry().register("tcp", listener.statistics)
             nursery.start_soon(listener.run, entrance.source)
+        if serve is not None:
+            view = IntermediateView(intermediate, format_address(port.local_address), endpoint)
+            nursery.start_soon(serve, view.answer)
         if read is not None:
             apply = functools.partial(apply_files, intermediate, endpoint, nursery)
             nursery.start_soon(keep_reloading, files, read, apply)

@@ -1,0 +1,58 @@
+"""Where the status socket of a node of this machine is, by its file or by what runs here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ztna.config.load import load_config
+from ztna.config.model import (
+    AgentConfig,
+    AnyConfig,
+    ConnectorConfig,
+    IntermediateConfig,
+    default_file,
+    default_state_dir,
+)
+from ztna.core.identity import Role
+from ztna.errors import ConfigError
+from ztna.roles.local import RUNTIME_FOLDER, socket_path
+
+_CLASSES: dict[Role, type[AnyConfig]] = {
+    Role.AGENT: AgentConfig,
+    Role.CONNECTOR: ConnectorConfig,
+    Role.INTERMEDIATE: IntermediateConfig,
+}
+
+
+def find_socket(config: Path | None, roles: Sequence[Role]) -> Path:
+    """Of the node whose file this is; without a file, of the first of these roles that has a
+    socket here. Raises ConfigError for a file that none of the roles can have."""
+    if config is not None:
+        return _by_file(config, roles)
+    found = [_by_default(role) for role in roles]
+    return next((each for each in found if each.exists()), found[0])
+
+
+def _by_file(file: Path, roles: Sequence[Role]) -> Path:
+    first: ConfigError | None = None
+    for role in roles:
+        try:
+            return _of(role, load_config(_CLASSES[role], file, []))
+        except ConfigError as error:
+            first = first or error
+    assert first is not None, "there is a role to be asked"
+    raise first
+
+
+def _by_default(role: Role) -> Path:
+    """As its usual file says, else where it would be without one."""
+    try:
+        own = _of(role, load_config(_CLASSES[role], default_file(role), []))
+    except ConfigError:
+        own = socket_path(role, default_state_dir())
+    # A node that systemd runs has its state, but not its socket, where its unit says.
+    return own if own.exists() else RUNTIME_FOLDER / own.name
+
+
+def _of(role: Role, config: AnyConfig) -> Path:
+    given = config.status_socket if isinstance(config, AgentConfig) else None
+    return given or socket_path(role, config.state_dir)

@@ -1,0 +1,65 @@
+"""A peer session, as people and programs see it: its paths, which one is used, and why."""
+
+from collections.abc import Iterable
+
+import attrs
+
+from ztna.core.addresses import format_address
+from ztna.core.ice.paths import Path
+from ztna.core.identity import Identity
+from ztna.net.peer_path import PeerPath
+from ztna.roles.peer_link import PeerLink
+from ztna.roles.punching import Puncher
+from ztna.roles.ways import NONE, story_of, way_of
+
+
+@attrs.frozen
+class Seat:
+    """A peer's place at this node. failure: why there is no session."""
+
+    identity: Identity
+    path: PeerPath
+    link: PeerLink | None
+    services: Iterable[str]
+    failure: str = ""
+
+    def to_json(self, puncher: Puncher | None, intermediate: str) -> dict[str, object]:
+        """For programs. intermediate: its name, where it is reached over TLS."""
+        link, way = self.link, way_of(self.path, intermediate)
+        known: list[dict[str, object]] = []
+        relay = way_of(attrs.evolve(self.path, direct=None), intermediate)
+        if relay.kind != NONE:
+            known.append({**relay.to_json(), "state": "up", "selected": way == relay})
+        ice = None if puncher is None else puncher.ice_of(self.path)
+        if ice is not None:
+            known += [_direct(path, selected=path is ice.paths.current) for path in ice.paths]
+        return {
+            "peer": str(self.identity),
+            "up": link is not None,
+            "failure": self.failure if link is None else "",
+            "services": sorted(self.services),
+            "selected": way.to_json(),
+            "rtt": None if link is None else link.session.statistics()["rtt"],
+            "paths": known,
+            **story_of(way, self.path, puncher).to_json(),
+        }
+
+
+def _direct(path: Path, *, selected: bool) -> dict[str, object]:
+    return {
+        "kind": "direct",
+        "address": format_address(path.address),
+        "state": path.state.value,
+        "reason": path.reason,
+        "rtt": path.rtt,
+        "selected": selected,
+    }
+
+
+def without_figures(value: object) -> object:
+    """What makes two pictures differ: round-trip times always do."""
+    if isinstance(value, dict):
+        return {k: without_figures(v) for k, v in value.items() if k != "rtt"}
+    if isinstance(value, list):
+        return [without_figures(each) for each in value]
+    return value
