@@ -28,6 +28,7 @@ TABLES = {
     "ztna.core.channels:ChannelTable._addresses": SESSIONS,
     "ztna.core.channels:ChannelTable._budgets": SESSIONS,
     "ztna.core.coalesce:_Train.segments": BATCH,
+    "ztna.core.encapsulation:Decapsulator.relayed": BATCH,
     "ztna.core.flow:UdpFlow.inbox": "ztna.core.flow:MAX_INBOX ztna.core.flow:MAX_INBOX_BYTES",
     "ztna.core.flow_shares:Shares.pending": "ztna.core.flow_shares:MAX_PENDING_CONNECTS",
     "ztna.core.flow_shares:Shares.flows_of": FLOWS,
@@ -45,6 +46,8 @@ TABLES = {
     "ztna.core.ice.exchange:CheckExchange._seen": "ztna.core.ice.exchange:MAX_REMEMBERED",
     "ztna.core.ice.negotiation:Negotiation._messages": EVENTS,
     "ztna.core.ice.paths:PathTable._paths": "ztna.core.ice.paths:MAX_PATHS",
+    "ztna.core.inner_channels:InnerChannels._inner": SESSIONS,
+    "ztna.core.inner_channels:InnerChannels._asking": SESSIONS,
     "ztna.core.limits:KeyedLimiter._buckets": (
         "ztna.core.limits:MAX_SOURCES ztna.core.flow_shares:MAX_SYN_SOURCES"
     ),
@@ -94,6 +97,7 @@ TABLES = {
     "ztna.core.rendezvous:Rendezvous._wishes": SESSIONS,
     "ztna.core.rendezvous:Rendezvous._pairs": f"{CHANNELS} {SESSIONS}",
     "ztna.core.rendezvous:Rendezvous._events": EVENTS,
+    "ztna.core.relay:Relay._inner": BATCH,
     "ztna.core.routes:RouteTable._by_address": OWN_FILE,
     "ztna.core.routes:RouteTable.labels": OWN_FILE,
     "ztna.core.routes:RouteTable.refused": OWN_FILE,

@@ -173,6 +173,7 @@ CONTROL = [
             "fd7a:746e:6100::a64:4007",
         ),
         messages.ChannelClosed("0" * 16, "gone"),
+        messages.RelayForm(inner=True),
         messages.Unavailable("web", "no connector"),
         messages.Policy("e30=", "AAAA"),
         messages.Withdraw(("web", "db")),

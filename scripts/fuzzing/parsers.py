@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from scripts.fuzzing import policies, portmaps
+from scripts.fuzzing import policies, portmaps, relays
 from scripts.fuzzing.examples import (
     CONTAINER,
     CONTROL,
@@ -356,6 +356,9 @@ TARGETS: Mapping[str, Target] = {
     "decapsulator": Target(_decapsulator, MESSAGES, 3),
     "relay-agent": Target(relay_maker("a"), MESSAGES, 3),
     "relay-connector": Target(relay_maker("c"), MESSAGES, 3),
+    "inner-channels": Target(relays.inner_channels, [*relays.MESSAGES, *relays.RAW_PACKETS]),
+    "inner-relay": Target(relays.inner_relay, relays.MESSAGES),
+    "raw-packets": Target(relays.raw_packets, relays.RAW_PACKETS),
     "flows": Target(make_flows, PACKETS, 0, renew_after=2000),
     "outbound": Target(make_outbound, ANSWERS, 0, renew_after=2000),
     "routes": Target(make_routes, [*PACKETS, *ANSWERS], 0),

@@ -13,6 +13,7 @@ from ztna.core.channels import (
     uniform_channel,
     unpack,
 )
+from ztna.core.inner_channels import InnerChannels
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import LimitError
 
@@ -27,6 +28,12 @@ def joined(table: ChannelTable) -> tuple[Leg, Leg]:
     table.set_address(1, AGENT)
     table.set_address(2, CONNECTOR)
     return table.join(1, 2)
+
+
+def forward(table: ChannelTable, channel: bytes, batch: UdpBatch, now: float) -> UdpBatch | None:
+    leaving, for_sessions = InnerChannels(table).forward(channel, batch, now)
+    assert for_sessions == []
+    return leaving
 
 
 @given(
@@ -76,13 +83,13 @@ def test_a_buffer_is_forwarded_under_the_other_legs_name() -> None:
     agent, connector = joined(table)
     for data, size in ((b"abcdef", 4), (b"abc", 4)):
         sent = pack(UdpBatch(data, size, PEER), agent.channel, RELAY)
-        out = table.forward(agent.channel, UdpBatch(sent.data, sent.segment_size, AGENT), 0.0)
+        out = forward(table, agent.channel, UdpBatch(sent.data, sent.segment_size, AGENT), 0.0)
         assert out is not None
         assert out.address == CONNECTOR
         assert uniform_channel(out) == connector.channel
         assert unpack(out, PEER).data == data
     back = pack(UdpBatch(b"xyz", 3, PEER), connector.channel, RELAY)
-    out = table.forward(connector.channel, UdpBatch(back.data, back.segment_size, CONNECTOR), 0.0)
+    out = forward(table, connector.channel, UdpBatch(back.data, back.segment_size, CONNECTOR), 0.0)
     assert out is not None
     assert (out.address, uniform_channel(out)) == (AGENT, agent.channel)
 
@@ -92,7 +99,7 @@ def test_a_channel_is_taken_from_its_owners_address_alone(source: Address) -> No
     table = ChannelTable()
     agent, _ = joined(table)
     packet = UdpBatch(b"\x80" + agent.channel + b"x", 10, source)
-    assert table.forward(agent.channel, packet, 0.0) is None
+    assert forward(table, agent.channel, packet, 0.0) is None
     assert table.statistics()["drop_channel_address"] == 1
 
 
@@ -102,10 +109,10 @@ def test_a_leg_moves_with_its_session() -> None:
     moved = ("203.0.113.9", 6000)
     table.set_address(1, moved)
     packet = b"\x80" + agent.channel + b"x"
-    assert table.forward(agent.channel, UdpBatch(packet, 10, AGENT), 0.0) is None
-    assert table.forward(agent.channel, UdpBatch(packet, 10, moved), 0.0) is not None
-    back = table.forward(
-        connector.channel, UdpBatch(b"\x80" + connector.channel + b"x", 10, CONNECTOR), 0.0
+    assert forward(table, agent.channel, UdpBatch(packet, 10, AGENT), 0.0) is None
+    assert forward(table, agent.channel, UdpBatch(packet, 10, moved), 0.0) is not None
+    back = forward(
+        table, connector.channel, UdpBatch(b"\x80" + connector.channel + b"x", 10, CONNECTOR), 0.0
     )
     assert back is not None
     assert back.address == moved
@@ -117,7 +124,7 @@ def test_unknown_and_closed_channels_are_dropped_and_counted() -> None:
     table.close(connector)
     table.close(agent)  # again, from the other end
     for channel in (agent.channel, connector.channel, CHANNEL):
-        assert table.forward(channel, UdpBatch(b"\x80" + channel + b"x", 10, AGENT), 0.0) is None
+        assert forward(table, channel, UdpBatch(b"\x80" + channel + b"x", 10, AGENT), 0.0) is None
     assert table.statistics() == {"channels": 0, "drop_unknown_channel": 3}
 
 
@@ -139,13 +146,13 @@ def test_channels_of_one_client_are_bounded() -> None:
 def test_bytes_of_one_client_are_bounded() -> None:
     table = ChannelTable(rate=100.0, burst=1.0)
     agent, connector = joined(table)
-    packet = UdpBatch(b"\x80" + agent.channel + bytes(51), 60, AGENT)
-    assert table.forward(agent.channel, packet, 0.0) is not None
-    assert table.forward(agent.channel, packet, 0.0) is None
+    packet = UdpBatch(b"\x80" + agent.channel + b"A" * 51, 60, AGENT)
+    assert forward(table, agent.channel, packet, 0.0) is not None
+    assert forward(table, agent.channel, packet, 0.0) is None
     # Another client's share is its own.
-    back = UdpBatch(b"\x80" + connector.channel + bytes(51), 60, CONNECTOR)
-    assert table.forward(connector.channel, back, 0.0) is not None
-    assert table.forward(agent.channel, packet, 1.0) is not None
+    back = UdpBatch(b"\x80" + connector.channel + b"A" * 51, 60, CONNECTOR)
+    assert forward(table, connector.channel, back, 0.0) is not None
+    assert forward(table, agent.channel, packet, 1.0) is not None
     assert table.statistics()["drop_relay_rate"] == 1
 
 
@@ -156,7 +163,7 @@ def test_a_newer_session_takes_over_the_legs() -> None:
     table.pass_on(1, 7)
     table.forget(1)
     packet = UdpBatch(b"\x80" + agent.channel + b"x", 10, ("203.0.113.7", 7000))
-    assert table.forward(agent.channel, packet, 0.0) is not None
+    assert forward(table, agent.channel, packet, 0.0) is not None
     table.forget(7)
     assert table.statistics()["channels"] == 0
-    assert table.forward(agent.channel, packet, 0.0) is None
+    assert forward(table, agent.channel, packet, 0.0) is None

@@ -230,6 +230,17 @@ def test_every_form_names_its_service() -> None:
     assert decapsulator.statistics()["malformed"] == 0
 
 
+def test_messages_of_the_relay_are_kept_where_somebody_takes_them() -> None:
+    inner = b"\x30" + bytes(1300)
+    messages = [b"\x31abc", *fragment(inner, 1, 1170), wire.encode_short(1, bytes(20))]
+    decapsulator = Decapsulator(relayed=[])
+    assert decapsulator.decapsulate(messages, 0.0) == [(1, IpPacket(bytes(20)))]
+    assert decapsulator.relayed == [b"\x31abc", inner]
+    other = Decapsulator()
+    assert other.decapsulate(messages, 0.0) == [(1, IpPacket(bytes(20)))]
+    assert (other.relayed, other.statistics()["unknown"]) == (None, 2)
+
+
 def test_malformed_and_unknown_are_counted_and_the_rest_goes_on() -> None:
     decapsulator = Decapsulator()
     inner = fragment(b"\x23" + bytes(9), 1, 10)

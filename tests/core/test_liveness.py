@@ -35,6 +35,16 @@ def test_waits_from_the_first_packet_that_is_under_way() -> None:
     assert watch.get_timer() == 4.0
 
 
+def test_since_when_something_waits() -> None:
+    watch = AnswerWatch(patience=1.0)
+    assert watch.since == math.inf
+    watch.observe(0, waiting=True, now=0.5)
+    watch.observe(0, waiting=True, now=0.8)
+    assert watch.since == 0.5
+    watch.observe(1, waiting=True, now=0.9)
+    assert watch.since == 0.9
+
+
 def test_nothing_to_answer_clears() -> None:
     watch = AnswerWatch(patience=1.0)
     watch.observe(0, waiting=True, now=0.0)

@@ -34,6 +34,7 @@ from ztna.core.messages import (
     OpenSession,
     ProtocolError,
     RelayChannel,
+    RelayForm,
     ServiceMap,
     ServiceNumber,
     Unavailable,
@@ -121,6 +122,7 @@ MESSAGES: list[tuple[Message, dict[str, object]]] = [
     ),
     (Unavailable("web", "no connector"), {"service": "web", "reason": "no connector"}),
     (Health(1, "web"), {"number": 1, "service": "web"}),
+    (RelayForm(inner=True), {"inner": True}),
     (
         HealthAnswer(2**31 - 1, "web", "hangs", "no answer"),
         {"number": 2**31 - 1, "service": "web", "state": "hangs", "words": "no answer"},

@@ -442,6 +442,26 @@ def test_fragments_that_are_given_up_are_counted() -> None:
     assert found.dropped == {"fragments_given_up": 1}
 
 
+def test_what_the_relay_of_peers_is_to_have_waits_for_it() -> None:
+    """Whole, in order, and of this batch alone; also where nothing plain is carried."""
+    found = lab()
+    found.relay.plain = False
+    inner = b"\x30" + bytes(8) + payload_of(2000)
+    pieces = fragment(inner, 5, 1170)
+    plain = fragment(short(WEB, OUT), 6, 25)
+    assert found.send("laptop", b"\x31abc", *plain, *pieces, b"\x32abc") == {}
+    assert found.relay.take_inner() == [b"\x31abc", inner, b"\x32abc"]
+    assert found.relay.take_inner() == []
+    assert found.dropped == {"plain_relay": 1}
+
+
+def test_what_does_not_fit_a_session_is_cut_for_it() -> None:
+    found = lab()
+    message = b"\x30" + payload_of(1200)
+    pieces = found.relay.fit(found.clients["home"], [message, b"\x31"])
+    assert [len(piece) for piece in pieces] == [1170, 41, 1]
+
+
 # Malformed.
 
 
@@ -469,7 +489,7 @@ def test_malformed(message: bytes) -> None:
     assert found.dropped == {"malformed": 1}
 
 
-@pytest.mark.parametrize("message", [b"", b"\x24abc", b"\x30abc", b"\x80abc"])
+@pytest.mark.parametrize("message", [b"", b"\x24abc", b"\x33abc", b"\x80abc"])
 def test_unknown_messages(message: bytes) -> None:
     found = lab()
     assert found.send("laptop", message) == {}

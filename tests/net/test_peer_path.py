@@ -173,7 +173,7 @@ async def test_what_comes_by_a_peer_path_reaches_no_other_session(
         for batch in batches:
             packed = pack(batch, CHANNEL, agent_port.local_address)
             twice = pack(UdpBatch(packed.data, packed.segment_size, ("", 0)), CHANNEL, ("", 0))
-            stun = pack(UdpBatch(bytes(20), 20, ("", 0)), CHANNEL, ("", 0))
+            stun = pack(UdpBatch(b"\x01" + bytes(19), 20, ("", 0)), CHANNEL, ("", 0))
             for each in (packed, twice, stun):
                 assert uniform_channel(each) == CHANNEL
                 await relay_port.send(

@@ -25,7 +25,7 @@ from ztna.core.reassembly import fragment as fragment_message
 from ztna.core.registry import Registry
 from ztna.core.relay import Relay
 from ztna.core.rendezvous import Rendezvous
-from ztna.nat.link import WireBatch
+from ztna.nat.link import MemoryNetwork, WireBatch
 from ztna.net.closing import CloseCode, CloseInfo
 from ztna.roles.address_book import AddressBook
 from ztna.roles.client_dialogue import ANSWER_LOG_LIMIT, MALFORMED_LOG_LIMIT
@@ -359,7 +359,8 @@ def test_arrivals_that_are_remembered_are_bounded() -> None:
     book = AddressBook(ipaddress.IPv4Network("10.100.64.0/18"))
     registry = Registry(policy)
     rendezvous = Rendezvous(registry, ChannelTable())
-    intermediate = Intermediate(registry, Relay(registry), rendezvous, book)
+    port = MemoryNetwork(seed=1).host(RELAY).open_udp_port()
+    intermediate = Intermediate(registry, Relay(registry), rendezvous, book, port)
     for number in range(MAX_ARRIVALS + 5):
         assert intermediate.admits(Identity("example.net", Role.AGENT, f"a{number}"), 0.0)
     assert len(intermediate._arrivals) == MAX_ARRIVALS == 16_384

@@ -195,7 +195,8 @@ def _peers(console: Console, peers: Sequence[Line]) -> None:
 
 
 def _way(way: Line) -> str:
-    return f"{way['kind']} {way['address']}".rstrip()
+    inside = f" ({way['inside']})" if way.get("inside") else ""
+    return f"{way['kind']} {way['address']}".rstrip() + inside
 
 
 def _not_direct(story: Line) -> Iterator[str]:

@@ -5,7 +5,8 @@ sends with it and receives with it, and the relay knows which other leg it is jo
 decrypted on the way: the relay rewrites eight bytes of each segment of a received buffer, for the
 whole buffer at a time, and sends the buffer on.
 
-`ChannelTable` is the intermediate's; `pack`, `unpack` and `uniform_channel` are its clients'.
+`ChannelTable` is the intermediate's, and `core.inner_channels` forwards by it; `pack`, `unpack` and
+`uniform_channel` are its clients'.
 """
 
 import secrets
@@ -150,26 +151,40 @@ class ChannelTable:
         self._addresses.pop(owner, None)
         self._budgets.pop(owner, None)
 
-    def forward(self, channel: bytes, batch: UdpBatch, now: float) -> UdpBatch | None:
-        """What to send for a buffer of one channel (`uniform_channel`), or None."""
+    def leg_at(self, channel: bytes, address: Address) -> Leg | None:
+        """The leg that a raw packet from an address comes in by; None, counted, if it may not."""
         leg = self._legs.get(channel)
-        if leg is None or leg.other is None:
+        if leg is None:
             self.counters["drop_unknown_channel"] += 1
-            return None
-        if leg.address != batch.address:
+        elif leg.address != address:
             # A leg moves only with the validated path of the session that owns it.
             self.counters["drop_channel_address"] += 1
             return None
-        if not leg.budget.take(now, len(batch.data)):
+        return leg
+
+    def leg_of(self, channel: bytes, owner: int) -> Leg | None:
+        """The leg that a message in a client's session means; None, counted, if it is not its."""
+        leg = self._legs.get(channel)
+        if leg is None:
+            self.counters["drop_unknown_channel"] += 1
+        elif leg.owner != owner:
+            self.counters["drop_channel_owner"] += 1
+            return None
+        return leg
+
+    def any_leg(self, owner: int) -> Leg | None:
+        """One of a client's legs, if it has any."""
+        return next(iter(self._owned.get(owner, ())), None)
+
+    def passes(self, leg: Leg, size: int, now: float) -> Leg | None:
+        """Where so many bytes that came by a leg go on; None, counted, if they are too many."""
+        if not leg.budget.take(now, size):
             self.counters["drop_relay_rate"] += 1
             return None
         self.counters["relayed_buffers"] += 1
-        self.counters["relayed_bytes"] += len(batch.data)
-        return UdpBatch(
-            _renamed(batch.data, batch.segment_size, leg.other.channel),
-            batch.segment_size,
-            leg.other.address,
-        )
+        self.counters["relayed_bytes"] += size
+        assert leg.other is not None, "legs are joined for as long as they are known"
+        return leg.other
 
     def statistics(self) -> dict[str, int]:
         """Channels now, buffers and bytes relayed, drops by reason."""
@@ -189,12 +204,13 @@ class ChannelTable:
         return budget
 
 
-def _renamed(data: Buffer, step: int, channel: bytes) -> bytearray:
-    renamed = bytearray(data)
-    if len(renamed) <= step:
-        renamed[1:PREFIX_SIZE] = channel
-        return renamed
-    count = -(-len(renamed) // step)
+def renamed(data: Buffer, step: int, channel: bytes) -> bytearray:
+    """A buffer of raw relayed packets under another channel."""
+    copy = bytearray(data)
+    if len(copy) <= step:
+        copy[1:PREFIX_SIZE] = channel
+        return copy
+    count = -(-len(copy) // step)
     for index, byte in enumerate(channel, 1):
-        renamed[index::step] = bytes((byte,)) * count
-    return renamed
+        copy[index::step] = bytes((byte,)) * count
+    return copy

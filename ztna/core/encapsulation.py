@@ -152,10 +152,14 @@ class Decapsulator:
     """Messages of one session -> packets, each with the key that named its service.
 
     What is malformed or unknown is dropped and counted; nothing is raised.
+
+    relayed: collects the relay's own messages (0x30 to 0x32), for whoever takes them; None where
+    they have no business.
     """
 
     malformed: int = 0
     unknown: int = 0
+    relayed: list[bytes] | None = None
     _joiner: SliceJoiner = attrs.Factory(SliceJoiner)
     _fragments: MessageReassembler = attrs.Factory(MessageReassembler)
 
@@ -220,5 +224,7 @@ class Decapsulator:
             packets.append((None, IpPacket(message)))
         elif kind == wire.FRAGMENT:
             raise RemoteProtocolError("a fragment of a fragment")
+        elif kind in wire.RELAY_KINDS and self.relayed is not None:
+            self.relayed.append(message)
         else:
             self.unknown += 1

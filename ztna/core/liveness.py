@@ -45,6 +45,12 @@ class AnswerWatch:
         """Whether something has no answer yet."""
         return self._since != math.inf
 
+    @property
+    def since(self) -> float:
+        """When the last answer came, or the first question if that is later; infinity while nothing
+        waits."""
+        return self._since
+
     def get_timer(self) -> float | None:
         """When to observe again even if nothing happens."""
         return None if self.suspect or self._since == math.inf else self._since + self.patience

@@ -146,6 +146,13 @@ class ChannelClosed:
 
 
 @attrs.frozen
+class RelayForm:
+    """How relayed peer packets shall come to the sender: inside its control session, or raw."""
+
+    inner: bool
+
+
+@attrs.frozen
 class Unavailable:
     """No connector serves this now; `RelayChannel` follows when one does."""
 
@@ -202,6 +209,7 @@ Message = (
     | OpenSession
     | RelayChannel
     | ChannelClosed
+    | RelayForm
     | Unavailable
     | Health
     | HealthAnswer

@@ -145,13 +145,19 @@ Outgoing = dict[Client, list[bytes]]
 
 @attrs.define
 class Relay:
-    """Moves users' packets between the sessions of one intermediate."""
+    """Moves users' packets between the sessions of one intermediate.
+
+    plain: whether it does; if not, fragments of such packets are dropped here. What the relay of
+    peer packets (`core.inner_channels`) is to have waits for `take_inner`.
+    """
 
     registry: Registry
+    plain: bool = True
     dropped: Counter[str] = attrs.Factory(Counter)
     forwarded: int = 0
     _legs: dict[int, _Leg] = attrs.Factory(dict)
     _joiner: SliceJoiner = attrs.Factory(SliceJoiner)
+    _inner: list[bytes] = attrs.Factory(list)
 
     def add(self, client: Client) -> None:
         """Begin to relay for a client; call again when its features are known."""
@@ -201,6 +207,15 @@ class Relay:
                 self.forwarded += len(output.messages)
         return outgoing
 
+    def take_inner(self) -> list[bytes]:
+        """Messages 0x30 to 0x32 of the batch that was received last, whole and in order."""
+        inner, self._inner = self._inner, []
+        return inner
+
+    def fit(self, client: Client, messages: Sequence[bytes]) -> list[bytes]:
+        """Messages for a client's session, cut where they do not fit it."""
+        return self._legs[client.key].encapsulator.fit(messages)
+
     def statistics(self) -> dict[str, int]:
         """Messages forwarded, and what was dropped by reason."""
         dropped = self.dropped.copy()
@@ -243,6 +258,9 @@ class Relay:
             return
         if whole[0] == wire.FRAGMENT:
             raise RemoteProtocolError("a fragment of a fragment")
+        if not self.plain and whole[0] not in wire.RELAY_KINDS:
+            self.dropped["plain_relay"] += 1
+            return
         offset = _HEADER_OFFSET.get(whole[:1])
         if offset is None:
             self._receive_other_untrusted(batch, whole, now)
@@ -261,6 +279,9 @@ class Relay:
             packets = [(None, message)]
         elif kind == wire.FRAGMENT:
             self._receive_fragment_untrusted(batch, message, now)
+            return
+        elif kind in wire.RELAY_KINDS:
+            self._inner.append(message)
             return
         else:
             self.dropped["unknown_message"] += 1

@@ -27,6 +27,13 @@ CONTAINER = 0x21
 SLICE = 0x22
 FRAGMENT = 0x23
 ROUTED = 0x2F
+RELAYED = 0x30
+RAW_PROBE = 0x31
+DOUBT = 0x32
+
+RELAY_KINDS = frozenset({RELAYED, RAW_PROBE, DOUBT})
+"""The relay's own (`core.inner_relay`): peer packets that it cannot read, and what it takes to know
+which form of them passes."""
 
 FIRST_DATA_BYTE = 0x20
 """Messages from here on carry users' packets; those below are the session's own dialogue."""
@@ -56,6 +63,7 @@ class Feature(enum.StrEnum):
     SLICE = "slice"
     FRAGMENT = "fragment"
     PEER = "peer"
+    RELAYED = "relayed"
 
 
 FEATURES: frozenset[Feature] = frozenset(Feature)

@@ -278,6 +278,15 @@ class Endpoint:
             if rest:
                 await self.port.send(rest)
 
+    def take_inside(self, batches: Sequence[UdpBatch]) -> None:
+        """Sort what peers sent by a relay inside a session (`PathTable.take_inside`). What comes of
+        it is sent at once; a full socket drops it, and it comes again."""
+        answers: list[UdpBatch] = []
+        for batch in batches:
+            self._sort(batch, answers)
+        if answers:
+            self._routed.send_nowait(answers)
+
     def _sort(self, batch: UdpBatch, answers: list[UdpBatch]) -> None:
         if batch.data[0] == RAW:
             channel = uniform_channel(batch)

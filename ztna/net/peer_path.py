@@ -2,9 +2,10 @@
 
 Out: a session sends to its peer's virtual address -> `RoutedPort` -> `PeerPath.route` turns each
 batch into what really leaves: a raw relayed packet to the intermediate, or the same payloads to the
-peer's own address. In: the endpoint unpacks what came through the relay (`PathTable.unpack`), or
-finds the session of what came directly by its connection id; either way the session sees its
-virtual address. aioquic would take another address for a migration, and has no call to begin one.
+peer's own address; or nothing, where the relay is inside the control session (`RelayWay`). In: the
+endpoint unpacks what came through the relay (`PathTable.unpack`, `take_inside`), or finds the
+session of what came directly by its connection id; either way the session sees its virtual address.
+aioquic would take another address for a migration, and has no call to begin one.
 """
 
 import itertools
@@ -15,7 +16,24 @@ import attrs
 
 from ztna.core.addresses import VirtualKind, virtual_address
 from ztna.core.channels import pack, unpack
+from ztna.core.inner_relay import take_raw_probes_untrusted
 from ztna.core.ports import Address, UdpBatch, UdpPort
+
+
+@attrs.define(eq=False)
+class RelayWay:
+    """How all peer paths of an endpoint reach the relay.
+
+    inside: takes a batch and its channel where raw packets do not pass; None where they do.
+    on_used: is told when something goes by the relay. on_answer: takes the token of a raw packet
+    that answers a question of ours. words: which ways are inside, ours and the relay's to us; empty
+    if none is.
+    """
+
+    inside: Callable[[bytes, UdpBatch], None] | None = None
+    on_used: Callable[[], None] | None = None
+    on_answer: Callable[[bytes], None] | None = None
+    words: str = ""
 
 
 @attrs.define(eq=False)
@@ -36,6 +54,7 @@ class PeerPath:
     relay_too: bool = False
     on_relayed: Callable[[], None] | None = None
     counters: Counter[str] = attrs.Factory(Counter)
+    way: RelayWay = attrs.Factory(RelayWay)
 
     def route(self, batch: UdpBatch) -> list[UdpBatch]:
         """What leaves for a batch to the virtual address; nothing while there is no way."""
@@ -52,7 +71,12 @@ class PeerPath:
                 return leaving
         if self.channel is not None and self.relay is not None:
             self.counters["sent_relay_bytes"] += size
-            leaving.append(pack(batch, self.channel, self.relay))
+            if self.way.on_used is not None:
+                self.way.on_used()
+            if self.way.inside is None:
+                leaving.append(pack(batch, self.channel, self.relay))
+            else:
+                self.way.inside(self.channel, batch)
         elif self.direct is None:
             self.counters["drop_no_path"] += 1
         return leaving
@@ -60,8 +84,9 @@ class PeerPath:
 
 @attrs.define(eq=False)
 class PathTable:
-    """All peer paths of one endpoint."""
+    """All peer paths of one endpoint. way: what they share."""
 
+    way: RelayWay = attrs.Factory(RelayWay)
     counters: Counter[str] = attrs.Factory(Counter)
     _by_address: dict[Address, PeerPath] = attrs.Factory(dict)
     _by_channel: dict[bytes, PeerPath] = attrs.Factory(dict)
@@ -75,7 +100,8 @@ class PathTable:
 
     def open(self) -> PeerPath:
         """A new virtual address, without a way so far."""
-        path = PeerPath(virtual_address(VirtualKind.PEER_SESSION, next(self._numbers)))
+        address = virtual_address(VirtualKind.PEER_SESSION, next(self._numbers))
+        path = PeerPath(address, way=self.way)
         self._by_address[path.address] = path
         return path
 
@@ -111,17 +137,49 @@ class PathTable:
     def unpack(self, channel: bytes, batch: UdpBatch) -> UdpBatch | None:
         """A peer's payloads out of a buffer from the relay, as from its virtual address; None if
         the channel is not ours, or they come from anywhere but our intermediate."""
+        path = self._path_of(channel, batch.address)
+        if path is None:
+            return None
+        left, tokens = take_raw_probes_untrusted(batch)
+        for token in tokens:
+            if self.way.on_answer is not None:
+                self.way.on_answer(token)
+        if left is None:
+            return None
+        self._relayed(path, len(left.data))
+        return unpack(left, path.address)
+
+    def take_inside(self, channel: bytes, packet: bytes, relay: Address) -> UdpBatch | None:
+        """A peer's payload that came inside the control session with a relay, as from its virtual
+        address; None if the channel is not ours, or of another relay."""
+        path = self._path_of(channel, relay)
+        if path is None:
+            return None
+        self._relayed(path, len(packet))
+        return UdpBatch(packet, len(packet), path.address)
+
+    def knows(self, channel: bytes, relay: Address) -> bool:
+        """Whether a relay may speak of this channel."""
+        return self._path_of(channel, relay) is not None
+
+    def any_channel(self, relay: Address) -> bytes | None:
+        """One of the channels that a relay has given, if there is any."""
+        return next((k for k, path in self._by_channel.items() if path.relay == relay), None)
+
+    def _path_of(self, channel: bytes, relay: Address) -> PeerPath | None:
         path = self._by_channel.get(channel)
         if path is None:
             self.counters["drop_unknown_channel"] += 1
-            return None
-        if batch.address != path.relay:
+        elif relay != path.relay:
             self.counters["drop_channel_address"] += 1
             return None
-        path.counters["received_relay_bytes"] += len(batch.data)
+        return path
+
+    @staticmethod
+    def _relayed(path: PeerPath, size: int) -> None:
+        path.counters["received_relay_bytes"] += size
         if path.direct is not None and path.on_relayed is not None:
             path.on_relayed()
-        return unpack(batch, path.address)
 
     def arrived(self, address: Address, batch: UdpBatch) -> UdpBatch:
         """What came directly for the session of a virtual address, as from that address."""

@@ -110,6 +110,16 @@ class Session(SessionQueues):
             "suspect": int(self.suspect),
         }
 
+    @property
+    def unanswered_since(self) -> float:
+        """Since when the peer has left unanswered what waits for it; infinity if nothing does."""
+        return self._opened_at if self._peer is None else self._watch.since
+
+    @property
+    def rtt(self) -> float:
+        """Round-trip time, s; 0 before it is known."""
+        return aioquic_state.path_figures(self._connection)["rtt"]
+
     def keep_awake(self) -> None:
         """Something relies on this session although it carries nothing now: ask as in a session in
         use whether the peer is there, and so that it sees our address, too."""

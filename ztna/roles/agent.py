@@ -122,6 +122,7 @@ async def run_agent(
             agent.peers = AgentPeers(
                 endpoint, nursery, credentials, agent, denied_serials, judge, puncher
             )
+            nursery.start_soon(agent.peers.inner.run)
             registry.register("peers", agent.peers.statistics)
         nursery.start_soon(agent.configure_tun, configure)
         nursery.start_soon(agent.tun_to_session)

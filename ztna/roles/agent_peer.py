@@ -9,6 +9,7 @@ import trio
 from ztna.core.identity import Identity
 from ztna.core.ports import IpPacket
 from ztna.net.peer_path import PeerPath
+from ztna.net.session import Session
 from ztna.roles.peer_link import PeerLink
 
 
@@ -27,8 +28,8 @@ class Peer:
     """One connector. offered: services that it is to carry, by the intermediate's word. granted: of
     these, those that we want and that it may answer for.
 
-    session_id: what this peer session is called in signalling. link: the session in use. host:
-    where the intermediate sees the connector.
+    session_id: what this peer session is called in signalling. link: the session in use. newest:
+    the session that was begun last. host: where the intermediate sees the connector.
     """
 
     identity: Identity
@@ -37,6 +38,7 @@ class Peer:
     offered: Sequence[str] = ()
     granted: frozenset[str] = frozenset()
     link: PeerLink | None = None
+    newest: Session | None = None
     host: str = ""
     failure: str = ""
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)

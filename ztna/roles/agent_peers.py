@@ -36,11 +36,13 @@ from ztna.core.ports import Address
 from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
+from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
 from ztna.pki import Credentials, connector_dns_name
 from ztna.roles.agent_peer import Peer, PeerHandler
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
+from ztna.roles.inner_relay import InnerRelay
 from ztna.roles.peer_link import (
     PACKET_FEATURES,
     PEER_SETTINGS,
@@ -84,11 +86,15 @@ class AgentPeers:
     denied_serials: frozenset[int] = frozenset()
     may_provide: Callable[[Identity, str], Decision] | None = None
     puncher: Puncher | None = None
+    inner: InnerRelay = attrs.field(init=False)
     unavailable: dict[str, str] = attrs.Factory(dict)
     _services: tuple[str, ...] = ()
     _control: ControlLink | None = None
     _peers: dict[Identity, Peer] = attrs.Factory(dict)
     refused_peers: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.inner = InnerRelay(self.endpoint, self._newest)
 
     @property
     def peers(self) -> Iterable[Peer]:
@@ -115,6 +121,7 @@ class AgentPeers:
     def control_up(self, link: ControlLink, service_ids: Sequence[str]) -> None:
         """A control session is up: ask for peer sessions, and name those that there are."""
         self._control = link
+        self.inner.control_up(link)
         if self.puncher is not None:
             self.puncher.control_up(link)
         self._services = ()
@@ -124,6 +131,7 @@ class AgentPeers:
         """It is gone. What goes through the relay may still: who knows how it was lost."""
         if self._control is link:
             self._control = None
+            self.inner.control_down(link)
             self.unavailable = {}  # nobody says so any more
             self.handler.peers_changed()
 
@@ -182,7 +190,15 @@ class AgentPeers:
             for peer in self._peers.values()
             if peer.link is not None
         }
-        return {"peers": len(self._peers), "refused_peers": self.refused_peers, **sessions}
+        return {
+            "peers": len(self._peers),
+            "refused_peers": self.refused_peers,
+            "inner_relay": self.inner.statistics(),
+            **sessions,
+        }
+
+    def _newest(self) -> list[tuple[PeerPath, Session]]:
+        return [(p.path, p.newest) for p in self._peers.values() if p.newest is not None]
 
     def _receive_channel_untrusted(self, message: RelayChannel, relay: Address) -> None:
         identity = Identity.parse_untrusted(message.peer)
@@ -207,6 +223,7 @@ class AgentPeers:
         moved = self.endpoint.paths.set_relay(peer.path, bytes.fromhex(message.channel), relay)
         if moved and peer.link is not None:
             peer.link.session.path_changed(relay)
+        self.inner.channel_given()
         peer.reachable.set()
         log.info("relay channel", peer=str(identity), services=sorted(peer.granted))
 
@@ -249,7 +266,7 @@ class AgentPeers:
         await restart_with_backoff(name, attempt, random.SystemRandom())
 
     def _connect(self, peer: Peer) -> Session:
-        return self.endpoint.connect(
+        peer.newest = self.endpoint.connect(
             peer.path.address,
             self.credentials,
             connector_dns_name(peer.identity),
@@ -257,6 +274,7 @@ class AgentPeers:
             PEER_SETTINGS,
             denied_serials=lambda: self.denied_serials,
         )
+        return peer.newest
 
     async def _attempt(self, peer: Peer, succeeded: Callable[[], None]) -> float:
         """Sessions of which each was begun beside the one before, until one leaves no successor."""

@@ -23,6 +23,7 @@ from ztna.core.messages import (
     HostPort,
     OpenSession,
     ProtocolError,
+    RelayForm,
     Withdraw,
     encode_message,
 )
@@ -39,6 +40,8 @@ log = structlog.get_logger(__name__)
 # or last words, and by asking.
 MALFORMED_LOG_LIMIT = 5
 ANSWER_LOG_LIMIT = 1000
+# What is carried without `plain_relay`: what the relay of peers needs, whole or in fragments.
+_NOT_PLAIN = wire.RELAY_KINDS | {wire.FRAGMENT}
 
 
 async def read_control(intermediate: Intermediate, served: Served) -> None:
@@ -59,6 +62,8 @@ async def read_control(intermediate: Intermediate, served: Served) -> None:
                 case OpenSession() if served.client.is_agent and served.client.speaks_control:
                     intermediate.rendezvous.open(served.client, message, now)
                     intermediate.introduce()
+                case RelayForm() if Feature.RELAYED in served.client.features:
+                    intermediate.inner.set_inner(served.client.key, inner=message.inner)
                 case Withdraw():
                     _receive_withdraw(intermediate, served, message)
                 case Goodbye() | ProtocolError():
@@ -150,11 +155,17 @@ def receive_datagrams(intermediate: Intermediate, served: Served, messages: list
         messages = [message for message in messages if message[:1] >= b"\x20"]
     if messages and not intermediate.plain_relay:
         # A node that sends its users' packets so has no peer session, and says why by itself.
-        served.plain_refused += len(messages)
+        before = len(messages)
+        messages = [message for message in messages if message[0] in _NOT_PLAIN]
+        served.plain_refused += before - len(messages)
+    if not messages:
         return
-    outgoing = intermediate.relay.receive_messages(client, messages, trio.current_time())
+    now = trio.current_time()
+    outgoing = intermediate.relay.receive_messages(client, messages, now)
     for target, batch in outgoing.items():
         sessions[target.key].session.send_datagrams(batch)
+    if inner := intermediate.relay.take_inner():
+        intermediate.receive_inner(client, inner, now)
 
 
 def _receive_dialogue(

@@ -239,6 +239,7 @@ class _Connector:
             self.peers.receive_signal_untrusted(link, message)
 
     def session_down(self, link: ControlLink) -> None:
+        self.peers.control_down(link)
         if self.link is link:
             self.link = None
             self.linked = trio.Event()

@@ -42,6 +42,7 @@ from ztna.net.session import Session
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.health import HealthDesk
+from ztna.roles.inner_relay import InnerRelay
 from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
 from ztna.roles.punching import Puncher
 
@@ -107,9 +108,13 @@ class ConnectorPeers:
     strangers: int = 0
     refused_agents: int = 0
     control: ControlLink | None = None
+    inner: InnerRelay = attrs.field(init=False)
     _numbers: dict[str, int] = attrs.Factory(dict)
     _agents: dict[Identity, AgentSide] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.inner = InnerRelay(self.endpoint, self._linked)
 
     @property
     def agents(self) -> list[AgentSide]:
@@ -121,6 +126,7 @@ class ConnectorPeers:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._forget_idle)
+            nursery.start_soon(self.inner.run)
             task_status.started()
             async for session in self.sessions:
                 nursery.start_soon(self._serve, session)
@@ -128,8 +134,13 @@ class ConnectorPeers:
     def control_up(self, link: ControlLink) -> None:
         """A control session is up: its intermediate announces all agents anew that may come."""
         self.control = link
+        self.inner.control_up(link)
         if self.puncher is not None:
             self.puncher.control_up(link)
+
+    def control_down(self, link: ControlLink) -> None:
+        """It is gone."""
+        self.inner.control_down(link)
 
     def receive_signal_untrusted(self, link: ControlLink, message: Message) -> None:
         """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
@@ -167,8 +178,12 @@ class ConnectorPeers:
             "agents": len(self._agents),
             "strangers": self.strangers,
             "refused_agents": self.refused_agents,
+            "inner_relay": self.inner.statistics(),
             **agents,
         }
+
+    def _linked(self) -> list[tuple[PeerPath, Session]]:
+        return [(each.path, each.link.session) for each in self.agents if each.link is not None]
 
     def _receive_channel_untrusted(self, message: RelayChannel, relay: Address) -> None:
         identity = Identity.parse_untrusted(message.peer)
@@ -187,6 +202,7 @@ class ConnectorPeers:
         moved = self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
         if moved and side.link is not None:
             side.link.session.path_changed(relay)
+        self.inner.channel_given()
         self._settle(side)
         log.info("relay channel", peer=str(identity), services=sorted(side.granted)[:16])
 

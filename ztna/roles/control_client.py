@@ -91,6 +91,7 @@ class ControlLink:
     """One control session, as its role sees it.
 
     accepted: what the intermediate answered; None for a (seed) intermediate.
+    on_relayed: takes messages of the relay inside this session.
     labels: registered services, by id. refused: reasons, by id.
     policy: judges what the intermediate says of it; None if no policy key is pinned here.
     """
@@ -104,6 +105,7 @@ class ControlLink:
     accepted: Accepted | None = None
     observed_address: tuple[str, int] | None = None
     on_observed: Callable[[], None] | None = None
+    on_relayed: Callable[["ControlLink", list[bytes]], None] | None = None
     labels: dict[str, ServiceLabel] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
     goodbye_wait: float = 0.0
@@ -308,6 +310,9 @@ def _receive_datagrams(link: ControlLink, handler: PacketHandler, messages: list
         packets = link.decapsulator.decapsulate(messages, now)
         if packets:
             handler.packets_received(link, packets)
+        if link.decapsulator.relayed and link.on_relayed is not None:
+            relayed, link.decapsulator.relayed = link.decapsulator.relayed, []
+            link.on_relayed(link, relayed)
 
 
 def _receive_dialogue_untrusted(

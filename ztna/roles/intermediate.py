@@ -171,9 +171,10 @@ async def run_intermediate(
     rendezvous = Rendezvous(registry, ChannelTable(new_channel=_new_channel))
     intermediate = Intermediate(
         registry,
-        Relay(registry),
+        Relay(registry, plain=config.plain_relay),
         rendezvous,
         addresses,
+        port if entrance is None else entrance.port,
         denied_serials=denied_serials,
         plain_relay=config.plain_relay,
     )
@@ -186,9 +187,7 @@ async def run_intermediate(
         stun = stun or StunResponder(StunServer(port.local_address), port)
         statistics_registry().register("stun", stun.statistics)
         nursery.start_soon(stun.run)
-        endpoint = Endpoint(
-            port, reset_key=reset_key, stun=stun.answer, relay=rendezvous.channels.forward
-        )
+        endpoint = Endpoint(port, reset_key=reset_key, stun=stun.answer, relay=intermediate.forward)
         await nursery.start(endpoint.run)
         statistics_registry().register("endpoint", endpoint.statistics)
         sessions = endpoint.listen(
@@ -288,6 +287,7 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
             intermediate.relay.remove(client)
             intermediate.served.pop(client.key, None)
             intermediate.rendezvous.gone(client, trio.current_time())
+            intermediate.inner.forget(client.key)
             intermediate.introduce()
         closed = await session.wait_closed()
         log.info("client gone", reason=closed.reason, by_peer=closed.by_peer)

@@ -30,7 +30,7 @@ VERSION = 1
 # silent for longer.
 PEER_SETTINGS = SessionSettings(alpn="ztna-peer-1", idle_timeout=120.0, keepalive=25.0)
 # Forms of packets that both ends of a peer session know.
-PACKET_FEATURES = FEATURES - {Feature.PEER}
+PACKET_FEATURES = FEATURES - {Feature.PEER, Feature.RELAYED}
 
 
 @attrs.define(eq=False)

@@ -7,13 +7,16 @@ import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.identity import Identity
+from ztna.core.inner_channels import ForSessions, InnerChannels
 from ztna.core.limits import TokenBucket
 from ztna.core.messages import Policy, ServiceMap, ServiceNumber, encode_message
 from ztna.core.policy_document import SignedDocument
-from ztna.core.ports import Address
+from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.core.registry import Client, Registry
 from ztna.core.relay import Relay
 from ztna.core.rendezvous import Rendezvous
+from ztna.core.wire import Feature
+from ztna.net.batches import join_batches
 from ztna.net.session import Session
 from ztna.net.stream_port import StreamPort
 from ztna.roles.address_book import AddressBook
@@ -73,16 +76,42 @@ class Intermediate:
     relay: Relay
     rendezvous: Rendezvous
     addresses: AddressBook
+    port: UdpPort
+    inner: InnerChannels = attrs.field(init=False)
     served: dict[int, Served] = attrs.Factory(dict)
     next_key: int = 0
     denied_serials: frozenset[int] = frozenset()
     policy: SignedPolicy | None = None
     streams: StreamPort | None = None
     refused_arrivals: int = 0
+    relay_port_full: int = 0
     plain_relay: bool = False
     _arrivals: OrderedDict[Identity, TokenBucket] = attrs.Factory(OrderedDict)
     # Set when the rendezvous may have another timer.
     introduced: trio.Event = attrs.Factory(trio.Event)
+
+    def __attrs_post_init__(self) -> None:
+        self.inner = InnerChannels(self.rendezvous.channels)
+
+    def forward(self, channel: bytes, batch: UdpBatch, now: float) -> UdpBatch | None:
+        """A `RelayHandler`: raw packets of peers."""
+        leaving, sessions = self.inner.forward(channel, batch, now)
+        self._send_inside(sessions)
+        return leaving
+
+    def receive_inner(self, client: Client, messages: list[bytes], now: float) -> None:
+        """Packets of peers that came inside a client's session, and its questions."""
+        leaving, sessions = self.inner.receive_messages(client.key, messages, now)
+        self._send_inside(sessions)
+        if leaving:
+            # A full socket is a lost packet, as on the way of raw ones.
+            self.relay_port_full += len(self.port.send_nowait(join_batches(leaving)))
+
+    def _send_inside(self, sessions: ForSessions) -> None:
+        for key, messages in sessions:
+            served = self.served.get(key)
+            if served is not None and Feature.RELAYED in served.client.features:
+                served.session.send_datagrams(self.relay.fit(served.client, messages))
 
     def introduce(self) -> None:
         """Tell clients what the rendezvous has decided."""
@@ -128,6 +157,8 @@ class Intermediate:
             **self.registry.statistics(),
             **self.relay.statistics(),
             **self.rendezvous.statistics(),
+            **self.inner.statistics(),
+            "drop_relay_port_full": self.relay_port_full,
             "refused_arrivals": self.refused_arrivals,
             "sessions": sessions,
         }

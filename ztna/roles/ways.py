@@ -16,6 +16,8 @@ from ztna.net.peer_path import PeerPath
 from ztna.roles.punching import Puncher
 
 DIRECT, RELAY, RELAY_TLS, NONE = "direct", "relay", "relay over TLS", "none"
+# In 0x30 of the control session (`roles.inner_relay`).
+RELAY_INNER = "relay inside QUIC"
 
 
 _OPEN_WAY = "firewalls on the way that let UDP pass between the two ends"
@@ -23,10 +25,12 @@ _OPEN_WAY = "firewalls on the way that let UDP pass between the two ends"
 
 @attrs.frozen
 class Way:
-    """Where packets go. kind: one of the four above. address: of the peer, or of the relay."""
+    """Where packets go. kind: one of the five above. address: of the peer, or of the relay. inside:
+    on which ways raw packets do not pass between here and the relay."""
 
     kind: str
     address: str = ""
+    inside: str = ""
 
     @property
     def words(self) -> str:
@@ -35,12 +39,13 @@ class Way:
             return "none"
         if self.kind == DIRECT:
             return f"DIRECT (peer: {self.address})"
-        over = " over TLS" if self.kind == RELAY_TLS else ""
+        over = self.kind.removeprefix(RELAY)
         return f"RELAY{over} (via {self.address})"
 
     def to_json(self) -> dict[str, object]:
         """For programs."""
-        return {"kind": self.kind, "address": self.address}
+        inside = {"inside": self.inside} if self.inside else {}
+        return {"kind": self.kind, "address": self.address, **inside}
 
 
 def way_of(path: PeerPath, intermediate: str) -> Way:
@@ -51,7 +56,8 @@ def way_of(path: PeerPath, intermediate: str) -> Way:
         return Way(NONE)
     if is_virtual(path.relay):
         return Way(RELAY_TLS, intermediate)
-    return Way(RELAY, format_address(path.relay))
+    kind = RELAY_INNER if path.way.words else RELAY
+    return Way(kind, format_address(path.relay), path.way.words)
 
 
 @attrs.frozen
