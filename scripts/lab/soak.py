@@ -262,7 +262,8 @@ class Soak:
             if fetch(self.site.visitor, WEB, "page") != PAGE:
                 raise NotReadyError("the visitor got another page")
         except (NotReadyError, OSError) as error:
-            self.run.visits_failed.append(str(error).splitlines()[0])
+            words = str(error).splitlines()
+            self.run.visits_failed.append(" ... ".join(dict.fromkeys((words[0], words[-1]))))
         self.run.visits += 1
 
     def _look_for_deaths(self) -> None:

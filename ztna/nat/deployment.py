@@ -218,14 +218,19 @@ class Deployment:
     def run_until_ready(
         self, machine: Machine, role: str, file: Path, services: int = 1
     ) -> LoggedProcess:
-        """Start a role and wait until users may rely on it; `services` is how many it has."""
+        """Start a role and wait until users may rely on it; `services` is how many it has. One that
+        is not ready in time is ended: it would hold its identity against the next."""
         process = self.run(machine, role, file)
-        if role == "intermediate":
-            process.wait_for(READY)
-        else:
-            process.wait_for(REGISTERED, times=services)
-        if role == "agent":
-            process.wait_for(CONFIGURED)
+        try:
+            if role == "intermediate":
+                process.wait_for(READY)
+            else:
+                process.wait_for(REGISTERED, times=services)
+            if role == "agent":
+                process.wait_for(CONFIGURED)
+        except NotReadyError:
+            process.kill()
+            raise
         return process
 
     def ztna(self, *args: str | Path) -> str:
