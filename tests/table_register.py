@@ -96,6 +96,7 @@ TABLES = {
     "ztna.core.rendezvous:_Pair.told": "the two ends; a client that is replaced is forgotten",
     "ztna.core.rendezvous:Rendezvous._wishes": SESSIONS,
     "ztna.core.rendezvous:Rendezvous._pairs": f"{CHANNELS} {SESSIONS}",
+    "ztna.core.rendezvous:Rendezvous._ids": f"{CHANNELS} {SESSIONS}",
     "ztna.core.rendezvous:Rendezvous._events": EVENTS,
     "ztna.core.relay:Relay._inner": BATCH,
     "ztna.core.routes:RouteTable._by_address": OWN_FILE,

@@ -2,6 +2,7 @@
 
 import ipaddress
 
+import attrs
 import pytest
 
 from ztna.core.addresses import packed_pair
@@ -366,6 +367,24 @@ def test_one_id_is_not_given_to_two_sessions() -> None:
     sessions = [m.session for c, m in scene.said() if c is agent and isinstance(m, RelayChannel)]
     assert len(set(sessions)) == 2
     assert same in sessions
+
+
+def test_an_id_of_another_agents_session_is_not_taken() -> None:
+    """An agent that names another's gets one of its own, and ends that one alone."""
+    scene = Scene()
+    connector, laptop = scene.connector(), scene.agent()
+    scene.open(laptop, "web")
+    theirs = scene.channels_said()[connector].session
+    mallory = scene.agent("mallory")
+    known = KnownSession(theirs, connector.identity.uri)
+    scene.open(mallory, "web", known=(known,))
+    own = scene.channels_said()[mallory].session
+    assert own != theirs
+    scene.gone(mallory)
+    assert {m.session for _, m in scene.said() if isinstance(m, ChannelClosed)} == {own}
+    # One that is free may be named again.
+    scene.open(scene.agent("other"), "web", known=(attrs.evolve(known, session=own),))
+    assert scene.channels_said()[connector].session == own
 
 
 def test_channels_that_are_used_up_are_said() -> None:

@@ -7,7 +7,8 @@ for each pair of an agent and the connector that serves it, with the services th
 `ChannelClosed` or `Unavailable`. It is called after everything that may change the answer, and
 changes nothing when nothing did.
 
-Signalling belongs to (agent, session id): an id that an agent names is looked up among its own.
+Signalling belongs to (agent, session id): an id that an agent names stands for its own session
+alone, and an id that any other session has is not taken for it.
 """
 
 import ipaddress
@@ -63,6 +64,7 @@ class Rendezvous:
     channels: ChannelTable
     _wishes: dict[Client, _Wishes] = attrs.Factory(dict)
     _pairs: dict[Identity, dict[Identity, _Pair]] = attrs.Factory(dict)
+    _ids: set[str] = attrs.Factory(set)
     _events: deque[tuple[Client, Message]] = attrs.Factory(deque)
 
     def next_event(self) -> tuple[Client, Message] | None:
@@ -202,9 +204,12 @@ class Rendezvous:
             except LimitError as error:
                 self._events += [(agent, Unavailable(each, str(error))) for each in services]
                 return
-            session = wishes.sessions.get(connector.identity.uri) or secrets.token_hex(8)
-            if session in {each.session for each in self._pairs.get(agent.identity, {}).values()}:
-                session = secrets.token_hex(8)  # an agent that gives one id to two
+            session = wishes.sessions.get(connector.identity.uri)
+            if session is None or session in self._ids:
+                # New; or an agent that gives one id to two, or names another's: with that it would
+                # end the other's session when it ends its own.
+                session = secrets.token_hex(8)
+            self._ids.add(session)
             pair = _Pair(session, agent, connector, *legs)
             self._pairs.setdefault(agent.identity, {})[connector.identity] = pair
         pair.services = services
@@ -232,6 +237,7 @@ class Rendezvous:
         del of_agent[pair.connector.identity]
         if not of_agent:
             del self._pairs[pair.agent.identity]
+        self._ids.discard(pair.session)
         self.channels.close(pair.agent_leg)
         message = ChannelClosed(pair.session, reason, withdrawn)
         self._events += [(pair.agent, message), (pair.connector, message)]

@@ -193,6 +193,9 @@ class ConnectorPeers:
         if side is None:
             self.refused_agents += 1
             return
+        for other in self.agents:
+            if other.session_id == message.session:
+                other.session_id = ""  # of an intermediate before; it gets another
         side.session_id, side.told_by = message.session, self.control
         side.host = message.observed or ""
         if self.puncher is not None:
