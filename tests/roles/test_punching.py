@@ -14,6 +14,7 @@ from tests.net.endpoints import clock, deployment
 from tests.roles.memory import NO_FILES
 from ztna.config.direct import DirectConfig
 from ztna.config.model import AgentConfig, IntermediateAddress
+from ztna.core.addresses import VirtualKind, virtual_address
 from ztna.core.encapsulation import Encapsulator
 from ztna.core.ice.events import PathSelected, PortsWanted, RelayToo
 from ztna.core.ice.negotiation import RETRY_TIME
@@ -244,6 +245,21 @@ async def test_a_lost_path_leaves_the_relay(autojump_clock: MockClock) -> None:
     assert told[0] == "Path selected: RELAY (via 198.51.100.10:4433)"
     assert f"Path selected: DIRECT (peer: {HOME}:49152)" in told
     assert told[-1] == told[0]
+
+
+async def test_a_relay_that_is_reached_over_tls_is_named_in_words(
+    autojump_clock: MockClock,
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with both() as it:
+            it.agent.path.relay = virtual_address(VirtualKind.STREAM, 1)
+            it.punch()
+            await wait_all_tasks_blocked()
+    told = {entry["event"] for entry in logs if entry["event"].startswith("Path selected: ")}
+    assert told == {
+        "Path selected: RELAY (via the intermediate, over TLS)",
+        "Path selected: RELAY (via 198.51.100.10:4433)",
+    }
 
 
 async def test_ports_that_nobody_needs_are_given_back(autojump_clock: MockClock) -> None:

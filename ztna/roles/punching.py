@@ -21,6 +21,7 @@ from ztna.core.addresses import (
     DEFAULT_TUNNEL_RANGE,
     TWIN_PREFIX,
     format_address,
+    is_virtual,
     twin_network,
 )
 from ztna.core.ice.agent import IceAgent
@@ -322,6 +323,8 @@ class DirectPath:
             return
         relay = self.path.relay
         where = "none" if relay is None else format_address(relay)
+        if relay is not None and is_virtual(relay):
+            where = "the intermediate, over TLS"
         reason = "the session begins" if event is None else event.reason
         log.info(f"Path selected: RELAY (via {where})", peer=peer, reason=reason)
 
