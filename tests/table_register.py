@@ -21,6 +21,7 @@ STREAMS = "ztna.net.stream_listener:MAX_CONNECTIONS"
 
 TABLES = {
     "ztna.backend.terminator:Terminator._drivers": FLOWS,
+    "ztna.backend.terminator:Terminator._heard": OWN_FILE,
     "ztna.core.bbr:Bbr._rates": "a fixed number of rounds",
     "ztna.core.bbr:Bbr._extras": "a fixed number of rounds",
     "ztna.core.channels:ChannelTable._legs": f"{CHANNELS} {SESSIONS}",
@@ -141,6 +142,7 @@ TABLES = {
     "ztna.net.session_queues:SessionQueues._control_in": (
         "ztna.net.session_queues:SessionSettings.control_backlog"
     ),
+    "ztna.net.session_queues:SessionQueues._questions": OWN_FILE,
     "ztna.net.session_table:SessionTable.by_id": SESSIONS,
     "ztna.net.session_table:SessionTable.half_open": "ztna.net.endpoint:EndpointSettings.half_open",
     "ztna.net.session_table:SessionTable.outbound": "sessions that this node began",
@@ -162,6 +164,7 @@ TABLES = {
     "ztna.roles.gathering:Gatherer._asked": "questions that this node asks",
     "ztna.roles.gathering:Gatherer._resolved": "one of each IP version",
     "ztna.roles.health:HealthDesk._results": OWN_FILE,
+    "ztna.roles.health:HealthDesk._silent_at": OWN_FILE,
     "ztna.roles.health:HealthAsks._waiting": OWN_FILE,
     "ztna.roles.health:HealthAsks._answers": OWN_FILE,
     "ztna.roles.address_book:AddressBook.by_identity": "identities that our CA has certified",
