@@ -36,6 +36,15 @@ class Decision:
     reason: str
 
 
+def no_business(who: Identity, trust_domain: str, role: Role, verb: str) -> Decision | None:
+    """The refusal of somebody whom no rule of this trust domain could let do it; else None."""
+    if who.trust_domain != trust_domain:
+        return Decision(False, f"{who.uri} is not of the trust domain {trust_domain}")
+    if who.role is not role:
+        return Decision(False, f"{who} is no {role}, and only {role}s may {verb} a service")
+    return None
+
+
 class Judge(Protocol):
     """What decides: this module's `Policy`, or a signed one."""
 
@@ -67,10 +76,8 @@ class Policy:
         return self._decide(who, Role.CONNECTOR, service_id, "provide")
 
     def _decide(self, who: Identity, role: Role, service_id: str, verb: str) -> Decision:
-        if who.trust_domain != self.trust_domain:
-            return Decision(False, f"{who.uri} is not of the trust domain {self.trust_domain}")
-        if who.role is not role:
-            return Decision(False, f"{who} is no {role}, and only {role}s may {verb} a service")
+        if (decision := no_business(who, self.trust_domain, role, verb)) is not None:
+            return decision
         for number, rule in enumerate(self.rules):
             if rule.who not in {str(who), f"{who.role}/{ANY}"}:
                 continue

@@ -17,7 +17,7 @@ from typing import Self
 import attrs
 
 from ztna.core.identity import Identity, Role, valid_name, valid_trust_domain
-from ztna.core.policy import ANY, Decision
+from ztna.core.policy import ANY, Decision, no_business
 from ztna.core.strict_json import Node, parse_json_untrusted
 from ztna.errors import RemoteProtocolError
 
@@ -129,10 +129,8 @@ class PolicyDocument:
         return self._decide(who, Role.CONNECTOR, service_id, "provide")
 
     def _decide(self, who: Identity, role: Role, service_id: str, verb: str) -> Decision:
-        if who.trust_domain != self.trust_domain:
-            return Decision(False, f"{who.uri} is not of the trust domain {self.trust_domain}")
-        if who.role is not role:
-            return Decision(False, f"{who} is no {role}, and only {role}s may {verb} a service")
+        if (decision := no_business(who, self.trust_domain, role, verb)) is not None:
+            return decision
         # "*" means the services of the document, never one that it does not know.
         if service_id in self.services:
             for number, rule in enumerate(self.rules):

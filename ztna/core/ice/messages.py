@@ -55,8 +55,8 @@ _password = matches_re(r"[A-Za-z0-9+/]{22,64}")
 
 
 @attrs.frozen
-class CandidateOffer:
-    """From the agent: where it may be reached, and how its checks are signed."""
+class _Description:
+    """Where the sender may be reached, and how its checks are signed."""
 
     generation: int = attrs.field(validator=_GENERATION)
     ufrag: str = attrs.field(validator=_ufrag)
@@ -67,15 +67,13 @@ class CandidateOffer:
 
 
 @attrs.frozen
-class CandidateAnswer:
-    """From the connector: the same of its side, for the offer of that generation."""
+class CandidateOffer(_Description):
+    """From the agent."""
 
-    generation: int = attrs.field(validator=_GENERATION)
-    ufrag: str = attrs.field(validator=_ufrag)
-    password: str = attrs.field(validator=_password, repr=False)
-    candidates: tuple[CandidateEntry, ...] = attrs.field(validator=max_len(MAX_CANDIDATES))
-    nat: NatEntry
-    features: tuple[str, ...] = attrs.field(validator=max_len(16))
+
+@attrs.frozen
+class CandidateAnswer(_Description):
+    """From the connector, for the offer of that generation."""
 
 
 @attrs.frozen
