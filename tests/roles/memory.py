@@ -343,6 +343,7 @@ class World:
                         open_port=functools.partial(self.open_other_port, name),
                         map_port=self.map_port(name),
                         serve=functools.partial(self.serve, name),
+                        knock=functools.partial(self.knock, name),
                         task_status=task_status,
                     )
 

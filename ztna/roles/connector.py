@@ -32,6 +32,7 @@ from ztna.errors import SessionClosedError
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS
+from ztna.net.knock import Knock, knock
 from ztna.net.port_mapping import open_port_mapping
 from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stream_dialer import StreamDialer
@@ -117,6 +118,7 @@ async def run_connector(
     open_port: OpenPort | None = None,
     map_port: MapPort | None = None,
     serve: Serve | None = None,
+    knock: Knock = knock,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Provide services over one UDP port until cancelled.
@@ -125,7 +127,8 @@ async def run_connector(
     files for a reload. policy: judges beside the intermediate; None if no policy key is pinned.
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
     ports, to learn what the NAT is like and to guess its ports. map_port: asks the gateway to open
-    this one. serve: answers those who ask what this connector sees.
+    this one. serve: answers those who ask what this connector sees. knock: see
+    `ConnectorView`.
     """
     secret = os.urandom(16)
 
@@ -179,7 +182,7 @@ async def run_connector(
             streams,
         )
         if serve is not None:
-            nursery.start_soon(serve, ConnectorView(connector, keeper, dialer).answer)
+            nursery.start_soon(serve, ConnectorView(connector, keeper, dialer, knock).answer)
         if policy is not None:
             registry.register("policy", policy.statistics)
             policy.subscribe(functools.partial(connector.judge_again, keeper, nursery))
