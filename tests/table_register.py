@@ -117,6 +117,7 @@ TABLES = {
     "ztna.core.tcp.scoreboard:Scoreboard.flights": "ztna.core.tcp.scoreboard:MAX_FLIGHTS",
     "ztna.core.turns:Turns._packets": "ztna.core.flows:MAX_ANSWERS ztna.core.outbound:MAX_QUEUED",
     "ztna.core.turns:Turns._ready": f"{FLOWS} {OUTBOUND}",
+    "ztna.core.upnp.xml:_Builder.open": "ztna.core.upnp.xml:MAX_DEPTH",
     "ztna.ingress.directory:Directory._by_name": OWN_FILE,
     "ztna.ingress.directory:Directory._by_address": OWN_FILE,
     "ztna.ingress.forward:UdpForward._flows": "ztna.ingress.forward:MAX_PEERS",

@@ -375,6 +375,7 @@ TARGETS: Mapping[str, Target] = {
     "stun-server": Target(_stun_server, STUN),
     "nat-probe": Target(_prober, STUN),
     "port-mapping": Target(portmaps.port_mapping, portmaps.ANSWERS, renew_after=2000),
+    "upnp": Target(portmaps.upnp, portmaps.UPNP_ANSWERS, renew_after=2000),
     "mtu-probe": Target(_mtu_prober, STUN),
     "stream": Target(lambda: _stream, STREAMS),
     "ice-checks": Target(ice_checks, STUN, renew_after=2000),

@@ -18,12 +18,13 @@ pytestmark = [
 ]
 
 
-def test_direct_through_a_mapped_port(tmp_path: Path) -> None:
+@pytest.mark.parametrize("upnp", [False, True], ids=["PCP", "UPnP"])
+def test_direct_through_a_mapped_port(tmp_path: Path, upnp: bool) -> None:
     """And the mapping is gone when the connector has stopped."""
     with open_site(prepare(tmp_path), SYMMETRIC, SYMMETRIC) as site:
         _, office = site.lab.gateways
         office.rebind(OUTER)
-        with miniupnpd(office.namespace, office.pool.router, tmp_path):
+        with miniupnpd(office.namespace, office.pool.router, tmp_path, upnp=upnp):
             site.start()
             processes = site.files.deployment.processes
             agent, connector = (

@@ -25,19 +25,25 @@ table inet filter {
 }
 """
 
+_YES = {False: "no", True: "yes"}
+
 
 @contextmanager
-def miniupnpd(namespace: Namespace, router: str, folder: Path) -> Iterator[None]:
+def miniupnpd(
+    namespace: Namespace, router: str, folder: Path, *, upnp: bool = False
+) -> Iterator[None]:
     """The server, from when it listens until it is killed; it begins with nothing mapped.
 
-    router: the gateway's address in its LAN, a /24. folder: for its files.
+    router: the gateway's address in its LAN, a /24. folder: for its files. upnp: it speaks UPnP
+    alone, on the first link of that LAN; else PCP and NAT-PMP alone.
     """
     namespace.nft(f"add table inet filter\ndelete table inet filter\n{_CHAINS}")
     file, lease = folder / "miniupnpd.conf", folder / "leases"
     lease.unlink(missing_ok=True)
     file.write_text(
-        f"ext_ifname=wan\nlistening_ip={router}/24\nipv6_disable=yes\nenable_natpmp=yes\n"
-        f"enable_upnp=no\nsecure_mode=yes\nsystem_uptime=no\nlease_file={lease}\n"
+        f"ext_ifname=wan\nlistening_ip={router}/24\nipv6_disable=yes\n"
+        f"enable_natpmp={_YES[not upnp]}\nenable_upnp={_YES[upnp]}\n"
+        f"secure_mode=yes\nsystem_uptime=no\nlease_file={lease}\n"
         "uuid=cc2d41e6-98d8-4ef8-b38b-b8bff0c4a70a\n"
         f"allow 1024-65535 {router}/24 1024-65535\ndeny 0-65535 0.0.0.0/0 0-65535\n"
     )
@@ -45,7 +51,11 @@ def miniupnpd(namespace: Namespace, router: str, folder: Path) -> Iterator[None]
     server = namespace.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert server.stdout is not None
     heard = ""
-    while "Listening for NAT-PMP/PCP" not in heard:
+    if upnp:
+        # All links have this address: it joins the multicast group on the one that got it last.
+        namespace.ip(f"addr replace {router}/24 dev link1 noprefixroute")
+    ready = "HTTP listening on port" if upnp else "Listening for NAT-PMP/PCP"
+    while ready not in heard:
         line = server.stdout.readline()
         assert line, heard
         heard += line

@@ -28,7 +28,9 @@ import socket, sys, trio
 from ztna.core import portmap
 from ztna.net.port_mapping import open_port_mapping
 
-portmap.LOOK_INTERVAL = 0.5
+from ztna.core.upnp import mapper as upnp_mapper
+
+portmap.LOOK_INTERVAL = upnp_mapper.LOOK_INTERVAL = 0.5
 
 async def echo(udp):
     while True:
@@ -43,10 +45,12 @@ async def tell(mapping):
 async def main():
     udp = trio.socket.socket(type=socket.SOCK_DGRAM)
     await udp.bind(("", 4433))
-    protocols = tuple(portmap.MappingProtocol[name] for name in sys.argv[1:])
+    names = [name for name in sys.argv[1:] if name != "UPNP"]
+    protocols = tuple(portmap.MappingProtocol[name] for name in names)
+    upnp = "UPNP" in sys.argv
     async with trio.open_nursery() as nursery:
         nursery.start_soon(echo, udp)
-        async with open_port_mapping(4433, protocols=protocols) as mapping:
+        async with open_port_mapping(4433, protocols=protocols, upnp=upnp) as mapping:
             nursery.start_soon(tell, mapping)
             await trio.to_thread.run_sync(sys.stdin.read)
         statistics = mapping.statistics()
@@ -65,9 +69,9 @@ class Network:
     stranger: Host
     folder: Path
 
-    def miniupnpd(self) -> AbstractContextManager[None]:
+    def miniupnpd(self, *, upnp: bool = False) -> AbstractContextManager[None]:
         """The server, for a while."""
-        return miniupnpd(self.gateway.outside.namespace, ROUTER, self.folder)
+        return miniupnpd(self.gateway.outside.namespace, ROUTER, self.folder, upnp=upnp)
 
     @contextmanager
     def user(self, *protocols: str) -> Iterator[subprocess.Popen[str]]:
@@ -133,9 +137,11 @@ def until(user: subprocess.Popen[str], wanted: str) -> None:
     raise AssertionError(heard)
 
 
-@pytest.mark.parametrize("protocols", [("PCP", "NAT_PMP"), ("NAT_PMP",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "protocols", [("PCP", "NAT_PMP"), ("NAT_PMP",), ("PCP", "NAT_PMP", "UPNP")], ids=" ".join
+)
 def test_strangers_come_in_while_it_lasts(network: Network, protocols: tuple[str, ...]) -> None:
-    with network.miniupnpd():
+    with network.miniupnpd(upnp="UPNP" in protocols):
         with network.user(*protocols) as user:
             until(user, MAPPED)
             assert f"{HOST}:{PORT}" in network.rules()
@@ -143,21 +149,26 @@ def test_strangers_come_in_while_it_lasts(network: Network, protocols: tuple[str
         assert "dnat" not in network.rules()
 
 
-def test_a_gateway_that_has_lost_it_maps_it_anew(network: Network) -> None:
+@pytest.mark.parametrize("protocols", [("PCP",), ("PCP", "UPNP")], ids=" ".join)
+def test_a_gateway_that_has_lost_it_maps_it_anew(
+    network: Network, protocols: tuple[str, ...]
+) -> None:
+    upnp = "UPNP" in protocols
     with ExitStack() as stack:
-        with network.miniupnpd():
-            user = stack.enter_context(network.user("PCP"))
+        with network.miniupnpd(upnp=upnp):
+            user = stack.enter_context(network.user(*protocols))
             until(user, MAPPED)
             # Its epoch counts whole seconds: only real ones tell that it has started anew.
-            time.sleep(3)
-        with network.miniupnpd():
+            time.sleep(0 if upnp else 3)
+        with network.miniupnpd(upnp=upnp):
             network.wait_for_rule(HOST)
             assert network.answered()
             stack.close()
 
 
-def test_a_host_that_gets_another_address(network: Network) -> None:
-    with network.miniupnpd(), network.user("PCP") as user:
+@pytest.mark.parametrize("protocols", [("PCP",), ("PCP", "UPNP")], ids=" ".join)
+def test_a_host_that_gets_another_address(network: Network, protocols: tuple[str, ...]) -> None:
+    with network.miniupnpd(upnp="UPNP" in protocols), network.user(*protocols) as user:
         until(user, MAPPED)
         network.laptop.change_address("10.1.0.3")
         try:
@@ -167,5 +178,8 @@ def test_a_host_that_gets_another_address(network: Network) -> None:
 
 
 def test_gateway_that_offers_nothing(network: Network) -> None:
+    none = f"None the gateway {ROUTER} maps no port: it does not offer port mappings"
     with network.user("PCP", "NAT_PMP") as user:
-        until(user, f"None the gateway {ROUTER} maps no port: it does not offer port mappings")
+        until(user, none)
+    with network.user("PCP", "NAT_PMP", "UPNP") as user:
+        until(user, f"{none}; by UPnP: it does not offer it")

@@ -26,8 +26,8 @@ class DirectConfig:
     )
     port_mapping: Flag = attrs.field(
         metadata=means(
-            "Whether the network's gateway is asked to open the UDP port, by PCP or NAT-PMP, so "
-            "that peers behind any NAT come in."
+            "Whether the network's gateway is asked to open the UDP port, by PCP, NAT-PMP or "
+            "UPnP, so that peers behind any NAT come in."
         ),
         default=True,
     )

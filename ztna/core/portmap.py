@@ -36,7 +36,7 @@ REST = 600.0  # s until a gateway that did not answer is asked again; our choice
 SHORTEST_REST, LONGEST_REST = 30.0, 1800.0
 # RFC 6887 section 11.2.1: renewals are no nearer to each other.
 _RENEWAL_GAP = 4.0
-_RENEWAL_SHARE = (1 / 2, 5 / 8)  # RFC 6887 section 11.2.1
+RENEWAL_SHARE = (1 / 2, 5 / 8)  # RFC 6887 section 11.2.1
 
 # RFC 6887 section 8.1.1: IRT 3 s, doubling, each changed by up to a tenth. It would have us ask for
 # ever; after 3 we try NAT-PMP, as gateways exist that drop what they do not know.
@@ -317,7 +317,7 @@ class PortMapper:
             return
         self._granted = external
         self._expires_at = now + lifetime
-        self._renew_at = now + lifetime * self.random.uniform(*_RENEWAL_SHARE)
+        self._renew_at = now + lifetime * self.random.uniform(*RENEWAL_SHARE)
         why = unusable(external, public_only=self.public_only)
         self.external, self.problem = (None, self._words(why)) if why else (external, "")
         self._wait_mapped(now)

@@ -1,9 +1,10 @@
 """A UDP port of this machine, mapped by the gateway of its network while somebody wants it.
 
 `open_port_mapping` asks the default gateway, as the kernel's routes name it, through
-`core.portmap`: PCP, else NAT-PMP, over IPv4. Where the network becomes another one, the new gateway
-is asked. The way of an answer: a socket that is connected, so that the kernel lets in the gateway's
-alone -> `PortMapper.receive_untrusted` -> `PortMapping.external`.
+`core.portmap`: PCP, else NAT-PMP, over IPv4; and by UPnP (`net.upnp`) where these give nothing
+soon. Where the network becomes another one, the new gateway is asked. The way of an answer: a
+socket that is connected, so that the kernel lets in the gateway's alone ->
+`PortMapper.receive_untrusted` -> `PortMapping.external`.
 """
 
 import math
@@ -24,14 +25,20 @@ from ztna.core.addresses import format_address
 from ztna.core.portmap import MappingProtocol, PortMapper
 from ztna.core.portmap_messages import LARGEST_PCP, SERVER_PORT
 from ztna.core.ports import Address
+from ztna.core.upnp.mapper import UpnpMapper
 from ztna.errors import RemoteProtocolError, UnreachableError
 from ztna.net.network_changes import watch_network
 from ztna.net.udp_socket import source_address
+from ztna.net.upnp import UPNP, UpnpClient
 
 log = structlog.get_logger(__name__)
 
 STOP_TIME = 2.0
 """s, our choice: how long a gateway may take to delete a mapping when its user stops."""
+
+UPNP_AFTER = 2.0
+"""s, our choice: what PCP is given before UPnP is asked beside it. A gateway that has it answers at
+once; one that is silent about PCP and NAT-PMP takes minutes to be given up."""
 
 _ROUTES = Path("/proc/self/net/route")
 _RTF_UP_GATEWAY = 0x0001 | 0x0002  # linux/route.h
@@ -66,10 +73,13 @@ class PortMapping:
     _protocols: tuple[MappingProtocol, ...]
     _public_only: bool
     _find_gateway: Callable[[], str | None]
+    _with_upnp: bool = True
     _mapper: PortMapper | None = None
+    _upnp: UpnpClient | None = None
     _socket: trio.socket.SocketType | None = None
     _told: tuple[Address | None, str] = (None, "")
     _changed: trio.Event = attrs.Factory(trio.Event)
+    _progress: trio.Event = attrs.Factory(trio.Event)
     _moved: trio.Event = attrs.Factory(trio.Event)
     _counts: Counter[str] = attrs.Factory(Counter)
 
@@ -95,11 +105,13 @@ class PortMapping:
     def statistics(self) -> Mapping[str, object]:
         """For people and metrics: address, what is spoken, counters."""
         mapper = self._mapper
+        by_upnp = self._upnp is not None and self._upnp.mapper.external is not None
+        protocol = "" if mapper is None else mapper.protocol.value
         return {
             "external": "" if self.external is None else format_address(self.external),
             "problem": self.problem,
             "gateway": self.gateway,
-            "protocol": "" if mapper is None else mapper.protocol.value,
+            "protocol": UPNP if by_upnp and mapper and mapper.external is None else protocol,
             "gateway_restarts": 0 if mapper is None else mapper.restarts,
             **self._counts,
         }
@@ -122,9 +134,12 @@ class PortMapping:
 
     async def withdraw(self) -> None:
         """Have the mapping deleted, and wait for that."""
-        if self._mapper is not None and self._socket is not None:
-            self._mapper.stop(trio.current_time())
-            await self._pump(self._mapper, self._socket)
+        async with trio.open_nursery() as nursery:
+            if self._upnp is not None:
+                nursery.start_soon(self._upnp.withdraw)
+            if self._mapper is not None and self._socket is not None:
+                self._mapper.stop(trio.current_time())
+                await self._pump(self._mapper, self._socket)
 
     def close(self) -> None:
         """Give the socket back."""
@@ -161,8 +176,26 @@ class PortMapping:
             self._public_only,
         )
         self._mapper, self._socket = mapper, sock
+        if self._with_upnp:
+            other = UpnpMapper(client, gateway, self.port, random.SystemRandom(), self._public_only)
+            self._upnp = UpnpClient(other, self._say, self._counts)
         mapper.start(trio.current_time())
-        await self._pump(mapper, sock)
+        async with trio.open_nursery() as nursery:
+            if self._upnp is not None:
+                nursery.start_soon(self._ask_by_upnp, mapper, self._upnp)
+            await self._pump(mapper, sock)
+
+    async def _ask_by_upnp(self, mapper: PortMapper, upnp: UpnpClient) -> None:
+        """Where the other protocols give nothing, or no longer."""
+        with trio.move_on_after(UPNP_AFTER):
+            while not mapper.external and not mapper.problem:
+                await self._progress.wait()
+        while mapper.external is not None:
+            await self._progress.wait()
+        try:
+            await upnp.run()
+        except OSError as error:
+            log.debug("no port is mapped by UPnP", reason=str(error))
 
     async def _pump(self, mapper: PortMapper, sock: trio.socket.SocketType) -> None:
         source = (mapper.gateway, SERVER_PORT)
@@ -173,7 +206,7 @@ class PortMapping:
                 mapper.handle_timer(now)
             for data in mapper.datagrams_to_send(now):
                 await self._send(mapper, sock, data)
-            self._tell(mapper.external, mapper.problem)
+            self._say()
             if mapper.done:
                 return
             timer = mapper.get_timer()
@@ -197,17 +230,33 @@ class PortMapping:
         except OSError:
             self._counts["send_refused"] += 1  # it counts as lost, and goes again
 
-    def _tell(self, external: Address | None, problem: str) -> None:
+    def _say(self) -> None:
+        """What is known by either way; that is a problem only when both have one."""
+        self._progress.set()
+        self._progress = trio.Event()
+        mapper, upnp = self._mapper, None if self._upnp is None else self._upnp.mapper
+        if mapper is None:
+            return
+        if mapper.external is not None or upnp is None:
+            self._tell(mapper.external, mapper.problem, mapper.protocol.value)
+        elif upnp.external is not None:
+            self._tell(upnp.external, "", UPNP)
+        elif mapper.problem and upnp.problem:
+            self._tell(None, f"{mapper.problem}; by {UPNP}: {upnp.problem}")
+        else:
+            self._tell(None, "")
+
+    def _tell(self, external: Address | None, problem: str, by: str = "") -> None:
         if self._told == (external, problem):
             return
         before, self._told = self.external, (external, problem)
-        if external is not None and self._mapper is not None:
+        if external is not None:
             log.info(
                 "port mapped",
                 port=self.port,
                 external=format_address(external),
-                by=self._mapper.protocol.value,
-                gateway=self._mapper.gateway,
+                by=by,
+                gateway=self.gateway,
             )
         elif problem:
             # Most networks do not offer it: that is worth a line only to who asks.
@@ -219,7 +268,9 @@ class PortMapping:
     def _forget(self) -> None:
         if self._socket is not None:
             self._socket.close()
-        self._mapper = self._socket = None
+        if self._upnp is not None:
+            self._upnp.close()
+        self._mapper = self._socket = self._upnp = None
         self._tell(None, "")
 
 
@@ -243,14 +294,16 @@ async def open_port_mapping(
     *,
     protocols: tuple[MappingProtocol, ...] = tuple(MappingProtocol),
     public_only: bool = True,
+    upnp: bool = True,
     find_gateway: Callable[[], str | None] = default_gateway,
 ) -> AsyncIterator[PortMapping]:
     """Have a UDP port of this machine mapped while the context lasts; then it is deleted.
 
     protocols: tried in this order. public_only: whether an outer address that is private itself, as
-    behind another NAT, is refused. find_gateway: whom to ask, by IPv4 address.
+    behind another NAT, is refused. upnp: whether UPnP is tried beside them. find_gateway: whom to
+    ask, by IPv4 address.
     """
-    mapping = PortMapping(port, protocols, public_only, find_gateway)
+    mapping = PortMapping(port, protocols, public_only, find_gateway, upnp)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mapping.run)
