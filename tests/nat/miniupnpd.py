@@ -1,11 +1,14 @@
 """Debian's miniupnpd on a gateway of the kernel laboratory."""
 
 import shutil
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ztna.core.upnp.messages import SSDP
 from ztna.nat.netns import Namespace
 
 PROGRAM = shutil.which("miniupnpd") or shutil.which("miniupnpd", path="/usr/sbin:/sbin")
@@ -35,7 +38,7 @@ def miniupnpd(
     """The server, from when it listens until it is killed; it begins with nothing mapped.
 
     router: the gateway's address in its LAN, a /24. folder: for its files. upnp: it speaks UPnP
-    alone, on the first link of that LAN; else PCP and NAT-PMP alone.
+    alone, to the first host of that LAN; else PCP and NAT-PMP alone.
     """
     namespace.nft(f"add table inet filter\ndelete table inet filter\n{_CHAINS}")
     file, lease = folder / "miniupnpd.conf", folder / "leases"
@@ -51,19 +54,23 @@ def miniupnpd(
     server = namespace.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert server.stdout is not None
     heard = ""
-    if upnp:
-        # All links have this address: it joins the multicast group on the one that got it last.
-        namespace.ip(f"addr replace {router}/24 dev link1 noprefixroute")
     ready = "HTTP listening on port" if upnp else "Listening for NAT-PMP/PCP"
     while ready not in heard:
         line = server.stdout.readline()
         assert line, heard
         heard += line
-    try:
-        yield
-    finally:
-        server.kill()
-        server.wait()
+    # All links of a gateway have this address, so it listens for searches on any one of them; with
+    # a member on the first link the kernel gives it those too.
+    with namespace.open_socket() as member:
+        with namespace.entered():
+            link = socket.if_nametoindex("link1")
+        group = struct.pack("=4s4xi", socket.inet_aton(SSDP[0]), link)  # struct ip_mreqn
+        member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+        try:
+            yield
+        finally:
+            server.kill()
+            server.wait()
 
 
 def installed_rules(namespace: Namespace) -> str:
