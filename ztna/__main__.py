@@ -1,6 +1,18 @@
-"""`python -m ztna`, where the `ztna` script is not at hand."""
+"""`python -m ztna`, and what the `ztna` script calls: the time in which modules are loaded counts,
+too, for whoever presses Ctrl-C."""
 
-from ztna.cli.main import main
+import sys
+
+
+def main() -> None:
+    """Entry point of the `ztna` program."""
+    try:
+        from ztna.cli import main as command  # noqa: PLC0415 - within the `try`, that is the point
+
+        command.main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # `ztna.cli.main.INTERRUPTED`
+
 
 if __name__ == "__main__":
     main()
