@@ -185,6 +185,48 @@ def test_no_agent_runs(tmp_path: Path) -> None:
         assert "no agent runs here" in result.output
 
 
+def test_who_may_not_ask(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words that name who may; also where not even the folder may be looked into."""
+
+    def refuse(_connection: object, _path: str) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("ztna.cli.seen.socket.socket.connect", refuse)
+    result = run(node, [], "status")
+    assert result.exit_code == 7
+    assert "only root, the node's own user and its group may ask" in result.stderr
+
+    def forbidden(_path: Path) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    result = CliRunner().invoke(cli, ["status"])
+    assert result.exit_code == 7
+
+
+def test_the_node_is_found_by_its_file(tmp_path: Path) -> None:
+    """Whose file it is shows in its keys."""
+    identity = {name: str(tmp_path / name) for name in ("cert", "key", "ca")}
+    for name in identity:
+        (tmp_path / name).touch()
+    there = {"intermediate": {"host": "relay.example.net"}, "identity": identity}
+    for role, fields in (
+        ("connector", {**there, "services": [{"id": "web", "backend": "127.0.0.1:1"}]}),
+        ("intermediate", {"identity": identity, "port": 4433}),
+    ):
+        file = tmp_path / f"{role}.json"
+        file.write_text(json.dumps({**fields, "state_dir": str(tmp_path)}))
+        result = CliRunner().invoke(cli, ["status", "--config", str(file)])
+        assert result.exit_code == 6, result.stderr
+        where = tmp_path / f"{role}.sock"
+        assert f"no {role} runs here: nobody answers at {where}" in result.stderr
+    result = CliRunner().invoke(cli, ["ping", "web", "--config", str(tmp_path / "connector.json")])
+    assert (result.exit_code, 'unknown key "backend"' in result.stderr) == (3, True)
+    (tmp_path / "ca").unlink()
+    result = CliRunner().invoke(cli, ["status", "--config", str(tmp_path / "connector.json")])
+    assert (result.exit_code, "$.identity.ca: there is no file" in result.stderr) == (3, True)
+
+
 def test_why_an_agent_cannot_start(tmp_path: Path) -> None:
     """Its certificate has expired: that is the cause, and not that nobody answers."""
     deployment = make_deployment()

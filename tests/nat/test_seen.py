@@ -23,6 +23,9 @@ async def test_both_sides_symmetric(autojump_clock: MockClock) -> None:
         it.world.other_relay_host = it.lab.host("198.51.100.11")
         agent = await it.start()
         with trio.fail_after(120):
+            await trio.sleep(1)
+            answer = await one(agent, ask="why", service="echo")
+            assert "the NAT here is still being probed" in answer["path"]["why"]
             await trio.sleep(25)
             answer = await one(agent, ask="why", service="echo")
         path = answer["path"]

@@ -29,18 +29,18 @@ def find_socket(config: Path | None, roles: Sequence[Role]) -> Path:
     if config is not None:
         return _by_file(config, roles)
     found = [_by_default(role) for role in roles]
-    return next((each for each in found if each.exists()), found[0])
+    return next((each for each in found if _is_there(each)), found[0])
 
 
 def _by_file(file: Path, roles: Sequence[Role]) -> Path:
-    first: ConfigError | None = None
+    errors: list[ConfigError] = []
     for role in roles:
         try:
             return _of(role, load_config(_CLASSES[role], file, []))
         except ConfigError as error:
-            first = first or error
-    assert first is not None, "there is a role to be asked"
-    raise first
+            errors.append(error)
+    # A file with keys of another role is most likely that role's.
+    raise next((each for each in errors if "unknown key" not in str(each)), errors[0])
 
 
 def _by_default(role: Role) -> Path:
@@ -50,7 +50,14 @@ def _by_default(role: Role) -> Path:
     except ConfigError:
         own = socket_path(role, default_state_dir())
     # A node that systemd runs has its state, but not its socket, where its unit says.
-    return own if own.exists() else RUNTIME_FOLDER / own.name
+    return own if _is_there(own) else RUNTIME_FOLDER / own.name
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # then it is there for others, and asking it says so
+        return True
 
 
 def _of(role: Role, config: AnyConfig) -> Path:

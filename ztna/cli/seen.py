@@ -34,7 +34,12 @@ def _options(command: F) -> F:
         verbose_option,
         click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each answer."),
         click.option(
-            "--socket", "given", type=file, metavar="PATH", help="The node's status socket."
+            "--socket",
+            "given",
+            # Who may not ask is told so in our words.
+            type=click.Path(dir_okay=False, readable=False, path_type=Path),
+            metavar="PATH",
+            help="The node's status socket.",
         ),
         click.option(
             "--config",

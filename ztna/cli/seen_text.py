@@ -190,7 +190,7 @@ def _peers(console: Console, peers: Sequence[Line]) -> None:
         if not peer["direct"]:
             for line in _not_direct(peer):
                 _print(console, f"   {line}")
-        for line in _tried(peer):
+        for line in _tried(peer, peer["peer"].partition("/")[0]):
             _print(console, f"   {line}")
 
 
@@ -205,11 +205,11 @@ def _not_direct(story: Line) -> Iterator[str]:
         yield f"What would change it: {story['would_change']}"
 
 
-def _tried(story: Line) -> Iterator[str]:
-    """Both NATs, and every pair with its reason."""
+def _tried(story: Line, peer: str = "connector") -> Iterator[str]:
+    """Both NATs, and every pair with its reason. peer: the other end's role."""
     if story["nat_here"]:
         there = story["nat_there"] or "not known"
-        yield f"NAT here: {story['nat_here']}; at the connector: {there}"
+        yield f"NAT here: {story['nat_here']}; at the {peer}: {there}"
     for title, pairs in (("from here", story["pairs"]), ("from there", story["peer_pairs"])):
         for pair in pairs:
             reason = f": {pair['reason']}" if pair["reason"] else ""

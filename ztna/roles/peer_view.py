@@ -6,7 +6,7 @@ import attrs
 
 from ztna.core.addresses import format_address
 from ztna.core.ice.paths import Path
-from ztna.core.identity import Identity
+from ztna.core.identity import Identity, Role
 from ztna.net.peer_path import PeerPath
 from ztna.roles.peer_link import PeerLink
 from ztna.roles.punching import Puncher
@@ -26,6 +26,10 @@ class Seat:
     def to_json(self, puncher: Puncher | None, intermediate: str) -> dict[str, object]:
         """For programs. intermediate: its name, where it is reached over TLS."""
         link, way = self.link, way_of(self.path, intermediate)
+        story = story_of(way, self.path, puncher).to_json()
+        if self.identity.role is Role.AGENT:  # its words are those of an agent
+            there = str(story["would_change"]).replace("at the connector", "at the agent")
+            story["would_change"] = there
         known: list[dict[str, object]] = []
         relay = way_of(attrs.evolve(self.path, direct=None), intermediate)
         if relay.kind != NONE:
@@ -41,7 +45,7 @@ class Seat:
             "selected": way.to_json(),
             "rtt": None if link is None else link.session.statistics()["rtt"],
             "paths": known,
-            **story_of(way, self.path, puncher).to_json(),
+            **story,
         }
 
 

@@ -107,6 +107,8 @@ def story_of(way: Way, path: PeerPath, puncher: Puncher | None) -> Story:
     here, there = _nats(ice)
     told = ice.peer_result
     why = "" if direct else ice.failure or "a direct path is being looked for"
+    if not direct and puncher.open_port is not None and not puncher.gatherer.probes:
+        why += "; the NAT here is still being probed: ask again in 20 s"
     return Story(
         direct,
         why,
