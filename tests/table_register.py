@@ -100,6 +100,8 @@ TABLES = {
     "ztna.core.rendezvous:Rendezvous._ids": f"{CHANNELS} {SESSIONS}",
     "ztna.core.rendezvous:Rendezvous._events": EVENTS,
     "ztna.core.relay:Relay._inner": BATCH,
+    "ztna.core.waiting:_Queue.packets": "ztna.core.waiting:MAX_PACKETS ztna.core.waiting:MAX_BYTES",
+    "ztna.core.waiting:WaitingPackets._queues": OWN_FILE,
     "ztna.core.routes:RouteTable._by_address": OWN_FILE,
     "ztna.core.routes:RouteTable.labels": OWN_FILE,
     "ztna.core.routes:RouteTable.refused": OWN_FILE,

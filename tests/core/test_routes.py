@@ -233,6 +233,20 @@ def test_foreign_sources_and_garbage_stay_inside() -> None:
     assert drops(found) == {"source_is_not_ours": 5}
 
 
+def test_what_no_session_carries_yet_is_kept_where_there_is_room() -> None:
+    found, kept = table(), list[tuple[str, bytes]]()
+
+    def keep(service_id: str, packet: IpPacket) -> bool:
+        kept.append((service_id, bytes(packet.data)))
+        return len(kept) == 1
+
+    found.keep = keep
+    packet = udp(ANY)
+    assert out(found, packet, packet) == ([], [])
+    assert kept == [("any", packet), ("any", packet)]
+    assert drops(found) == {"service_not_registered": 1}
+
+
 def test_a_group_from_our_own_address_gets_no_answer() -> None:
     found = table()
     assert out(found, udp(ipaddress.IPv4Address("224.0.0.251"), 5353)) == ([], [])

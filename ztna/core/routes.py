@@ -12,7 +12,7 @@ TCP's MSS is clamped both ways, so that a full segment fits one message.
 import ipaddress
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import attrs
 
@@ -76,7 +76,8 @@ class RouteTable:
     messages by itself.
 
     labels: services that a session carries now. refused: reasons of the policy, by service.
-    unavailable: services that nobody provides now.
+    unavailable: services that nobody provides now. keep: takes a packet whose service no session
+    carries yet, or says that it has no room.
 
     hop_addresses: where the answer to a packet comes from whose hops end here, IPv4 and IPv6. Not
     our own address: a kernel takes no packet from itself. Without one it is the destination.
@@ -87,6 +88,7 @@ class RouteTable:
     labels: dict[str, ServiceLabel] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
     unavailable: Collection[str] = ()
+    keep: Callable[[str, IpPacket], bool] | None = None
     mss_limits: tuple[int, int] = mss_limits(1170)
     hop_addresses: tuple[bytes, bytes] | None = None
     largest_packet: int = 0
@@ -141,7 +143,7 @@ class RouteTable:
                     continue
             label = self.labels.get(route.id)
             if label is None:
-                self._answer_unregistered(route, data, answers)
+                self._answer_unregistered(route, packet, answers)
                 continue
             if self.largest_packet and len(data) > self.largest_packet and not packet.segment_size:
                 forward += [(label, piece) for piece in self._cut(data, answers)]
@@ -245,10 +247,12 @@ class RouteTable:
         return route
 
     def _answer_unregistered(
-        self, route: ServiceRoute, data: bytes, answers: list[IpPacket]
+        self, route: ServiceRoute, packet: IpPacket, answers: list[IpPacket]
     ) -> None:
         """No session knows the service: prohibited if it was refused, unreachable if there is no
-        connector; else silence, so that the users' TCP tries again until the session is back."""
+        connector; else it waits a little, and then silence, so that the users' TCP tries again
+        until the session is back."""
+        data = bytes(packet.data)
         source = packed_pair(route.virtual_ip)[data[0] >> 4 == 6]
         if route.id in self.refused:
             self.dropped["refused_by_policy"] += 1
@@ -257,7 +261,7 @@ class RouteTable:
         elif route.id in self.unavailable:
             self.dropped["no_connector"] += 1
             _append(answers, icmp.build_unreachable(data, source=source))
-        else:
+        elif self.keep is None or not self.keep(route.id, self._clamp(packet, data)):
             self.dropped["service_not_registered"] += 1
 
     def _answer_last_hop(self, data: bytes, answers: list[IpPacket]) -> None:

@@ -29,6 +29,7 @@ from ztna.core.mss import mss_limits
 from ztna.core.packet.ip import TCP, UDP
 from ztna.core.ports import IpPacket, TunDevice, UdpPort
 from ztna.core.routes import RouteTable, ServiceRoute
+from ztna.core.waiting import WaitingPackets
 from ztna.errors import SessionClosedError
 from ztna.net.endpoint import Endpoint
 from ztna.net.knock import Knock, knock
@@ -122,6 +123,8 @@ async def run_agent(
             agent.peers = AgentPeers(
                 endpoint, nursery, credentials, agent, denied_serials, judge, puncher
             )
+            routes.keep = agent.keep
+            registry.register("waiting", agent.waiting.statistics)
             nursery.start_soon(agent.peers.inner.run)
             registry.register("peers", agent.peers.statistics)
         nursery.start_soon(agent.configure_tun, configure)
@@ -172,6 +175,7 @@ class _Agent:
     address: ipaddress.IPv4Address | None = None
     link: ControlLink | None = None
     echoes: EchoBook = attrs.Factory(EchoBook)
+    waiting: WaitingPackets = attrs.Factory(WaitingPackets)
     _changed: trio.Event = attrs.Factory(trio.Event)
 
     def session_up(self, link: ControlLink) -> None:
@@ -224,6 +228,16 @@ class _Agent:
             {each: link.labels[each] for each, link in carried.items() if each not in refused}
         )
         self.routes.unavailable = self.peers.unavailable.keys()
+        now = trio.current_time()
+        for service_id, label in self.routes.labels.items():
+            if waited := self.waiting.take(service_id, now):
+                link = carried[service_id]
+                messages = link.encapsulator.encapsulate((label, packet) for packet in waited)
+                link.session.send_datagrams(messages)
+
+    def keep(self, service_id: str, packet: IpPacket) -> bool:
+        """A user's packet that came before the peer session."""
+        return self.waiting.put(service_id, packet, trio.current_time())
 
     def peer_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
         accepted = self.routes.route_inbound(self.echoes.take(packets))
