@@ -157,6 +157,21 @@ async def test_strangers_cannot_flood_the_log(autojump_clock: MockClock) -> None
         assert pair.server.statistics()["log_lines_suppressed"] == 40 - len(refused)
 
 
+async def test_a_client_that_gives_up_was_not_refused(autojump_clock: MockClock) -> None:
+    """It has found another way meanwhile, and closes what it has begun."""
+    async with open_pair() as pair:
+        with structlog.testing.capture_logs() as logs:
+            session = pair.connect()
+            await trio.sleep(0.015)
+            assert not session.verified
+            session.close(CloseCode.GOODBYE, "not needed")
+            await trio.sleep(1)
+        counters = pair.server.statistics()
+        assert (counters["sessions_abandoned"], counters["sessions_refused"]) == (1, 0)
+        assert counters["half_open"] == 0
+    assert [line for line in logs if line["event"] == "client refused"] == []
+
+
 def test_log_gate() -> None:
     gate = RateGate()
     assert [gate.allow(100.0) for _ in range(25)].count(True) == 20

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
+import structlog.testing
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -243,6 +244,27 @@ async def test_malformed_frames_end_the_connection(words: str) -> None:
         assert "frame" in far.reason or "payloads" in far.reason or "refuse" in far.reason
         assert len(ends.server.streams()) == 1
         assert not other.closed.is_set()
+
+
+async def test_who_leaves_within_the_handshake_was_not_refused() -> None:
+    """A client that UDP has answered meanwhile needs no TLS any more: nobody is to mind."""
+    with structlog.testing.capture_logs() as logs:
+        async with open_ends(deployment()) as ends:
+            early = await ends.tcp.connect(SERVER_ADDRESS)
+            await early.aclose()
+            context = make_context(ends.deployment.agent, PeerSide.SERVER)
+            half = await ends.tcp.connect(SERVER_ADDRESS)
+            connection = TlsConnection.over(half, context, PeerSide.SERVER, "127.0.0.1")
+            with pytest.raises(ssl.SSLWantReadError):
+                connection.tls.do_handshake()
+            await connection.flush()
+            await trio.testing.wait_all_tasks_blocked()
+            await half.aclose()
+            await trio.testing.wait_all_tasks_blocked()
+            figures = ends.listener.statistics()
+            assert (figures["abandoned"], figures["half_open"]) == (2, 0)
+            assert "refused" not in figures
+    assert [line for line in logs if line["log_level"] != "debug"] == []
 
 
 async def test_silent_stranger_is_cut_off(autojump_clock: MockClock) -> None:

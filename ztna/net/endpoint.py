@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import attrs
 import structlog
 import trio
+from aioquic.quic.packet import QuicErrorCode
 
 from ztna.core.addresses import format_address, is_virtual
 from ztna.core.channels import RAW, uniform_channel
@@ -96,6 +97,7 @@ _COUNTERS = (
     "resets_received",
     "sessions_verified",
     "sessions_refused",
+    "sessions_abandoned",
 )
 
 
@@ -444,6 +446,12 @@ class Endpoint:
         await session.run()
         info = await session.wait_closed()
         if session in self._table.half_open:
+            if info.by_peer and info.code == QuicErrorCode.APPLICATION_ERROR:
+                # RFC 9000 section 10.2.3: how a client leaves in order that needs no session any
+                # more, as it has found another way to us meanwhile.
+                self._counters["sessions_abandoned"] += 1
+                self._table.forget(session)
+                return
             self._counters["sessions_refused"] += 1
             if self._log_gate.allow(trio.current_time()):
                 address = format_address(session.remote_address)

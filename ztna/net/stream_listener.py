@@ -150,7 +150,10 @@ class StreamListener:
             except (RefusedError, IdentityError) as error:
                 reason = str(error)
             except _BROKEN:
-                reason = "the connection broke"
+                # It has left by itself, as who has found another way to us meanwhile.
+                self._counters["abandoned"] += 1
+                log.debug("TLS client left in its handshake", address=format_address(remote))
+                return None
             finally:
                 source = source_key(remote[0])
                 self._half_open[source] -= 1

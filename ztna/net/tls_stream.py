@@ -88,6 +88,8 @@ class TlsConnection:
             except ssl.SSLWantReadError:
                 await self.flush()
                 await self._fill()
+            except ssl.SSLEOFError as error:
+                raise trio.BrokenResourceError("it ended within its handshake") from error
             except ssl.SSLError as error:
                 await self.flush()  # the alert
                 raise RefusedError(refusal_words(error, self.side)) from error
