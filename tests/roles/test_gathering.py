@@ -201,10 +201,17 @@ async def test_what_nobody_could_reach_is_not_offered(autojump_clock: MockClock)
 
 async def test_last_port_of_a_nat_that_counts(autojump_clock: MockClock) -> None:
     async with place(SYMMETRIC_SEQUENTIAL) as it:
-        assert (await it.gatherer.gather()).nat.last_port == 0  # not known to count
+        assert not it.gatherer.wants_fresh_port  # not known to count
         assert await it.gatherer.probe(never)
         assert it.gatherer.nat.ports is PortKind.SEQUENTIAL
-        found = await it.gatherer.gather()
+        assert (await it.gatherer.gather()).nat.last_port == 0
+        (host,) = it.hosts
+        async with host.open_udp_port() as fresh, trio.open_nursery() as nursery:
+            nursery.start_soon(hear, fresh, it.gatherer)
+            found = await it.gatherer.gather({1: fresh})
+            nursery.cancel_scope.cancel()
+        assert found.ports == {0: {4}, 1: {4}}
+        assert found.fresh == {1}
         ports = sorted(port for _, port in it.lab.gateways[0].core.outer_addresses())
         assert found.nat.last_port == ports[-1]
         assert not await it.gatherer.probe(never)  # that is no news
