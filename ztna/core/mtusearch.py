@@ -158,7 +158,8 @@ class MtuSearch:
         self._ask(between[::-1][:: max(step, 1)], now)
 
     def _ask(self, sizes: Iterable[int], now: float) -> None:
-        self._asked = tuple(sizes)
+        # The largest first: if it is answered, the session changes its size once.
+        self._asked = tuple(sorted(set(sizes), reverse=True))
         self._sends, self._outbox = 0, []
         if self._open():
             self.state = State.SEARCHING if self.confirmed else State.BASE

@@ -15,6 +15,7 @@ from ztna.core.ice.events import (
     PortsWanted,
     PunchingDone,
     RelayToo,
+    SizeChanged,
 )
 from ztna.core.ice.exchange import Credentials
 from ztna.core.ice.messages import (
@@ -28,6 +29,7 @@ from ztna.core.ice.negotiation import STEP_TIME, Phase
 from ztna.core.ice.paths import Use
 from ztna.core.ice.plan import NatView
 from ztna.core.ice.punching import Gathered
+from ztna.core.mtusearch import BASE
 from ztna.core.natclass import FilteringKind, MappingKind, NatBehaviour, PortKind, Presence
 from ztna.core.stun import attributes as stun
 from ztna.core.stun.messages import MessageClass, StunMessage, build_stun_message
@@ -54,7 +56,7 @@ def test_a_whole_attempt() -> None:
     assert kinds([*both.agent.events]) == ["GatherWanted", "PathSelected", "PunchingDone"]
     assert kinds([*both.connector.events]) == ["GatherWanted", "PathSelected", "PunchingDone"]
     assert both.agent.events[1] == PathSelected(
-        ("203.0.113.9", 4434), 0, "203.0.113.9:4434 answers in 20.0 ms"
+        ("203.0.113.9", 4434), 0, "203.0.113.9:4434 answers in 20.0 ms", 1472
     )
     done = both.agent.events[2]
     assert isinstance(done, PunchingDone)
@@ -312,9 +314,10 @@ def test_lost_under_traffic() -> None:
     seen = len(both.agent.events)
     lose_under_traffic(both)
     events = both.agent.events[seen:]
-    assert kinds([*events]) == ["RelayToo", "PathSelected", "RelayToo", "GatherWanted"]
-    assert events[0] == RelayToo(True)
-    selected = events[1]
+    # In doubt it is small as well: the relay that helps takes no more.
+    assert events[:2] == [SizeChanged(BASE), RelayToo(True)]
+    assert kinds([*events[2:]]) == ["PathSelected", "RelayToo", "GatherWanted"]
+    selected = events[2]
     assert isinstance(selected, PathSelected)
     assert (selected.address, selected.port) == (None, 0)
     assert selected.reason.startswith("203.0.113.9:4434: what was sent on it was not acknowledged")
@@ -368,8 +371,10 @@ def test_hint_makes_it_prove_itself() -> None:
     both.connector.agent.receive_hint(both.now)
     both.run(0.05)
     assert RelayToo(True) in both.connector.events
-    assert both.connector.events[-1] == RelayToo(False)
-    assert len(both.connector.packets) == seen + 1
+    assert both.connector.events[-2:] == [SizeChanged(1472), RelayToo(False)]
+    # One check, and the sizes that have to prove themselves as well.
+    sizes = [len(each.batch.data) for _, each in both.connector.packets[seen:]]
+    assert sorted(sizes)[1:] == [1200, 1252, 1392, 1472]
 
 
 def test_network_change_begins_at_once() -> None:
@@ -504,7 +509,8 @@ def test_birthday_that_is_not_needed() -> None:
     both.run(8.0)
     assert both.agent.agent.paths.current is not None
     assert not any(isinstance(each, PortsWanted) for each in both.agent.events)
-    assert len(both.agent.packets) + len(both.connector.packets) < 20
+    sent = [*both.agent.packets, *both.connector.packets]
+    assert len([each for _, each in sent if len(each.batch.data) < BASE]) < 20
 
 
 @pytest.mark.parametrize("predict", [True, False])
@@ -644,6 +650,7 @@ def test_second_path_of_one_attempt_is_no_second_result() -> None:
     agent = both.agent.agent
     keys = agent.exchange._keys[0]
     path = agent.paths.answered(0, mirror, keys, 0.001, both.now)
+    path.mtu.receive_answer(BASE, both.now, both.now)
     agent.paths.nominate(path)
     agent.handle_timer(both.now)
     assert agent.paths.current is path

@@ -14,6 +14,7 @@ from ztna.core.ice.paths import (
     PathTable,
     Use,
 )
+from ztna.core.mtusearch import BASE
 
 A, B, C6 = ("203.0.113.9", 1), ("203.0.113.9", 2), ("2001:db8::9", 1)
 KEYS = Keys(Credentials.create(random.Random(1)), Credentials.create(random.Random(2)))
@@ -25,9 +26,18 @@ def table(*rtts: tuple[tuple[str, int], float]) -> PathTable:
     found = PathTable(random.Random(5))
     found.newest = KEYS
     for address, rtt in rtts:
-        found.answered(0, address, KEYS, rtt, 0.0)
+        answered(found, 0, address, KEYS, rtt, 0.0)
     found.select(found.find(0, rtts[0][0]))
     return found
+
+
+def answered(
+    found: PathTable, port: int, address: tuple[str, int], keys: Keys, rtt: float, now: float
+) -> Path:
+    """An answer to a check, and where that begins a search, to a probe as well."""
+    path = found.answered(port, address, keys, rtt, now)
+    path.mtu.receive_answer(BASE, now, now)
+    return path
 
 
 def current(found: PathTable) -> Path:
@@ -80,7 +90,7 @@ def test_answers_keep_it_alive() -> None:
         gaps.append(timer - now)
         now = timer
         assert [path.address for path in found.handle_timer(now)] == [A]
-        found.answered(0, A, KEYS, 0.02, now)
+        answered(found, 0, A, KEYS, 0.02, now)
     assert is_in(current(found), PathState.UP)
     assert 4 <= min(gaps) < 4.2
     assert 5.8 < max(gaps) <= 6
@@ -172,7 +182,7 @@ def test_answer_while_suspect() -> None:
     found.receive_use(use(9, 10), 1.0)
     found.receive_use(use(9, 10), 1.3)
     assert helped(found)
-    found.answered(0, A, KEYS, 0.02, 1.35)
+    answered(found, 0, A, KEYS, 0.02, 1.35)
     assert not helped(found)
     assert found.choice(1.35, controlling=True) is path
     # It is watched anew, from the next report on.
@@ -212,7 +222,7 @@ def test_when_one_fails_the_others_prove_themselves() -> None:
     assert is_in(other, PathState.SUSPECT)
     assert found.choice(1.75, controlling=True) is None
     assert found.handle_timer(1.75) == [other]
-    found.answered(0, B, KEYS, 0.02, 1.77)
+    answered(found, 0, B, KEYS, 0.02, 1.77)
     assert found.choice(1.77, controlling=True) is other
 
 
@@ -222,14 +232,14 @@ def test_a_path_that_failed_is_held_back() -> None:
     path, now, holds = current(found), 1.0, []
     for _ in range(7):
         path.fail("test", now)
-        found.answered(0, A, KEYS, 0.02, now)
+        answered(found, 0, A, KEYS, 0.02, now)
         timer = path.get_timer()
         holds.append(round(timer - now, 3))
         assert not path.usable(timer - 0.001)
         # Before it is used its idle checks may be due.
         while not path.usable(timer):
             found.handle_timer(timer)
-            found.answered(0, A, KEYS, 0.02, timer)
+            answered(found, 0, A, KEYS, 0.02, timer)
             timer = path.get_timer()
         found.handle_timer(timer)
         now = timer
@@ -254,7 +264,7 @@ def test_new_generation_is_not_held_back() -> None:
     path.nominated = True
     path.fail("test", 1.0)
     found.newest = NEW
-    found.answered(0, A, NEW, 0.02, 1.1)
+    answered(found, 0, A, NEW, 0.02, 1.1)
     assert path.usable(1.1)
     assert not path.nominated
 
@@ -278,7 +288,7 @@ def test_ipv6_is_preferred() -> None:
 def test_what_was_found_anew_goes_before_what_was_not() -> None:
     found = table((A, 0.02))
     found.newest = NEW
-    found.answered(0, B, NEW, 0.1, 0.1)
+    answered(found, 0, B, NEW, 0.1, 0.1)
     assert found.choice(0.1, controlling=True) is found.find(0, B)
 
 
@@ -314,7 +324,7 @@ def test_nomination_is_of_one_path() -> None:
 def test_table_is_bounded() -> None:
     found = table((A, 0.5))
     for number in range(20):
-        found.answered(0, ("203.0.113.9", 100 + number), KEYS, 0.3 - number / 100, 0.1)
+        answered(found, 0, ("203.0.113.9", 100 + number), KEYS, 0.3 - number / 100, 0.1)
     assert len(list(found)) == MAX_PATHS
     assert current(found) in list(found)
     assert sorted(path.address[1] for path in found)[1:] == [117, 118, 119]
@@ -322,7 +332,7 @@ def test_table_is_bounded() -> None:
 
 def test_closed_port() -> None:
     found = table((A, 0.02))
-    found.answered(7, B, KEYS, 0.02, 0.0)
+    answered(found, 7, B, KEYS, 0.02, 0.0)
     found.forget_port(7)
     assert [path.address for path in found] == [A]
     assert found.find(7, B) is None
@@ -342,6 +352,6 @@ def test_a_path_that_is_down_is_checked_when_the_peer_checks() -> None:
     path.fail("test", 1.0)
     path.heard(1.5)
     assert found.handle_timer(1.5) == [path]
-    found.answered(0, A, KEYS, 0.02, 1.6)
+    answered(found, 0, A, KEYS, 0.02, 1.6)
     path.heard(1.7)
     assert found.handle_timer(1.7) == []

@@ -31,6 +31,7 @@ from ztna.core.ice.events import (
     PortsWanted,
     PunchingDone,
     RelayToo,
+    SizeChanged,
 )
 from ztna.core.ice.exchange import Answered, Asked, CheckExchange, Credentials, Keys, PortBatch
 from ztna.core.ice.messages import IceMessage, PunchingResult
@@ -66,6 +67,7 @@ class IceAgent:
     _nominate_at: float | None = attrs.field(default=None, init=False)
     _nominate_wait: float = attrs.field(default=FIRST_WAIT, init=False)
     _relay_too: bool = attrs.field(default=False, init=False)
+    _size: int = attrs.field(default=0, init=False)
     _extra_ports: set[int] = attrs.field(factory=set, init=False)
     _counts: Counter[str] = attrs.field(factory=Counter, init=False)
 
@@ -163,12 +165,15 @@ class IceAgent:
     def packets_to_send(self, now: float) -> Sequence[PortBatch]:
         """Checks and answers, each with its local port; empties the queue."""
         self.exchange.forget_old(now)
+        for path, size in self.paths.probes_to_send(now):
+            self._check(path, now, size=size)
         return self.exchange.packets_to_send()
 
     def get_timer(self) -> float | None:
         """When to call `handle_timer`."""
-        talks = self._talks
-        timers = [talks.due, talks.offer_due, self.paths.get_timer(), self._nominate_at]
+        talks, paths = self._talks, self.paths
+        timers = [talks.due, talks.offer_due, paths.get_timer(), paths.mtu_timer()]
+        timers.append(self._nominate_at)
         if self.punching is not None:
             timers.append(self.punching.get_timer())
         return min((timer for timer in timers if timer is not None), default=None)
@@ -180,6 +185,7 @@ class IceAgent:
         if self._talks.offer_due is not None and now >= self._talks.offer_due:
             self._talks.take_offer(now)
             self._follow(now)
+        self.paths.handle_mtu_timer(now)
         for path in self.paths.handle_timer(now):
             self._check(path, now, nominates=path is self.paths.current)
         if self.punching is not None:
@@ -242,6 +248,9 @@ class IceAgent:
         assert self.punching is not None
         if self._succeeded or self.paths.current is not None:
             self._talks.rest(now, failed=False)
+        elif (narrow := self.paths.narrow()) is not None:
+            where = format_address(narrow.address)
+            self._fail(f"{where} answers small packets, but none of 1,200 bytes", now)
         else:
             self._fail(self.punching.failure(), now)
 
@@ -283,10 +292,14 @@ class IceAgent:
             path.nominated_at = max(path.nominated_at, pair.nominated_at)
         if check.nominates:
             self.paths.nominate(path)
+        if check.size:
+            path.mtu.receive_answer(check.size, check.sent_at, now)
 
-    def _check(self, path: Path, now: float, *, nominates: bool) -> None:
+    def _check(self, path: Path, now: float, *, nominates: bool = False, size: int = 0) -> None:
         own = priority(CandidateKind.PEER_REFLEXIVE, 6 if ":" in path.address[0] else 4)
-        self.exchange.ask(path.port, path.address, path.keys, own, now, nominates=nominates)
+        self.exchange.ask(
+            path.port, path.address, path.keys, own, now, nominates=nominates, size=size
+        )
 
     def _settle(self, now: float) -> None:
         """Follow what is known now: nominate, change over, say so, give ports back."""
@@ -303,6 +316,9 @@ class IceAgent:
             self._nominate_at, self._nominate_wait = None, FIRST_WAIT
         if chosen is not current:
             self._select(chosen, now)
+        elif current is not None and current.mtu.size != self._size:
+            self._size = current.mtu.size
+            self._events.append(SizeChanged(self._size))
         if self.paths.relay_too is not self._relay_too:
             self._relay_too = self.paths.relay_too
             self._events.append(RelayToo(self._relay_too))
@@ -315,7 +331,8 @@ class IceAgent:
         if path is not None:
             where = format_address(path.address)
             reason = f"{where} answers in {path.rtt * 1000:.1f} ms"
-            self._events.append(PathSelected(path.address, path.port, reason))
+            self._size = path.mtu.size
+            self._events.append(PathSelected(path.address, path.port, reason, self._size))
             self._counts["paths_direct"] += 1
             if not self._succeeded:
                 self._succeeded, self.failure = True, ""

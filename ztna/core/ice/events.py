@@ -32,11 +32,19 @@ class PortsReleased:
 @attrs.frozen
 class PathSelected:
     """Event: the session's packets go to `address` from `port`, or by the relay if it is None.
-    reason: why, in words."""
+    reason: why, in words. max_udp_payload: bytes of the largest that goes there; 0 for the relay."""
 
     address: Address | None
     port: int
     reason: str
+    max_udp_payload: int = 0
+
+
+@attrs.frozen
+class SizeChanged:
+    """Event: the selected path takes UDP payloads of so many bytes, and no larger ones."""
+
+    max_udp_payload: int
 
 
 @attrs.frozen
@@ -56,7 +64,15 @@ class PunchingDone:
     seconds: float
 
 
-Event = GatherWanted | PortsWanted | PortsReleased | PathSelected | RelayToo | PunchingDone
+Event = (
+    GatherWanted
+    | PortsWanted
+    | PortsReleased
+    | PathSelected
+    | SizeChanged
+    | RelayToo
+    | PunchingDone
+)
 
 
 @attrs.frozen

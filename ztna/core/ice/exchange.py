@@ -6,7 +6,8 @@ Out: `ask` -> a Binding request, signed with the peer's password -> `packets_to_
 Everything else is counted and dropped, without a word to whoever sent it.
 
 A response is smaller than its request, and goes to where that came from. A request that is seen
-again from another place is a replay: ours are never sent twice.
+again from another place is a replay: ours are never sent twice. A check that is padded to a size
+probes the path's MTU (`core.mtusearch`): its answer says that as much passes.
 """
 
 import random
@@ -25,6 +26,7 @@ from ztna.core.stun.attributes import (
     IceControlled,
     IceControlling,
     MessageIntegritySha256,
+    Padding,
     Priority,
     UseCandidate,
     Username,
@@ -112,7 +114,7 @@ class PortAddress(NamedTuple):
 
 @attrs.frozen(slots=True)
 class SentCheck:
-    """A check of ours that has no answer yet."""
+    """A check of ours that has no answer yet. size: bytes that it was filled up to; 0 if not."""
 
     port: int
     address: Address
@@ -120,6 +122,7 @@ class SentCheck:
     nominates: bool
     keys: Keys
     controlling: bool
+    size: int = 0
 
 
 @attrs.frozen(slots=True)
@@ -194,8 +197,10 @@ class CheckExchange:
         now: float,
         *,
         nominates: bool = False,
+        size: int = 0,
     ) -> None:
-        """Queue a check. priority: that a peer-reflexive candidate found by it would have."""
+        """Queue a check. priority: that a peer-reflexive candidate found by it would have.
+        size: bytes of the whole message, a multiple of four; 0: as many as it has."""
         transaction_id = self.random.randbytes(TRANSACTION_ID_SIZE)
         role = IceControlling if self.controlling else IceControlled
         nominates = nominates and self.controlling
@@ -207,9 +212,9 @@ class CheckExchange:
         if nominates:
             attributes.append(UseCandidate())
         message = StunMessage(MessageClass.REQUEST, transaction_id, tuple(attributes))
-        self._queue(message, keys.peer, Algorithm.SHA256, PortAddress(port, address))
+        self._queue(message, keys.peer, Algorithm.SHA256, PortAddress(port, address), size)
         self._sent[transaction_id] = SentCheck(
-            port, address, now, nominates, keys, self.controlling
+            port, address, now, nominates, keys, self.controlling, size
         )
         self.owners.claim(transaction_id, self)
         if len(self._sent) > MAX_OUTSTANDING:
@@ -338,7 +343,18 @@ class CheckExchange:
         self._queue(message, keys.own, algorithm, way)
 
     def _queue(
-        self, message: StunMessage, signer: Credentials, algorithm: Algorithm, way: PortAddress
+        self,
+        message: StunMessage,
+        signer: Credentials,
+        algorithm: Algorithm,
+        way: PortAddress,
+        size: int = 0,
     ) -> None:
-        data = build_stun_message(message, short_term_key(signer.password), (algorithm,))
+        key = short_term_key(signer.password)
+        data = build_stun_message(message, key, (algorithm,))
+        if size:
+            # PADDING has a header of four bytes itself.
+            padding = Padding(size - len(data) - 4)
+            message = attrs.evolve(message, attributes=(*message.attributes, padding))
+            data = build_stun_message(message, key, (algorithm,))
         self._outbox.append(PortBatch(way.port, UdpBatch(data, len(data), way.address)))

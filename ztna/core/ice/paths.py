@@ -7,6 +7,9 @@ for max(3 PTO, 300 ms), packets go on the relay too and it is checked at once; w
 0.4 s (or two round trips) more, they go on the relay alone. Nothing goes to an address that has not
 answered a check for 30 s (RFC 7675). Answers promote a path; they never demote another but by being
 better.
+
+Each path is searched for its MTU (`core.mtusearch`) by checks that are padded. It is used when it is
+proven to carry 1,200 bytes, and as long as that is in doubt the relay carries besides.
 """
 
 import enum
@@ -18,6 +21,8 @@ import attrs
 
 from ztna.core.ice.exchange import Keys
 from ztna.core.liveness import AnswerWatch
+from ztna.core.mtuprobe import IPV4_OVERHEAD, IPV6_OVERHEAD
+from ztna.core.mtusearch import MtuSearch, State
 from ztna.core.ports import Address
 
 CHECK_INTERVAL = 5.0
@@ -75,7 +80,7 @@ class PathState(enum.Enum):
 class Path:
     """A local port and an address of the peer. Times in s.
 
-    rtt: smoothed. reason: why it is down. nominated: the controlling side has chosen it, and knows
+    rtt: smoothed. mtu: what is known of its size. reason: why it is down. nominated: the controlling side has chosen it, and knows
     that the other one has heard of it. nominated_at: when the controlled side last heard so.
     """
 
@@ -84,6 +89,7 @@ class Path:
     keys: Keys
     rtt: float
     answered_at: float
+    mtu: MtuSearch = attrs.field(init=False)
     state: PathState = PathState.UP
     reason: str = ""
     nominated: bool = False
@@ -97,6 +103,9 @@ class Path:
     _failed_at: float = -math.inf
     _held_until: float = -math.inf
 
+    def __attrs_post_init__(self) -> None:
+        self.mtu = MtuSearch(IPV6_OVERHEAD if ":" in self.address[0] else IPV4_OVERHEAD)
+
     @property
     def score(self) -> float:
         """s; less is better."""
@@ -109,7 +118,8 @@ class Path:
 
     def usable(self, now: float) -> bool:
         """Whether packets may go this way alone."""
-        return self.state is PathState.UP and now >= self._held_until and not self.expired(now)
+        ready = self.state is PathState.UP and now >= self._held_until
+        return ready and self.mtu.confirmed and not self.expired(now)
 
     def expired(self, now: float) -> bool:
         """Whether its consent has run out."""
@@ -126,6 +136,8 @@ class Path:
 
     def answered(self, rtt: float, now: float, interval: float) -> None:
         """An answer to a check; the next check comes after `interval`."""
+        if self.state is PathState.DOWN or self.mtu.get_timer() is None:
+            self.mtu.lost(now)
         self.rtt += (rtt - self.rtt) * _RTT_GAIN
         self.answered_at = now
         self.state, self.reason = PathState.UP, ""
@@ -145,6 +157,7 @@ class Path:
         """It must prove itself: traffic has no answer, or another path has failed."""
         if self.state is PathState.UP:
             self.state, self._suspect_since, self.next_check_at = PathState.SUSPECT, now, now
+            self.mtu.suspect(now)
 
     def fail(self, reason: str, now: float) -> None:
         """It is down, and is held back for a while when it comes up again."""
@@ -155,6 +168,7 @@ class Path:
         self._held_until = now + self._hold
         self.state, self.reason = PathState.DOWN, reason
         self.next_check_at = now + _DOWN_INTERVAL
+        self.mtu.stop()
 
     def get_timer(self) -> float:
         """When to look at it again."""
@@ -199,13 +213,15 @@ class Use:
     """What a session knows of its packets. Numbers are those of packets (RFC 9000 section 12.3).
 
     acknowledged: the highest; next_number: of the next packet. waiting: whether any packet has no
-    ACK yet. probe_timeout: s, PTO (RFC 9002 section 6.2) without backoff.
+    ACK yet. probe_timeout: s, PTO (RFC 9002 section 6.2) without backoff. large_lost: whether those
+    of more than 1,200 bytes seem to vanish.
     """
 
     acknowledged: int
     next_number: int
     waiting: bool
     probe_timeout: float
+    large_lost: bool = False
 
 
 @attrs.define
@@ -232,7 +248,8 @@ class PathTable:
     @property
     def relay_too(self) -> bool:
         """Whether packets go on the relay besides."""
-        return self.current is not None and self.current.state is not PathState.UP
+        path = self.current
+        return path is not None and (path.state is not PathState.UP or not path.mtu.confirmed)
 
     def answered(self, port: int, address: Address, keys: Keys, rtt: float, now: float) -> Path:
         """A check was answered: the path is new, or lives on."""
@@ -283,6 +300,9 @@ class PathTable:
         path, self._last_use = self.current, use
         if path is None or path.state is not PathState.UP:
             return
+        if use.large_lost:
+            path.mtu.suspect(now)
+            self._last_use = attrs.evolve(use, large_lost=False)  # it counts once
         if self._alone_from is None:
             self._alone_from = use.next_number
         patience = min(_PTO_COUNT * use.probe_timeout, 2 * path.rtt + _LEAST_PATIENCE)
@@ -324,6 +344,27 @@ class PathTable:
             if path.state is not PathState.DOWN:
                 path.fail("no consent for 30 s", now)
         return [path for path in due if not path.expired(now)]
+
+    def mtu_timer(self) -> float | None:
+        """When to call `handle_mtu_timer`."""
+        timers = [path.mtu.get_timer() for path in self]
+        return min((timer for timer in timers if timer is not None), default=None)
+
+    def handle_mtu_timer(self, now: float) -> None:
+        """Go on with the searches; the path in use fails where not even 1,200 bytes pass."""
+        for path in self:
+            path.mtu.handle_timer(now)
+        path = self.current
+        if path is not None and path.mtu.state is State.ERROR and path.state is not PathState.DOWN:
+            path.fail("it answers small packets, but none of 1,200 bytes", now)
+
+    def probes_to_send(self, now: float) -> list[tuple[Path, int]]:
+        """Paths to probe now, each with the bytes of the packet."""
+        return [(path, size) for path in self for size in path.mtu.probes_to_send(now)]
+
+    def narrow(self) -> Path | None:
+        """A path that answers, and is not used as it does not carry 1,200 bytes."""
+        return next((path for path in self if not path.mtu.confirmed), None)
 
     def forget_port(self, port: int) -> None:
         """A local port is closed."""
