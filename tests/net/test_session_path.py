@@ -86,9 +86,11 @@ async def test_what_is_under_way_on_the_slower_path_arrives(autojump_clock: Mock
 
 
 async def test_size_of_the_new_path(autojump_clock: MockClock) -> None:
-    async with open_pair() as pair:
+    async with open_pair(LinkSpec(delay=0.01, mtu=1228)) as pair:
         client, server = await pair.connected()
+        await trio.sleep(5)
         assert client.max_datagram_data == 1170
+        pair.network.set_link(pair.client_host, pair.server_host, LinkSpec(delay=0.01))
         client.path_changed("direct", max_udp_payload=1472, rtt=0.02)
         await trio.sleep(0.1)
         assert client.max_datagram_data == 1442
@@ -96,6 +98,7 @@ async def test_size_of_the_new_path(autojump_clock: MockClock) -> None:
         assert [len(data) for data in await receive_count(server, 1)] == [1442]
         # Back on the relay: what is queued and too large now is dropped, and counted.
         client.send_datagrams([bytes(1442), bytes(1170)])
+        pair.network.set_link(pair.client_host, pair.server_host, LinkSpec(delay=0.01, mtu=1228))
         client.path_changed("relay", rtt=0.02)
         await trio.sleep(0.1)
         assert client.max_datagram_data == 1170

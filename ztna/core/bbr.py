@@ -111,6 +111,15 @@ class Bbr:
     def __attrs_post_init__(self) -> None:
         self.congestion_window = INITIAL_PACKETS * self.max_datagram_size
 
+    def resize(self, max_datagram_size: int) -> None:
+        """Packets may be so large from now on. While nothing is known of the path, the initial
+        window is that of the new size (RFC 9002 section 7.2)."""
+        self.max_datagram_size = max_datagram_size
+        least = self.minimum
+        if self.state is State.STARTUP:
+            least = INITIAL_PACKETS * max_datagram_size
+        self.congestion_window = max(self.congestion_window, least)
+
     @property
     def minimum(self) -> int:
         """Bytes of the smallest window (BBRMinPipeCwnd). Also added to each window, as senders

@@ -21,6 +21,10 @@ from ztna.errors import LocalProtocolError, RemoteProtocolError
 ROUTED_OVERHEAD = 2
 """Bytes of 0x2F before the service id: the largest form that a session without fragments uses."""
 
+FRAGMENT_SIZE = 1170
+"""Bytes of the largest 0x23: what every path carries (docs/protocol.md section 4). Fragments are
+never cut again, so that a change of the path must find none that it cannot take."""
+
 ServiceKey = int | str | None
 """How a message named its service: number, id, or not at all (a bare IP packet)."""
 
@@ -140,7 +144,8 @@ class Encapsulator:
             self.too_large += 1
             return
         try:
-            messages += fragment(message, self._message_id, self.max_size)
+            size = min(self.max_size, FRAGMENT_SIZE)
+            messages += fragment(message, self._message_id, size)
         except LocalProtocolError:
             self.too_large += 1
             return

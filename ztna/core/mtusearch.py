@@ -15,6 +15,7 @@ All sizes are bytes of UDP payload, times are seconds.
 """
 
 import enum
+import math
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -35,6 +36,11 @@ RAISE_TIME = 600.0
 
 ERROR_TIME = 30.0
 """After that a path on which nothing passed is tried again: our choice, as punching rests."""
+
+LEAST_LOST = 3
+LOST_TIME = 0.3
+"""So many large packets lost, and for so long none that arrived, say that they vanish. Our choices:
+a false alarm costs a round trip."""
 
 # Our choice: what is asked first: Ethernet, WireGuard, IPv6's least.
 _FIRST_MTUS = (1500, 1420, 1280)
@@ -171,3 +177,37 @@ class MtuSearch:
         self._outbox += self._open()
         self._sends += 1
         self._due = now + PROBE_TIME
+
+
+@attrs.define
+class LargeLosses:
+    """What becomes of packets larger than `BASE` on one path, as its session's ACKs tell.
+
+    limit: bytes of the largest that are sent now: what was larger is known to be too large.
+    """
+
+    limit: int = BASE
+    _lost: int = attrs.field(default=0, init=False)
+    _arrived_at: float = attrs.field(default=-math.inf, init=False)
+
+    def acknowledged(self, size: int, now: float) -> None:
+        """Packets of `size` bytes have arrived."""
+        if size > BASE:
+            self._lost, self._arrived_at = 0, now
+
+    def lost(self, size: int, total: int) -> None:
+        """Packets of `size` bytes, `total` altogether, were given up."""
+        if BASE < size <= self.limit:
+            self._lost += -(-total // size)
+
+    def get_timer(self) -> float | None:
+        """When to ask `vanish` again."""
+        return self._arrived_at + LOST_TIME if self._lost >= LEAST_LOST else None
+
+    def vanish(self, now: float) -> bool:
+        """Whether they seem to get lost all; then counts anew."""
+        due = self.get_timer()
+        if due is None or now < due:
+            return False
+        self._lost = 0
+        return True

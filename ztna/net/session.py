@@ -24,7 +24,7 @@ from ztna.core.ports import Address, UdpBatch, UdpPort
 from ztna.errors import CONTAINED
 from ztna.net.aioquic_private import state as aioquic_state
 from ztna.net.aioquic_private.mutual_tls import MutualQuicConnection
-from ztna.net.aioquic_private.path_change import PathBook, give_up
+from ztna.net.aioquic_private.path_change import PathBook, give_up, resize
 from ztna.net.batches import batches_of
 from ztna.net.closing import (
     CloseCode,
@@ -36,6 +36,7 @@ from ztna.net.closing import (
 )
 from ztna.net.datagram_sender import DatagramSender
 from ztna.net.fastpath import FastPath
+from ztna.net.session_mtu import SessionMtu, headers_to
 from ztna.net.session_owner import SessionOwner
 from ztna.net.session_queues import PathChange, SessionQueues, SessionSettings
 from ztna.net.stateless_reset import is_reset
@@ -68,6 +69,7 @@ class Session(SessionQueues):
     _owner: SessionOwner = attrs.field(repr=False)
     _fast: FastPath = attrs.field(init=False, repr=False)
     _sender: DatagramSender = attrs.field(init=False, repr=False)
+    _mtu: SessionMtu = attrs.field(init=False, repr=False)
     _opened_at: float = attrs.field(factory=trio.current_time, init=False, repr=False)
     _heartbeat: Heartbeat = attrs.field(init=False, repr=False)
     _watch: AnswerWatch = attrs.field(init=False, repr=False)
@@ -87,6 +89,8 @@ class Session(SessionQueues):
         self._fast = FastPath(self._connection)
         self._sender = DatagramSender(self._connection, self._fast)
         settings = self.settings
+        self._mtu = SessionMtu(self._connection, settings.max_udp_payload)
+        self.overhead = headers_to(self.remote_address)
         self._watch = AnswerWatch(settings.patience)
         # A server leaves asking to its clients.
         silence = settings.silence if self.is_client else math.inf
@@ -107,6 +111,8 @@ class Session(SessionQueues):
             "incoming_queue": len(self._incoming),
             "inbox_bytes": self._inbox_bytes,
             "max_datagram_data": self.max_datagram_data,
+            "max_udp_payload": self._mtu.size,
+            "mtu_probes": self._mtu.probes,
             "suspect": int(self.suspect),
         }
 
@@ -241,6 +247,7 @@ class Session(SessionQueues):
             return self._farewell.repeat()
         self._drain_events()
         self._handle_own_timers(now)
+        probes = self._keep_size(now)
         batches = self._batches_to_send(now)
         if aioquic_state.amplified(connection):
             batches = []
@@ -248,11 +255,29 @@ class Session(SessionQueues):
         if batches:
             self._heartbeat.sent(now)
         self._notice_end(batches)
-        return batches
+        return batches + batches_of(probes)
+
+    def _keep_size(self, now: float) -> list[tuple[bytes, Address]]:
+        """As large as the path takes, from now on; the probes that are due."""
+        if self._peer is None:
+            return []
+        if self._size_wanted is not None:
+            self._mtu.be_told(self._size_wanted)
+            self._size_wanted = None
+        probes = self._mtu.probes_to_send(self.overhead, now)
+        size = self._mtu.size
+        if size != aioquic_state.udp_payload(self._connection):
+            resize(self._connection, size)
+            self._set_max_datagram(aioquic_state.largest_datagram(self._connection, size))
+        return probes
 
     def _change_path(self, wanted: PathChange, now: float) -> None:
         self._path_wanted = None
         size = wanted.max_udp_payload or self.settings.max_udp_payload
+        if wanted.max_udp_payload:
+            self._mtu.be_told(size)
+        else:
+            self._mtu.begin_anew(size)
         self._paths.change(
             self._connection, wanted.path, now, max_datagram_size=size, rtt=wanted.rtt
         )
@@ -289,6 +314,8 @@ class Session(SessionQueues):
         if address is not None and address != self.remote_address:
             log.debug("session_moved", old=self.remote_address, new=address)
             self._set_remote_address(address)
+            self.overhead = headers_to(address)
+            self._mtu.begin_anew(self.settings.max_udp_payload)
 
     def _drain_events(self) -> None:
         datagrams: list[bytes] = []
@@ -358,10 +385,16 @@ class Session(SessionQueues):
         and must not count against the session once it is up."""
         if self._peer is None:
             return
-        use = aioquic_state.use_of(self._connection)
+        use = aioquic_state.use_of(self._connection, now)
         changed = self._watch.observe(use.acknowledged, waiting=use.waiting, now=now)
         if self.on_use is not None:
             self.on_use(use, now)
+        if use.large_lost or (changed and self._watch.suspect):
+            self._mtu.suspect(now)
+            self._wake.set()  # smaller from the next packet on
+        elif changed:
+            self._mtu.answers_again(now)
+            self._wake.set()
         if changed:
             self._set_suspect(suspect=self._watch.suspect)
 
@@ -456,6 +489,9 @@ class Session(SessionQueues):
             if self._peer is not None:
                 ping_at = self._heartbeat.get_timer(waiting=self._watch.waiting)
                 due = min(due, ping_at, self._watch.get_timer() or math.inf)
+                large = aioquic_state.large_losses(self._connection)
+                for of in (self._mtu, large):
+                    due = min(due, (None if of is None else of.get_timer()) or math.inf)
             elif not self.is_client:
                 due = min(due, self._opened_at + self.settings.handshake_timeout)
         return max(due, now + _MIN_WAIT)

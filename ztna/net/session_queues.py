@@ -27,6 +27,9 @@ _STREAM_WINDOW = 256 << 10
 Receiver = Callable[[list[bytes]], None]
 """Takes DATAGRAMs, in order."""
 
+Refit = Callable[[list[bytes], int], list[bytes]]
+"""Takes messages, and bytes of the largest DATAGRAM; gives the same, cut where they do not fit."""
+
 _COUNTERS = (
     "sent_packets",
     "sent_bytes",
@@ -86,7 +89,7 @@ class SessionSettings:
 
 @attrs.frozen
 class PathChange:
-    """path: a name of the new one. max_udp_payload: bytes; 0 for the settings'. rtt: s."""
+    """path: a name of the new one. max_udp_payload: bytes; 0 if nobody knows. rtt: s."""
 
     path: Hashable
     max_udp_payload: int
@@ -102,6 +105,8 @@ class SessionQueues:
     max_datagram_data: bytes of the largest DATAGRAM data that fits; 0 before the peer is verified.
     suspect: the peer has left data or a PING unanswered for longer than `settings.patience`.
     on_use: hears after each round of the pump what became of the packets; at a time (s).
+    overhead: bytes of all headers that a packet gets on its way; to be set where a relay adds some.
+    refit: cuts what waits when packets must be smaller; without it that is dropped.
     """
 
     settings: SessionSettings
@@ -110,11 +115,14 @@ class SessionQueues:
     max_datagram_data: int = attrs.field(default=0, init=False)
     suspect: bool = attrs.field(default=False, init=False)
     on_use: Callable[[Use, float], None] | None = attrs.field(default=None, init=False, repr=False)
+    overhead: int = attrs.field(init=False)
+    refit: Refit | None = attrs.field(default=None, init=False, repr=False)
     _peer: VerifiedPeer | None = attrs.field(default=None, init=False)
     _close_info: CloseInfo | None = attrs.field(default=None, init=False)
     _close_wanted: tuple[int, str] | None = attrs.field(default=None, init=False, repr=False)
     _path_wanted: PathChange | None = attrs.field(default=None, init=False, repr=False)
     _doubted: bool = attrs.field(default=False, init=False)
+    _size_wanted: int | None = attrs.field(default=None, init=False, repr=False)
     _outgoing: deque[bytes] = attrs.field(factory=deque, init=False, repr=False)
     _incoming: list[bytes] = attrs.field(factory=list, init=False, repr=False)
     _receiver: Receiver | None = attrs.field(default=None, init=False, repr=False)
@@ -310,8 +318,16 @@ class SessionQueues:
         self, path: Hashable, *, max_udp_payload: int = 0, rtt: float | None = None
     ) -> None:
         """What is sent from now on takes another path: what is in flight is given up, windows and
-        times are the new path's, and a PING goes at once (`aioquic_private.path_change`)."""
-        self._path_wanted = PathChange(path, max_udp_payload, rtt)
+        times are the new path's, and a PING goes at once (`aioquic_private.path_change`).
+
+        max_udp_payload: bytes, by somebody who watches the path's MTU; 0 if the session shall find
+        it out by itself."""
+        self._path_wanted, self._size_wanted = PathChange(path, max_udp_payload, rtt), None
+        self._kick()
+
+    def resize(self, max_udp_payload: int) -> None:
+        """The path's MTU is another one, by the word of who watches it."""
+        self._size_wanted = max_udp_payload
         self._kick()
 
     def path_doubted(self) -> None:
@@ -369,13 +385,17 @@ class SessionQueues:
         self._changed.unpark_all()
 
     def _set_max_datagram(self, limit: int) -> None:
-        """Another limit; what is queued and too large for it is dropped."""
+        """Another limit; what is queued and too large for it is cut, or dropped where it cannot."""
         self.max_datagram_data = limit
-        fitting = [data for data in self._outgoing if len(data) <= limit]
-        if len(fitting) < len(self._outgoing):
-            self._counters["drop_too_large"] += len(self._outgoing) - len(fitting)
-            self._outgoing.clear()
-            self._outgoing.extend(fitting)
+        waiting = list(self._outgoing)
+        if max(map(len, waiting), default=0) <= limit:
+            return
+        if self.refit is not None:
+            waiting = self.refit(waiting, limit)
+        fitting = [data for data in waiting if len(data) <= limit]
+        self._counters["drop_too_large"] += len(waiting) - len(fitting)
+        self._outgoing.clear()
+        self._outgoing.extend(fitting)
 
     def _set_suspect(self, *, suspect: bool) -> None:
         self.suspect = suspect

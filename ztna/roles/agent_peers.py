@@ -222,7 +222,7 @@ class AgentPeers:
             self.puncher.peer_seen_at(peer.path, peer.host)
         moved = self.endpoint.paths.set_relay(peer.path, bytes.fromhex(message.channel), relay)
         if moved and peer.link is not None:
-            peer.link.session.path_changed(relay)
+            peer.link.relay_changed(relay)
         self.inner.channel_given()
         peer.reachable.set()
         log.info("relay channel", peer=str(identity), services=sorted(peer.granted))
@@ -375,7 +375,7 @@ class AgentPeers:
             raise SessionClosedError(
                 f"{session.peer.identity} answers in place of {peer.identity}: refused"
             )
-        link = new_link(session)
+        link = new_link(session, peer.path.relay)
         hello = Hello(
             (VERSION,), tuple(sorted(PACKET_FEATURES)), Role.AGENT, session.max_datagram_data
         )

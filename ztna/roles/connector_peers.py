@@ -204,7 +204,7 @@ class ConnectorPeers:
         side.addresses = _packed_untrusted(message.tunnel_address, message.tunnel_address6)
         moved = self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
         if moved and side.link is not None:
-            side.link.session.path_changed(relay)
+            side.link.relay_changed(relay)
         self.inner.channel_given()
         self._settle(side)
         log.info("relay channel", peer=str(identity), services=sorted(side.granted)[:16])
@@ -300,7 +300,7 @@ class ConnectorPeers:
             log.warning("another agent than announced", agent=str(identity))
             session.close(CloseCode.REFUSED, "this channel was given for another identity")
             return
-        link = new_link(session)
+        link = new_link(session, side.path.relay)
         try:
             async with trio.open_nursery() as nursery:
                 receive = functools.partial(self._receive_untrusted, side, link, nursery)

@@ -15,11 +15,12 @@ from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceLabel
 from ztna.core.ice.messages import IceMessage
 from ztna.core.identity import Identity
 from ztna.core.messages import FrameReader, Goodbye, Message, ProtocolError, encode_message
-from ztna.core.ports import IpPacket
+from ztna.core.ports import Address, IpPacket
 from ztna.core.wire import FEATURES, Feature
 from ztna.errors import RemoteProtocolError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
+from ztna.net.session_mtu import headers_through
 from ztna.net.session_queues import SessionSettings
 from ztna.roles.health import HealthAsks
 
@@ -66,7 +67,19 @@ class PeerLink:
 
     async def send_packets(self, packets: Sequence[tuple[ServiceLabel, IpPacket]]) -> None:
         """Send users' packets; what the session has no room for is dropped and counted there."""
+        # As large as the path takes now: the next batch may take another one.
+        self.encapsulator.max_size = self.session.max_datagram_data
         await self.session.send_datagrams_now(self.encapsulator.encapsulate(packets))
+
+    def relay_changed(self, relay: Address) -> None:
+        """What the relay carries of this session takes another way now."""
+        self.session.overhead = headers_through(relay)
+        self.session.path_changed(relay)
+
+    def refit(self, messages: list[bytes], limit: int) -> list[bytes]:
+        """Messages that wait in the session's queue, cut for packets that are smaller now."""
+        self.encapsulator.max_size = limit
+        return self.encapsulator.fit(messages)
 
     def receive_messages(self, messages: Sequence[bytes], now: float) -> list[tuple[str, IpPacket]]:
         """Users' packets of a batch of DATAGRAMs, each with its service; none before `up`."""
@@ -128,10 +141,13 @@ class PeerLink:
         }
 
 
-def new_link(session: Session) -> PeerLink:
-    """A link for a session whose peer is verified."""
+def new_link(session: Session, relay: Address | None) -> PeerLink:
+    """A link for a session whose peer is verified. relay: where its channel is."""
     encapsulator = Encapsulator(session.max_datagram_data)
-    return PeerLink(session, session.peer.identity, encapsulator)
+    link = PeerLink(session, session.peer.identity, encapsulator)
+    session.refit = link.refit
+    session.overhead = headers_through(relay)
+    return link
 
 
 def agreed_features(names: Sequence[str]) -> frozenset[Feature]:

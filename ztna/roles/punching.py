@@ -36,12 +36,14 @@ from ztna.core.ice.events import (
     PortsWanted,
     PunchingDone,
     RelayToo,
+    SizeChanged,
 )
 from ztna.core.ice.exchange import CheckExchange
 from ztna.core.ice.messages import IceMessage
 from ztna.core.ice.owner import OwnerBook, stun_owner_untrusted
 from ztna.core.ice.paths import Use
 from ztna.core.limits import TokenBucket
+from ztna.core.mtusearch import BASE
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import SystemSetupError
 from ztna.net.demux import Kind, kind_of, segments
@@ -299,6 +301,9 @@ class DirectPath:
                 self.path.relay_too = on
                 if on:
                     self.link.session.path_doubted()
+                self._resize()
+            case SizeChanged():
+                self._resize()
             case PunchingDone(outcome="failed"):
                 log.info("no direct path", peer=str(self.link.peer), reason=event.reason)
             case PunchingDone():
@@ -311,8 +316,16 @@ class DirectPath:
         path.port = self._ports.get(event.port)
         rtt = None if current is None else current.rtt
         name = "relay" if event.address is None else (event.port, event.address)
-        self.link.session.path_changed(name, rtt=rtt)
+        # Of the relay's path the session finds out itself.
+        size = event.max_udp_payload
+        self.link.session.path_changed(name, max_udp_payload=size, rtt=rtt)
         self._say_path(event)
+
+    def _resize(self) -> None:
+        """What goes the relay's way besides must fit there, too."""
+        current = self.ice.paths.current
+        if current is not None:
+            self.link.session.resize(BASE if self.path.relay_too else current.mtu.size)
 
     def _say_path(self, event: PathSelected | None) -> None:
         """The (seed) line, and why."""

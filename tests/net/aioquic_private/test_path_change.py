@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.net.fast_link import PAYLOAD, End, Link, connect, in_flight, payloads
-from ztna.net.aioquic_private.congestion import TUNNEL
+from ztna.net.aioquic_private.congestion import TUNNEL, TunnelCongestionControl
 from ztna.net.aioquic_private.path_change import (
     MAX_MEMORIES,
     MEMORY_TIME,
@@ -160,11 +160,13 @@ def test_known_path_is_remembered_for_a_minute() -> None:
     go("direct", now + 60)
     go("relay", now + 60 + MEMORY_TIME)
     assert connection._loss._cc is not control
-    # Nor where packets have another size now.
+    # Where packets have another size now, it counts by that.
     control = connection._loss._cc
     go("direct", now + 121)
     go("relay", now + 122, 1400)
-    assert connection._loss._cc is not control
+    assert connection._loss._cc is control
+    assert isinstance(control, TunnelCongestionControl)
+    assert control.model.max_datagram_size == 1400
     assert connection._max_datagram_size == 1400
     for number in range(20):
         go(f"direct {number}", now + 123)

@@ -32,7 +32,7 @@ class PortsReleased:
 @attrs.frozen
 class PathSelected:
     """Event: the session's packets go to `address` from `port`, or by the relay if it is None.
-    reason: why, in words. max_udp_payload: bytes of the largest that goes there; 0 for the relay."""
+    reason: why, in words. max_udp_payload: bytes of the largest that goes there; 0: the relay."""
 
     address: Address | None
     port: int

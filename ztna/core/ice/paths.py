@@ -8,8 +8,8 @@ for max(3 PTO, 300 ms), packets go on the relay too and it is checked at once; w
 answered a check for 30 s (RFC 7675). Answers promote a path; they never demote another but by being
 better.
 
-Each path is searched for its MTU (`core.mtusearch`) by checks that are padded. It is used when it is
-proven to carry 1,200 bytes, and as long as that is in doubt the relay carries besides.
+Each path is searched for its MTU (`core.mtusearch`) by checks that are padded. It is used when it
+is proven to carry 1,200 bytes; as long as that is in doubt the relay carries besides.
 """
 
 import enum
@@ -80,8 +80,9 @@ class PathState(enum.Enum):
 class Path:
     """A local port and an address of the peer. Times in s.
 
-    rtt: smoothed. mtu: what is known of its size. reason: why it is down. nominated: the controlling side has chosen it, and knows
-    that the other one has heard of it. nominated_at: when the controlled side last heard so.
+    rtt: smoothed. mtu: what is known of its size. reason: why it is down. nominated: the
+    controlling side has chosen it, and knows that the other one has heard of it. nominated_at: when
+    the controlled side last heard so.
     """
 
     port: int
@@ -354,9 +355,9 @@ class PathTable:
         """Go on with the searches; the path in use fails where not even 1,200 bytes pass."""
         for path in self:
             path.mtu.handle_timer(now)
-        path = self.current
-        if path is not None and path.mtu.state is State.ERROR and path.state is not PathState.DOWN:
-            path.fail("it answers small packets, but none of 1,200 bytes", now)
+        used = self.current
+        if used is not None and used.mtu.state is State.ERROR and used.state is not PathState.DOWN:
+            used.fail("it answers small packets, but none of 1,200 bytes", now)
 
     def probes_to_send(self, now: float) -> list[tuple[Path, int]]:
         """Paths to probe now, each with the bytes of the packet."""

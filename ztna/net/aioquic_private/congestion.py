@@ -1,4 +1,5 @@
-"""`core.bbr` as a congestion control of aioquic's, under the name TUNNEL.
+"""`core.bbr` as a congestion control of aioquic's, under the name TUNNEL; and what becomes of large
+packets, for the path's MTU.
 
 Importing this module registers it; a configuration then asks
 for it by `QuicConfiguration(congestion_control_algorithm=TUNNEL)`.
@@ -10,6 +11,8 @@ from aioquic.quic.congestion.base import QuicCongestionControl, register_congest
 from aioquic.quic.packet_builder import QuicSentPacket
 
 from ztna.core.bbr import Bbr, SentState
+from ztna.core.mtusearch import LargeLosses
+from ztna.net.aioquic_private.recovery import SentRun
 
 TUNNEL = "tunnel"
 # aioquic's records are open classes; parts of a split one inherit what is kept here.
@@ -22,7 +25,14 @@ class TunnelCongestionControl(QuicCongestionControl):
     def __init__(self, *, max_datagram_size: int) -> None:
         super().__init__(max_datagram_size=max_datagram_size)
         self.model = Bbr(max_datagram_size)
+        self.large = LargeLosses(max_datagram_size)
         self.congestion_window = self.model.congestion_window
+
+    def resize(self, max_datagram_size: int) -> None:
+        """Packets may be so large from now on; what became of those before says nothing of it."""
+        self.model.resize(max_datagram_size)
+        self.congestion_window = self.model.congestion_window
+        self.large = LargeLosses(max_datagram_size)
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
         """Count it, and keep with it what is known now."""
@@ -34,6 +44,7 @@ class TunnelCongestionControl(QuicCongestionControl):
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
         """Learn from it."""
         self.bytes_in_flight -= packet.sent_bytes
+        self.large.acknowledged(_largest(packet), now)
         self.model.on_acked(_kept(packet), packet.sent_bytes, self.bytes_in_flight, now)
         self.congestion_window = self.model.congestion_window
 
@@ -41,12 +52,14 @@ class TunnelCongestionControl(QuicCongestionControl):
         """No longer waited for, but no sign of congestion."""
         for packet in packets:
             self.bytes_in_flight -= packet.sent_bytes
+            self.large.lost(_largest(packet), packet.sent_bytes)
 
     def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:
         """Counted; the model judges at the end of the round, whatever the time is `now`."""
         del now
         for packet in packets:
             self.bytes_in_flight -= packet.sent_bytes
+            self.large.lost(_largest(packet), packet.sent_bytes)
             self.model.on_lost(_kept(packet), packet.sent_bytes)
 
     def on_persistent_congestion(self) -> None:
@@ -58,6 +71,12 @@ class TunnelCongestionControl(QuicCongestionControl):
         """Seconds; comes after the packets of the same ACK."""
         self.model.on_rtt(rtt, now)
         self.congestion_window = self.model.congestion_window
+
+
+def _largest(packet: QuicSentPacket) -> int:
+    """Bytes of the largest packet that a record stands for."""
+    segment = packet.segment_size if isinstance(packet, SentRun) else packet.sent_bytes
+    return min(segment, packet.sent_bytes)
 
 
 def _kept(packet: QuicSentPacket) -> SentState:

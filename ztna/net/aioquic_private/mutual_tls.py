@@ -59,6 +59,14 @@ _CONNECTION_NAMES = (
     "_local_max_streams_uni",
     "_loss",
     "_max_datagram_size",
+    # mtu_probe.py
+    "_cryptos",
+    "_handshake_confirmed",
+    "_network_paths",
+    "_packet_number",
+    "_spaces",
+    "_spin_bit",
+    "_version",
     # path_change.py, and of `_loss` what `one_rtt.available` names
     "_configuration",
     "_pacing_at",

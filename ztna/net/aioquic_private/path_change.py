@@ -15,6 +15,8 @@ from aioquic.quic.congestion.base import QuicCongestionControl, create_congestio
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.recovery import QuicPacketPacer
 
+from ztna.net.aioquic_private.congestion import TunnelCongestionControl
+
 MEMORY_TIME = 60.0
 """s for which what was learnt of a path is good (design)."""
 
@@ -40,7 +42,6 @@ class PathMemory:
     """What a connection knew of a path when it left it, at `left_at` (s)."""
 
     left_at: float
-    max_datagram_size: int
     control: QuicCongestionControl = attrs.field(repr=False)
     rtt: dict[str, Any] = attrs.field(repr=False)
 
@@ -70,12 +71,10 @@ def change_path(
     give_up(connection, now)
     left = PathMemory(
         now,
-        connection._max_datagram_size,
         loss._cc,
         {name: getattr(loss, name) for name in _RTT_NAMES},
     )
-    connection._max_datagram_size = max_datagram_size
-    if memory is not None and memory.fresh(now) and memory.max_datagram_size == max_datagram_size:
+    if memory is not None and memory.fresh(now):
         loss._cc = memory.control
         known = memory.rtt
     else:
@@ -97,6 +96,7 @@ def change_path(
     initial = connection._configuration.initial_rtt if rtt is None else max(rtt, LEAST_RTT)
     loss._rtt_initial = initial
     loss._pacer = QuicPacketPacer(max_datagram_size=max_datagram_size)
+    resize(connection, max_datagram_size)
     connection._pacing_at = None
     connection.change_connection_id()
     return left
@@ -113,6 +113,15 @@ def give_up(connection: QuicConnection, now: float) -> None:
         space.loss_time = None
     loss._pto_count = 0
     connection.send_ping(0)
+
+
+def resize(connection: QuicConnection, max_datagram_size: int) -> None:
+    """Send UDP payloads of up to so many bytes from now on, on the same path."""
+    connection._max_datagram_size = max_datagram_size
+    loss = connection._loss
+    loss._pacer._max_datagram_size = max_datagram_size
+    if isinstance(loss._cc, TunnelCongestionControl):
+        loss._cc.resize(max_datagram_size)
 
 
 @attrs.define

@@ -14,6 +14,8 @@ from aioquic.quic.stream import FinalSizeError, StreamFinishedError
 from cryptography.exceptions import InvalidSignature
 
 from ztna.core.ice.paths import Use
+from ztna.core.mtusearch import LargeLosses
+from ztna.net.aioquic_private.congestion import TunnelCongestionControl
 from ztna.pki import MALFORMED
 
 LEAKED_ERRORS = (
@@ -106,13 +108,21 @@ def bytes_in_flight(connection: QuicConnection) -> int:
     return int(connection._loss.bytes_in_flight)
 
 
-def use_of(connection: QuicConnection) -> Use:
-    """What is acknowledged and what is not."""
+def large_losses(connection: QuicConnection) -> LargeLosses | None:
+    """What becomes of large packets, where the congestion control counts that."""
+    control = connection._loss._cc
+    return control.large if isinstance(control, TunnelCongestionControl) else None
+
+
+def use_of(connection: QuicConnection, now: float) -> Use:
+    """What is acknowledged and what is not. That large packets vanish is said once."""
+    large = large_losses(connection)
     return Use(
         largest_acknowledged(connection),
         connection._packet_number,
         bytes_in_flight(connection) > 0,
         connection._loss.get_probe_timeout(),
+        large is not None and large.vanish(now),
     )
 
 
