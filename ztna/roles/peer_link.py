@@ -141,7 +141,7 @@ class PeerLink:
         }
 
 
-def new_link(session: Session, relay: Address | None) -> PeerLink:
+def new_link(session: Session, relay: Address | None = None) -> PeerLink:
     """A link for a session whose peer is verified. relay: where its channel is."""
     encapsulator = Encapsulator(session.max_datagram_data)
     link = PeerLink(session, session.peer.identity, encapsulator)

@@ -276,6 +276,18 @@ def test_hysteresis(rtt: float, takes_over: bool) -> None:
     assert (choice is found.find(0, B)) == takes_over
 
 
+def test_what_the_peer_was_asked_to_use_is_not_changed_for_little() -> None:
+    """Or each of many paths that are as good would be nominated in turn."""
+    found = table((A, 0.02), (B, 0.0199))
+    found.select(None)
+    one, other = found.find(0, A), found.find(0, B)
+    assert found.choice(0.1, controlling=True) is other
+    found.asked = one
+    assert found.choice(0.1, controlling=True) is one
+    answered(found, 0, C6, KEYS, 0.001, 0.1)
+    assert found.choice(0.1, controlling=True) is found.find(0, C6)
+
+
 def test_ipv6_is_preferred() -> None:
     found = table((A, 0.02), (C6, 0.0179))
     assert found.choice(0.1, controlling=True) is found.find(0, C6)

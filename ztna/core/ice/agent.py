@@ -284,10 +284,12 @@ class IceAgent:
         check, pair = answered.check, None
         if self.punching is not None and check.keys is self.punching.keys:
             pair = self.punching.receive_answered(answered, now)
-        known = self.paths.find(check.port, check.address) is not None
-        if answered.refusal or (pair is None and not known):
+        known = self.paths.find(check.port, check.address)
+        if answered.refusal or (pair is None and known is None):
             return
-        path = self.paths.answered(check.port, check.address, check.keys, answered.rtt, now)
+        # A large packet's round trip is another one.
+        rtt = answered.rtt if known is None or not check.size else known.rtt
+        path = self.paths.answered(check.port, check.address, check.keys, rtt, now)
         if pair is not None:
             path.nominated_at = max(path.nominated_at, pair.nominated_at)
         if check.nominates:
@@ -308,6 +310,7 @@ class IceAgent:
         if controlling and chosen is not None and not chosen.nominated:
             if self._nominate_at is None or now >= self._nominate_at:
                 self._check(chosen, now, nominates=True)
+                self.paths.asked = chosen
                 self._nominate_at = now + self._nominate_wait
                 self._nominate_wait = min(2 * self._nominate_wait, LONGEST_WAIT)
             # Until the other side has heard of it, all stays as it is.

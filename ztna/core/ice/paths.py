@@ -228,11 +228,12 @@ class Use:
 @attrs.define
 class PathTable:
     """The direct paths to one peer. current: where packets go; None is the relay. newest: keys of
-    the last generation."""
+    the last generation. asked: what the peer was asked to use, by a nomination."""
 
     random: random.Random
     newest: Keys | None = attrs.field(default=None, init=False)
     current: Path | None = attrs.field(default=None, init=False)
+    asked: Path | None = attrs.field(default=None, init=False)
     _paths: dict[tuple[int, Address], Path] = attrs.field(factory=dict, init=False)
     _watch: AnswerWatch = attrs.field(factory=lambda: AnswerWatch(_LEAST_PATIENCE), init=False)
     # Packets from this number on went on the current path alone; None: ask at the next report.
@@ -285,6 +286,8 @@ class PathTable:
                 return current or newest
             return newest
         best = min(usable, key=lambda p: (p.keys is not self.newest, p.score), default=None)
+        if current is None and self.asked in usable:
+            current = self.asked
         if current is None or best is None:
             return best or current
         if best.keys is self.newest is not current.keys:
