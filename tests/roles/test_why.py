@@ -364,7 +364,7 @@ async def test_status_is_a_round_trip_and_not_a_memory(autojump_clock: MockClock
         assert web["proof_age"] < 1
         assert 0.03 < web["rtt"] < 0.06
         assert (web["loss"], web["connector"]) == (0.0, "connector/home")
-        assert web["mtu"] == 1167
+        assert web["mtu"] == 1430  # on the relay, and Ethernet (docs/protocol.md section 4)
         assert rows["vault"]["state"] == "policy: broken"
         assert status["intermediate"]["words"] == "session over UDP"
         world.network.block(world.hosts["home"], world.relay_host)
