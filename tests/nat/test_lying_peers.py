@@ -244,6 +244,10 @@ async def test_a_victim_gets_less_than_its_enemy_sends(
         sent = scene.sent_to(VICTIM)
         assert offer
         assert 0 < sent["packets"] < 60 * 10
+        ports = {each.destination[1] for each in scene.wire if each.destination[0] == VICTIM}
+        assert len(ports) == 4
+        home = {str(each.link.peer): each.ice for each in scene.punchers.of_connectors[0]._peers}
+        assert home["agent/mallory"].statistics()["attempts"] <= 1 + 4 + 60 / 5
         assert sent["largest"] < 130
         assert sent["bytes"] < scene.sent_by(THIEF)
         await scene.nothing_happens()
