@@ -1,6 +1,6 @@
 """How users' traffic fares when direct paths break: every way to break one, many times over.
 
-Each scenario runs under a stream of a packet every 10 ms, there and back, and under a download. A
+All runs under a stream of a packet every 10 ms, there and back, and under a download. A
 run: wait until both sides say that packets go directly, break, look for three seconds, mend, wait
 for the direct path, look for a second. The gap is the longest silence of the stream's answers, and
 of the download, in that time. The download's one TCP connection should live through all runs; in
@@ -15,7 +15,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -38,8 +38,9 @@ _POLL = 0.02  # s
 _STEADY = 1.0  # s on the direct path before it is broken
 _LATE = 0.5  # s that a packet may still be under way: several round trips by the relay
 _DEADLINE = 90.0  # s; a path that is forgotten is tried again after 30 s
-_PATIENCE, _SHORT_PATIENCE = 120.0, 4.0  # s; as in `recovery`
-_STEP_BYTES = 200_000  # a second, of the download
+_PATIENCE, _SHORT = 120.0, 4.0  # s; as in `recovery`
+# Of the download, a run: most of what comes in one. When all has come it begins anew.
+_RUN_BYTES = 2 << 20
 
 
 def main() -> int:
@@ -108,54 +109,47 @@ def _run_in_parallel(options: argparse.Namespace) -> Found:
 
 def _run(chosen: Sequence[Scenario], options: argparse.Namespace) -> Found:
     found = Found()
-    seconds = max((each.away for each in chosen), default=0) + 20
-    file_bytes = int(options.runs * seconds * _STEP_BYTES)
+    file_bytes = options.runs * len(chosen) * _RUN_BYTES
     with tempfile.TemporaryDirectory() as folder, KernelNatLab() as lab:
         site = build(lab, Path(folder), file_bytes, options.delay / 1000)
-        for scenario in chosen:
-            results = measure(site, scenario, options.runs)
-            found.results += results
-            print(table(results, head=False), file=sys.stderr, flush=True)
+        for survives in (True, False):
+            if group := [each for each in chosen if each.survives is survives]:
+                results = measure(site, group, options.runs)
+                found.results += results
+                print(table(results, head=False), file=sys.stderr, flush=True)
         if options.figures:
             found.figures.append(compare(site))
     return found
 
 
-def measure(site: FailoverSite, scenario: Scenario, runs: int) -> list[Result]:
-    """Run one scenario many times: what came of breaking, and of mending if that is another."""
-    broken = Result(scenario.name, scenario.survives, scenario.lossless, scenario.bound)
-    mended = Result(
-        f"{scenario.name}: {scenario.mended}", scenario.survives, scenario.lossless, scenario.bound
-    )
-    patience = _PATIENCE if scenario.survives else _SHORT_PATIENCE
+def measure(site: FailoverSite, scenarios: Sequence[Scenario], runs: int) -> list[Result]:
+    """Run many rounds of some scenarios, which TCP connections all survive or do not: what came of
+    breaking, and of mending where that is another. In turns, since a path that breaks again and
+    again is held back for longer each time."""
+    survives = scenarios[0].survives
+    results = {
+        name: Result(name, survives, scenario.lossless, scenario.bound)
+        for scenario in scenarios
+        for name in scenario.names
+    }
     with (
         Stream(site.agent, site.apps) as stream,
-        Download(site.agent, FILES, site.content, patience) as download,
+        Download(site.agent, FILES, site.content, _PATIENCE if survives else _SHORT) as download,
     ):
         watch = Watch(site, stream, download)
-        for _ in range(runs):
-            try:
-                site.wait_direct(_DEADLINE, steady=_STEADY)
-                stream.wait_answer(wall_clock(), _DEADLINE)
-                watch.look(broken, scenario.fault(site), until_direct=scenario.mend is None)
-                if scenario.mend is None:
-                    continue
-                if scenario.relayed and not site.all_relayed():
-                    broken.notes.append("not by the relay")
-                wait(scenario.away - WINDOW)
-                watch.look(mended, scenario.mend(site), until_direct=True)
-            except NotReadyError as error:
-                broken.notes.append("no direct path")
-                print(f"  {scenario.name}: {error}", file=sys.stderr)
-                break
-        ends = list(download.broken)
-        if scenario.survives:
+        try:
+            for _ in range(runs):
+                for scenario in scenarios:
+                    watch.run(scenario, results)
+        except NotReadyError as error:
+            results[scenario.name].notes.append("no direct path")
+            print(f"  {scenario.name}: {error}", file=sys.stderr)
+        ended = list(download.broken)
+        if survives:
             download.finish()
-    results = [broken] if scenario.mend is None else [broken, mended]
-    for result in results:
-        result.ended = ends
-        result.whole = download.whole
-    return results
+    for result in results.values():
+        result.ended, result.whole = ended, download.whole
+    return list(results.values())
 
 
 @attrs.frozen
@@ -165,6 +159,20 @@ class Watch:
     site: FailoverSite
     stream: Stream
     download: Download
+
+    def run(self, scenario: Scenario, results: Mapping[str, Result]) -> None:
+        """Break once, and mend. Raises NotReadyError."""
+        self.site.wait_direct(_DEADLINE, steady=_STEADY)
+        self.stream.wait_answer(wall_clock(), _DEADLINE)
+        broken = results[scenario.name]
+        self.look(broken, scenario.fault(self.site), until_direct=scenario.mend is None)
+        if scenario.mend is None:
+            return
+        if scenario.relayed and not self.site.all_relayed():
+            broken.notes.append("not by the relay")
+        wait(scenario.away - WINDOW)
+        mended = results[scenario.names[1]]
+        self.look(mended, scenario.mend(self.site), until_direct=True)
 
     def look(self, result: Result, back: Back, *, until_direct: bool) -> None:
         """Add what follows to the result, for three seconds; or until both sides have been on the

@@ -116,7 +116,8 @@ __doc_page__ = """
 Real `ztna` processes in network namespaces; agent and connector behind port-restricted NATs; 20 ms
 a link and direction, so 80 ms there and back directly and 160 ms by the relay.
 
-- Under a stream of a packet every 10 ms, there and back, and a download of some 200 kB/s.
+- Under a stream of a packet every 10 ms, there and back, and a download of some 200 kB/s; one TCP
+  connection for all scenarios but the last. The scenarios take turns.
 - Gap: the longest silence of the stream's answers, from the moment (of a process: when it has
   opened its UDP port) for 3 s, or until both sides have been on the direct path for a second. It
   includes the round trip, which is 80 ms longer by the relay. p95: the value that 95 % of the runs

@@ -11,7 +11,7 @@ from scripts.lab.deployment import REGISTERED
 from scripts.lab.failover_site import CLIENTS, FailoverSite
 from scripts.lab.recovery_scenarios import Back, start_again
 
-AWAY = 5.0  # s that a killed intermediate is away, and a cut lasts at least
+AWAY = 4.0  # s that a killed intermediate is away, and a cut lasts at least
 LONG = 45.0  # s; longer than consent (30 s): the path is forgotten, and punched anew
 _CONTROL_DEADLINE = 40.0  # s
 
@@ -33,6 +33,11 @@ class Scenario:
     away: float = AWAY
     bound: float = 1.0
     long: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what is done: to break, and to mend where that is another act."""
+        return (self.name, f"{self.name}: {self.mended}") if self.mend else (self.name,)
 
 
 def cut(site: FailoverSite) -> Back:
@@ -122,16 +127,16 @@ def wait(seconds: float) -> None:
 
 SCENARIOS = (
     Scenario("cut both ways", cut, uncut, "mended", relayed=True),
-    Scenario("cut from agent to connector", cut_out, uncut_out, "mended", relayed=True),
-    Scenario("cut from connector to agent", cut_back, uncut_back, "mended", relayed=True),
     Scenario("cut both ways for 45 s", cut, uncut, "mended", relayed=True, away=LONG, long=True),
     Scenario("agent's NAT forgets, other ports", rebind_home, bound=2.0),
+    Scenario("cut from agent to connector", cut_out, uncut_out, "mended", relayed=True),
     Scenario("connector's NAT forgets, other ports", rebind_office, bound=2.0),
+    Scenario("cut from connector to agent", cut_back, uncut_back, "mended", relayed=True),
     Scenario("agent's uplink changed", change_uplink, bound=2.0),
     Scenario(
         "intermediate killed while direct", kill_intermediate, start_intermediate, "back",
         lossless=True,
     ),
-    Scenario("connector killed, started at once", restart("connector"), survives=False, bound=2.0),
     Scenario("agent killed, started at once", restart("agent"), bound=2.0),
+    Scenario("connector killed, started at once", restart("connector"), survives=False, bound=2.0),
 )  # fmt: skip
