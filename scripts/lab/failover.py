@@ -40,7 +40,7 @@ _LATE = 0.5  # s that a packet may still be under way: several round trips by th
 _DEADLINE = 90.0  # s; a path that is forgotten is tried again after 30 s
 _PATIENCE, _SHORT = 120.0, 4.0  # s; as in `recovery`
 # Of the download, a run: most of what comes in one. When all has come it begins anew.
-_RUN_BYTES = 2 << 20
+_RUN_BYTES = 1 << 20
 
 
 def main() -> int:

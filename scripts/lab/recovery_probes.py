@@ -102,6 +102,7 @@ class Download:
     broken: list[str] = attrs.field(factory=list)
     whole: int = 0
     _hurry: threading.Event = attrs.field(factory=threading.Event)
+    _stopped: threading.Event = attrs.field(factory=threading.Event)
     _thread: threading.Thread = attrs.field(init=False)
 
     def __enter__(self) -> "Download":
@@ -110,6 +111,7 @@ class Download:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         self._hurry.set()
         self._thread.join()
 
@@ -138,6 +140,8 @@ class Download:
             except (OSError, ValueError) as error:
                 self.broken.append(str(error))
                 time.sleep(0.2)
+            if self._stopped.is_set():
+                return
             # A last one is tried a few times, then it is the scenario's failure.
             if self._hurry.is_set() and (self.whole or len(self.broken) > 100):
                 return
@@ -162,6 +166,8 @@ class Download:
             raise ValueError("the checksum is wrong")
 
     def _received(self, tcp: socket.socket, size: int) -> bytes:
+        if self._stopped.is_set():
+            raise ValueError("nobody waits for the rest")
         data = tcp.recv(size)
         if not data:
             raise ValueError("the connection ended early")
