@@ -148,7 +148,7 @@ def test_numbers_of_the_page() -> None:
         "MAX_SERVICE_ID": 255,
         "ENTRY_SIZE": 4,
     } == {name: getattr(wire, name) for name in dir(wire) if name.isupper()}
-    assert sorted(wire.FEATURES) == ["container", "fragment", "peer", "short", "slice"]
+    assert sorted(wire.FEATURES) == ["container", "fragment", "peer", "relayed", "short", "slice"]
 
 
 @given(
