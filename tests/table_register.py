@@ -55,6 +55,7 @@ TABLES = {
     "ztna.core.messages:FrameReader._buffer": "ztna.core.messages:MAX_FRAME",
     "ztna.core.mtuprobe:MtuProber._requests": "probes that this node sent",
     "ztna.core.mtuprobe:MtuProber._outbox": "probes that this node sends",
+    "ztna.core.mtusearch:MtuSearch._outbox": "probes that this node sends",
     "ztna.core.natprobe:NatProber._running": "probes that this node sent",
     "ztna.core.natprobe:NatProber._outbox": "probes that this node sends",
     "ztna.core.natprobe:NatProber._events": EVENTS,
@@ -145,6 +146,7 @@ TABLES = {
     "ztna.net.session_queues:SessionQueues._control_in": (
         "ztna.net.session_queues:SessionSettings.control_backlog"
     ),
+    "ztna.net.session_mtu:SessionMtu._answers": "probes that this node sent",
     "ztna.net.session_queues:SessionQueues._questions": OWN_FILE,
     "ztna.net.session_table:SessionTable.by_id": SESSIONS,
     "ztna.net.session_table:SessionTable.half_open": "ztna.net.endpoint:EndpointSettings.half_open",
