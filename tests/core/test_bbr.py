@@ -271,3 +271,16 @@ def test_heavy_loss_ends_the_start() -> None:
 def test_cycle_carries_as_much_as_it_drains() -> None:
     assert math.isclose(sum(CYCLE), len(CYCLE))
     assert deque(CYCLE).popleft() == max(CYCLE)
+
+
+def test_another_size_of_packets() -> None:
+    """RFC 9002 section 7.2: the initial window is that of the new size; what was learnt stays."""
+    model = Bbr(1200)
+    model.resize(1472)
+    assert model.congestion_window == 14_720
+    model.resize(1200)
+    assert (model.congestion_window, model.max_datagram_size) == (14_720, 1200)
+    model.state = State.PROBE_BANDWIDTH
+    model.congestion_window = 5000
+    model.resize(1472)
+    assert model.congestion_window == max(5000, model.minimum)

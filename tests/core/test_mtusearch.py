@@ -12,9 +12,12 @@ from ztna.core.mtuprobe import IPV4_OVERHEAD, IPV6_OVERHEAD, MTUS
 from ztna.core.mtusearch import (
     BASE,
     ERROR_TIME,
+    LEAST_LOST,
+    LOST_TIME,
     MAX_PROBES,
     PROBE_TIME,
     RAISE_TIME,
+    LargeLosses,
     MtuSearch,
     State,
 )
@@ -247,3 +250,26 @@ def test_whatever_the_path_does(
     rungs = [mtu for mtu in MTUS if mtu <= after]
     if loss == 0 and rungs:
         assert search.mtu >= max(rungs)
+
+
+def test_large_packets_that_vanish() -> None:
+    watch = LargeLosses(1472)
+    watch.acknowledged(1472, 5.0)
+    watch.lost(1472, (LEAST_LOST - 1) * 1472)
+    assert watch.get_timer() is None
+    assert not watch.vanish(9.0)
+    watch.lost(1472, 100)
+    assert watch.get_timer() == 5.0 + LOST_TIME
+    assert not watch.vanish(5.2)
+    assert watch.vanish(5.0 + LOST_TIME)
+    # It is said once; small packets, and those of before the path became smaller, say nothing.
+    assert not watch.vanish(9.0)
+    watch.lost(BASE, 100 * BASE)
+    watch.lost(1500, 100 * 1500)
+    assert not watch.vanish(9.0)
+    watch.lost(1300, 5 * 1300)
+    watch.acknowledged(BASE, 9.0)
+    assert watch.vanish(9.0)
+    watch.lost(1300, 5 * 1300)
+    watch.acknowledged(1300, 10.0)
+    assert not watch.vanish(11.0)
