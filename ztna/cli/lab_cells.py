@@ -9,14 +9,19 @@ cores.
 
 import contextlib
 import itertools
+import os
+import signal
 from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ztna.cli.lab_forked import forking, start_forked
 from ztna.errors import SystemSetupError, ZtnaError
 from ztna.nat.site import Files, prepare, reason_against
 from ztna.roles.lab_matrix import Conditions, Pair, PairOutcome, measure_in_kernel
+
+_ENDING = 5.0  # s; our choice: removing a network takes half of one
 
 
 def measure_in_laboratories(
@@ -32,14 +37,14 @@ def measure_in_laboratories(
     files = prepare(folder / "first")
     waiting = iter(pairs)
     busy: dict[Connection, Pair] = {}
-    with contextlib.ExitStack() as stack:
+    processes: list[BaseProcess] = []
+    try:
         for number, pair in enumerate(itertools.islice(waiting, laboratories)):
             own = folder / f"laboratory{number}"
             ours, theirs = forking().Pipe()
             process = forking().Process(target=_serve, args=(theirs, files, own, conditions))
             process.start()
-            stack.callback(process.join)
-            stack.callback(process.kill)
+            processes.append(process)
             theirs.close()
             ours.send(pair)
             busy[ours] = pair
@@ -51,6 +56,18 @@ def measure_in_laboratories(
                 connection.send(following)
                 if following is not None:
                     busy[connection] = following
+    except BaseException:
+        for each in processes:
+            if each.pid is not None and each.is_alive():
+                os.kill(each.pid, signal.SIGINT)
+        raise
+    finally:
+        for each in processes:
+            # It ends by itself when it has been told that nothing follows, or to end, and then
+            # leaves nothing behind.
+            each.join(_ENDING)
+            each.kill()
+            each.join()
 
 
 def _received(connection: Connection, pair: Pair) -> PairOutcome:
@@ -69,9 +86,11 @@ def _serve(connection: Connection, files: Files, folder: Path, conditions: Condi
     """One laboratory: a pair in, its outcome out."""
     own = files.copied(folder)
     own.deployment.launch = start_forked
-    while (pair := connection.recv()) is not None:
-        try:
-            connection.send(measure_in_kernel(pair, own, conditions))
-        except ZtnaError as error:
-            connection.send(error)
-            return
+    # Ctrl-C reaches us as it reaches the parent, which tells of it.
+    with contextlib.suppress(KeyboardInterrupt):
+        while (pair := connection.recv()) is not None:
+            try:
+                connection.send(measure_in_kernel(pair, own, conditions))
+            except ZtnaError as error:
+                connection.send(error)
+                return
