@@ -1,7 +1,7 @@
 """Peer sessions: end to end, past an intermediate that lies, between peers that are not who was
 announced, and on through whatever happens to the control sessions."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,8 @@ from ztna.core.ports import UdpBatch
 from ztna.core.registry import Client, Registration, Registry
 from ztna.core.rendezvous import Rendezvous, _Pair
 from ztna.nat.link import WireBatch
+from ztna.net.endpoint import Endpoint
+from ztna.pki import Credentials
 from ztna.roles.agent_peers import MAX_PEERS
 from ztna.roles.connector_peers import MAX_AGENTS
 from ztna.roles.tree import statistics_registry
@@ -174,6 +176,32 @@ async def test_the_intermediate_in_place_of_a_connector(
             await assert_nothing_flows(agent, 5)
     reasons = [entry.get("reason", "") for entry in logs if entry["event"] == "trying again"]
     assert any("intermediate/relay, which is no connector" in reason for reason in reasons)
+
+
+async def test_the_intermediate_answers_the_channel_itself(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It announces the right connector, and is at the channel's other end with what it has: its
+    own certificate, of the same CA."""
+    original = Endpoint.listen
+
+    def listen(
+        endpoint: Endpoint, credentials: Credentials, roles: Sequence[Role], *args: Any, **more: Any
+    ) -> object:
+        if roles == [Role.AGENT]:
+            credentials = certificates.intermediate
+        return original(endpoint, credentials, roles, *args, **more)
+
+    with structlog.testing.capture_logs() as logs:
+        async with open_world(POLICY) as world:
+            certificates = world.deployment
+            world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
+            await world.start_intermediate()
+            monkeypatch.setattr(Endpoint, "listen", listen)
+            await world.start_connector([ECHO])
+            await assert_nothing_flows(await world.start_agent([WANTED]))
+    reasons = [e.get("reason", "") for e in logs if e.get("what", "").startswith("peer session")]
+    assert any("intermediate/relay has the wrong role" in reason for reason in reasons), reasons
 
 
 async def test_an_agent_that_was_not_announced(
