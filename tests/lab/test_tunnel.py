@@ -258,7 +258,7 @@ def test_others_may_not_ask(site: Site) -> None:
     as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     answer = site.agent.run(*as_nobody, ZTNA, "status", "--socket", str(found), check=False)
     assert answer.returncode == 7
-    assert "only root, the agent's user and its group may ask" in answer.stderr
+    assert "only root, the node's own user and its group may ask" in answer.stderr
 
 
 def test_nothing_stays_behind_in_the_system(site: Site) -> None:
