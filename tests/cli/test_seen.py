@@ -90,7 +90,7 @@ def test_status(node: Node, answered: dict[str, Lines]) -> None:
     rows = [line.split() for line in result.output.splitlines()]
     (web,) = [row for row in rows if row[0] == "web"]
     assert web[1:6] == ["ready", "0", "s", "ago", "relay"]
-    assert web[-2:] == ["1167", "answers"]
+    assert web[-2:] == ["1430", "answers"]
     assert "vault: denied: no policy rule lets agent/laptop reach vault" in result.output
     assert "(ztna why vault)" in result.output
     assert "session over UDP, round trip" in result.output

@@ -118,8 +118,9 @@ async def test_both_sides_change_connection_ids(autojump_clock: MockClock) -> No
     async with open_pair() as pair:
         client, server = await pair.connected()
         await trio.sleep(1)
-        ids = pair.server.statistics()["connection_ids"]
         for number in range(30):
+            if number == 3:  # by then the last ones that were retired are kept
+                ids = pair.server.statistics()["connection_ids"]
             for sender, receiver in ((client, server), (server, client)):
                 before = sender._connection._peer_cid.cid
                 sender._connection.change_connection_id()

@@ -23,6 +23,7 @@ from tests.roles.test_peer_sessions import (
 from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.messages import ProtocolError
+from ztna.core.ports import Address
 from ztna.net.session import Session
 from ztna.roles import agent_peers
 from ztna.roles.agent_peer import Peer
@@ -187,8 +188,8 @@ async def test_a_peer_cannot_fill_the_log(
 ) -> None:
     links: list[PeerLink] = []
 
-    def note(session: Session) -> PeerLink:
-        links.append(new_link(session))
+    def note(session: Session, relay: Address | None) -> PeerLink:
+        links.append(new_link(session, relay))
         return links[-1]
 
     monkeypatch.setattr(agent_peers, "new_link", note)

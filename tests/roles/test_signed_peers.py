@@ -12,6 +12,7 @@ from tests.roles.user_host import UserHost
 from ztna.backend.sockets import Datagram
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.policy import PolicyRule
+from ztna.core.waiting import MAX_AGE
 
 # What a hostile intermediate would grant.
 EVERYTHING = [PolicyRule("agent/*", services=("*",)), PolicyRule("connector/*", provides=("*",))]
@@ -49,6 +50,7 @@ async def test_connector_takes_no_packet_of_an_agent_without_the_right(
             await good.assert_complete()
             assert [datagram for datagram in received if datagram[0] == b"of the laptop"] == []
             # A newer policy that gives it the right, and one that takes it back.
+            await trio.sleep(MAX_AGE)  # then nothing waits for a session any more
             policy.take_untrusted(signed(2, LAPTOP, PHONE, HOME))
             await trio.sleep(1)
             user.packets.clear()
@@ -80,6 +82,7 @@ async def test_agent_believes_no_connector_that_may_not_provide(
                 await trio.sleep(0.2)
             assert stolen == []
             # It could have it at once, were it in the policy.
+            await trio.sleep(MAX_AGE)  # then nothing waits for a session any more
             evil = {"who": "connector/evil", "provides": ["echo"]}
             policy.take_untrusted(signed(2, LAPTOP, evil))
             await trio.sleep(1)

@@ -27,4 +27,4 @@ async def test_stun_on_the_quic_port(autojump_clock: MockClock) -> None:
             answer = parse_stun_untrusted(batch.data)
             assert answer.find(XorMappedAddress) == XorMappedAddress(port.local_address)
         found = statistics_registry().read()["stun"]
-        assert found == {"answered": 1, "not_stun": 0, "send_full": 0, "ports": 1}
+        assert found == {"answered": 1, "not_stun": 0, "send_full": 0, "ports": 2}
