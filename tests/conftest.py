@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import structlog
 import trio
 from hypothesis import settings
 
@@ -10,6 +11,17 @@ from hypothesis import settings
 # machine is no defect of the code.
 settings.register_profile("ztna", derandomize=True, deadline=None)
 settings.load_profile("ztna")
+
+# A traceback of structlog's own choice shows every local variable, the whole world of a test among
+# them, and takes a minute to draw.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(
+            colors=False, exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

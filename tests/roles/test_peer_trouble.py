@@ -1,6 +1,7 @@
 """What goes wrong in one peer session ends that session and no other, is told in words, and leaves
 nothing behind."""
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -163,6 +164,35 @@ async def test_a_rival_that_is_refused_is_not_the_last_one(
         world.network.unblock(world.hosts["home"], world.relay_host)
         with trio.fail_after(30):
             assert await ask(user) == b"hello"
+
+
+async def test_a_rival_that_is_not_needed_leaves_no_doubt(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never got an answer, and never will: the relay is not asked about it for ever."""
+    begun = every_rival(monkeypatch)
+    async with deployment() as (world, agent), UserHost.open(agent) as user:
+        with trio.fail_after(30):
+            assert await ask(user) == b"hello"
+        world.network.block(world.hosts["home"], world.relay_host)
+        agent.tun.host_send([echo_request(user.address(ECHO_IP), ECHO_IP.packed)])
+        await trio.sleep(2)
+        world.network.unblock(world.hosts["home"], world.relay_host)
+        begun[1].close(0x7A00, "refused, for example")
+        with trio.fail_after(30):
+            assert await ask(user) == b"hello"
+        await trio.sleep(30)
+        assert begun[0].closed is False, "the first session goes on"
+        assert begun[1].unanswered_since == math.inf
+        assert world.intermediate is not None
+        (session,) = [
+            served.session
+            for served in world.intermediate.served.values()
+            if served.client.is_agent
+        ]
+        before = session.statistics()["received_bytes"]
+        await trio.sleep(100)
+        assert session.statistics()["received_bytes"] - before < 5_000
 
 
 async def test_a_rival_ends_with_the_right_to_the_session(

@@ -380,6 +380,8 @@ class MemoryNetwork:
             self._counters["blocked"] += 1
         else:
             self.link(source, destination).receive_batches([batch], now)
+            if not destination.ports:
+                destination.deliver(now)  # what is due finds nobody; no port will come for it
             destination.wake()
 
     def arrive(self, source: MemoryHost, destination: MemoryHost, batch: WireBatch) -> None:

@@ -118,7 +118,10 @@ class Session(SessionQueues):
 
     @property
     def unanswered_since(self) -> float:
-        """Since when the peer has left unanswered what waits for it; infinity if nothing does."""
+        """Since when the peer has left unanswered what waits for it; infinity if nothing does, or
+        if the session has ended."""
+        if self.closed:
+            return math.inf
         return self._opened_at if self._peer is None else self._watch.since
 
     @property

@@ -303,16 +303,19 @@ class _Agent:
         """The host's packets, batch by batch."""
         used: list[ControlLink | PeerLink] = []
         while True:
-            for link in used:
-                await _wait_room(link.session)
+            while used:
+                await _wait_room(used.pop().session)
             packets = await self.tun.receive()
             forward, answers = self.routes.route_outbound(packets)
             if answers:
                 self.tun.send_nowait(answers)
-            used = []
-            for carrier, batch in self._by_carrier(forward):
+            # The waiting for packets, which may be long, keeps no session that has ended alive.
+            batches = self._by_carrier(forward)
+            while batches:
+                carrier, batch = batches.pop(0)
                 used.append(carrier)
                 await carrier.send_packets(batch)
+                del carrier
 
     def _by_carrier(
         self, forward: list[tuple[ServiceLabel, IpPacket]]

@@ -324,9 +324,11 @@ class AgentPeers:
                     running.cancel()
                     return
                 successor.clear()
+                peer.newest = session
                 if rival.closed:
                     await trio.sleep(RIVAL_PAUSE)
                 rival.close(CloseCode.GOODBYE, "not needed")
+                del rival  # nothing else keeps it
         except* SessionClosedError:
             pass  # the running session's end is told by `_serve`
 

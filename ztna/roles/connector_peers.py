@@ -130,6 +130,7 @@ class ConnectorPeers:
             task_status.started()
             async for session in self.sessions:
                 nursery.start_soon(self._serve, session)
+                del session  # the last one is kept by its task alone, too
 
     def control_up(self, link: ControlLink) -> None:
         """A control session is up: its intermediate announces all agents anew that may come."""

@@ -219,6 +219,7 @@ async def run_intermediate(
         task_status.started(intermediate)
         async for session in sessions:
             nursery.start_soon(_serve_client, intermediate, session)
+            del session  # the last one is kept by its task alone, too
 
 
 def _new_channel() -> bytes:
