@@ -73,6 +73,13 @@ class SessionClosedError(ZtnaError):
         self.by_peer = by_peer
 
 
+class NotDirectError(ZtnaError):
+    """A direct path was asked for, and there was none in time; the relay answers. Codes 10 to 12
+    are those of `ztna nat-probe`."""
+
+    exit_code = 13
+
+
 class RemoteProtocolError(ZtnaError):
     """Bytes from the network break the protocol. The only error that a parser of them raises."""
 

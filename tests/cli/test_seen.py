@@ -36,6 +36,9 @@ def answered() -> dict[str, Lines]:
             await trio.sleep(1)
             found["status"] = await agent.ask(ask="status")
             found["ping"] = await agent.ask(ask="ping", service="web", count=2)
+            found["not direct"] = await agent.ask(
+                ask="ping", service="web", count=2, until_direct=True
+            )
             found["why"] = await agent.ask(ask="why", service="web")
             found["paths"] = await agent.ask(ask="paths")
             del world.dialer.streams[WEB_BACKEND]
@@ -106,18 +109,29 @@ def test_json_is_what_the_node_said(node: Node, answered: dict[str, Lines]) -> N
 
 
 def test_ping(node: Node, answered: dict[str, Lines]) -> None:
-    result = run(node, answered["ping"], "ping", "web", "-c", "2", "--until-direct")
+    result = run(node, answered["ping"], "ping", "web", "-c", "2")
     first, second, summary = result.output.splitlines()
     assert first.startswith("1: ")
     assert second.endswith(" ms by RELAY (via 198.51.100.10:4433)")
     assert summary.startswith("2 sent, 2 answered, 0% lost; round trip least/mean/most ")
     assert summary.endswith("; the last one not direct")
     request = node.requests[0]
-    assert (request["count"], request["until_direct"], result.exit_code) == (2, True, 0)
+    assert (request["count"], request["until_direct"], result.exit_code) == (2, False, 0)
     lost = {**answered["ping"][0], "rtt": None, "words": "no answer in 2 s, sent none"}
     result = run(node, [lost, {**answered["ping"][2], "answered": 0, "exit_code": 6}], "ping", "w")
     assert result.output.splitlines()[0] == "1: no answer in 2 s, sent none"
     assert result.exit_code == 6
+
+
+def test_ping_that_finds_no_direct_path(node: Node, answered: dict[str, Lines]) -> None:
+    """Says so at last, and ends with a code of its own."""
+    result = run(node, answered["not direct"], "ping", "web", "-c", "2", "--until-direct")
+    *_, summary, last = result.output.splitlines()
+    assert summary.endswith("; the last one not direct")
+    assert last == "No answer was direct; ztna why web says why"
+    assert (node.requests[0]["until_direct"], result.exit_code) == (True, 13)
+    result = run(node, answered["not direct"], "ping", "web", "--until-direct", "--json")
+    assert (json.loads(result.output.splitlines()[-1])["exit_code"], result.exit_code) == (13, 13)
 
 
 def test_why(node: Node, answered: dict[str, Lines]) -> None:

@@ -28,6 +28,11 @@ async def test_both_sides_symmetric(autojump_clock: MockClock) -> None:
             assert "the NAT here is still being probed" in answer["path"]["why"]
             await trio.sleep(25)
             answer = await one(agent, ask="why", service="echo")
+            *echoes, summary = await agent.ask(
+                ask="ping", service="echo", interval=0.05, count=3, until_direct=True
+            )
+        assert [each["path"] for each in echoes] == ["relay"] * 3
+        assert (summary["answered"], summary["direct"], summary["exit_code"]) == (3, False, 13)
         path = answer["path"]
         assert (answer["works"], path["way"]["kind"], path["direct"]) == (True, "relay", False)
         assert path["nat_here"] == path["nat_there"] == "symmetric NAT"
@@ -52,7 +57,7 @@ async def test_ping_until_direct(autojump_clock: MockClock) -> None:
             assert kinds[-1] == "direct"
             assert kinds.count("direct") == 1
             assert set(kinds) <= {"relay", "direct"}
-            assert summary["direct"]
+            assert (summary["direct"], summary["exit_code"]) == (True, 0)
             assert echoes[-1]["words"].startswith("DIRECT (peer: ")
             await trio.sleep(1)
             answer = await one(agent, ask="why", service="echo")

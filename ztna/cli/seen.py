@@ -106,6 +106,13 @@ def ping(
     They are answered by its connector: the application is not touched.
 
     \b
+    Exit codes:
+      0   at least one answer; with --until-direct: a direct one
+      6   no answer
+      13  with --until-direct: answers, but none on a direct path
+      3, 4, 5 as of ztna status
+
+    \b
     Examples:
       ztna ping web-app
       ztna ping web-app -c 60 --until-direct

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ztna.errors import NotDirectError
+
 Line = dict[str, Any]
 
 _MARKS = {"ok": "green", "degraded": "yellow", "broken": "red"}
@@ -139,6 +141,9 @@ def ping(console: Console, answer: Line) -> None:
         times = "/".join(_time(answer[key]) for key in ("least", "mean", "most"))
         words += f"; round trip least/mean/most {times}"
     _print(console, f"{words}; the last one {'direct' if answer['direct'] else 'not direct'}")
+    if answer["exit_code"] == NotDirectError.exit_code:
+        service = answer["service"]
+        _print(console, f"No answer was direct; ztna why {service} says why", "yellow")
 
 
 def why(console: Console, answer: Line) -> None:

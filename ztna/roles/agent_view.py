@@ -12,7 +12,7 @@ import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.diagnosis import Stage
-from ztna.errors import RefusedError, UnreachableError, UsageError
+from ztna.errors import NotDirectError, RefusedError, UnreachableError, UsageError
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_reach import Towards, look_intermediate, settled
 from ztna.roles.agent_seen import Round, Seen, find_service
@@ -159,7 +159,7 @@ class AgentView:
                 break
             if not count or number < count:
                 await trio.sleep_until(begun + interval)
-        await send(_summary(service.id, number, times, direct=direct))
+        await send(_summary(service.id, number, times, direct=direct, until_direct=stop))
 
     # --- why ----------------------------------------------------------------------------------
 
@@ -215,9 +215,13 @@ def _round(got: Round) -> dict[str, object]:
     return {"rtt": got.rtt, "path": got.way.kind, "via": got.way.address, "words": got.words}
 
 
-def _summary(service_id: str, sent: int, times: list[float], *, direct: bool) -> dict[str, object]:
+def _summary(
+    service_id: str, sent: int, times: list[float], *, direct: bool, until_direct: bool
+) -> dict[str, object]:
     answered = len(times)
     code = 0 if answered else UnreachableError.exit_code
+    if until_direct and answered and not direct:
+        code = NotDirectError.exit_code
     return {
         "kind": "summary",
         "service": service_id,
