@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import socket
 import stat
 from collections.abc import AsyncIterator, Mapping
@@ -208,6 +209,7 @@ async def test_strangers_are_refused_with_words(
     async with served(path):
         (got,) = await ask(path, request("twice"))
     assert "answers root, user" in got["error"]
+    assert got["exit_code"] == 7
     assert asked == [(os.geteuid(), os.getegid())]
 
 
@@ -218,6 +220,15 @@ def test_who_may_ask() -> None:
     assert may_ask(own, stranger)
     assert may_ask(stranger, group)
     assert not may_ask(stranger, stranger)
+
+
+def test_members_of_the_group_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whom the machine's database names, whatever their primary group is."""
+    member = pwd.getpwnam("daemon")
+    assert not may_ask(member.pw_uid, member.pw_gid)
+    groups = {("daemon", member.pw_gid): [member.pw_gid, os.getegid()]}
+    monkeypatch.setattr(os, "getgrouplist", lambda *who: groups[who])
+    assert may_ask(member.pw_uid, member.pw_gid)
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

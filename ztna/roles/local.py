@@ -2,8 +2,8 @@
 
 A Unix socket, mode 0660. A client sends one line of JSON, `{"ask": "status"}`, and gets lines of
 JSON until the node closes the connection; the last one of a refused request is `{"error": words}`.
-Only root, the node's own user and its group are answered. No secret goes out here: the answers are
-made of names, addresses, figures and reasons.
+Only root, the node's own user and its primary group are answered. No secret goes out here: the
+answers are made of names, addresses, figures and reasons.
 """
 
 import errno
@@ -22,7 +22,7 @@ import structlog
 import trio
 
 from ztna.core.identity import Role
-from ztna.errors import CONTAINED, UsageError, ZtnaError
+from ztna.errors import CONTAINED, SystemSetupError, UsageError, ZtnaError
 
 log = structlog.get_logger(__name__)
 
@@ -247,8 +247,8 @@ def _line(fields: Mapping[str, object]) -> bytes:
 
 
 def _check_peer(connection: trio.socket.SocketType) -> None:
-    """Raises UsageError for a user who may not ask. Where the kernel does not tell who it is, the
-    mode of the socket alone decides."""
+    """Raises SystemSetupError for a user who may not ask. Where the kernel does not tell who it
+    is, the mode of the socket alone decides."""
     if not hasattr(socket, "SO_PEERCRED"):
         return
     size = struct.calcsize("3i")
@@ -256,7 +256,10 @@ def _check_peer(connection: trio.socket.SocketType) -> None:
     _, uid, gid = struct.unpack("3i", packed)
     if not may_ask(uid, gid):
         own = os.geteuid()
-        raise UsageError(f"this node answers root, user {own} and group {os.getegid()} alone")
+        raise SystemSetupError(
+            f"this node answers root, user {own} and group {os.getegid()} alone; run this as one "
+            "of them, such as by sudo"
+        )
 
 
 def may_ask(uid: int, gid: int) -> bool:
