@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from structlog.testing import capture_logs
-from trio.testing import MockClock
+from trio.testing import MockClock, memory_stream_pair
 
 from tests.net.certificates import SERVER_IP, make_agent, make_deployment
 from tests.net.streams import MemoryTcp
@@ -61,6 +62,13 @@ def over_tls(world: World) -> set[str]:
         for served in world.intermediate.served.values()
         if "over TLS" in world.intermediate.where(served.session)
     }
+
+
+def over_udp(world: World) -> list[str]:
+    """The others."""
+    assert world.intermediate is not None
+    names = [served.client.identity.name for served in world.intermediate.served.values()]
+    return sorted(set(names) - over_tls(world))
 
 
 def lines(logs: list[Any], event: str) -> list[Any]:
@@ -233,6 +241,58 @@ async def test_agent_that_stops_says_so(autojump_clock: MockClock) -> None:
         world.stop("laptop")
         await trio.sleep(0.2)
         assert world.intermediate.statistics()["clients"] == 1
+
+
+@attrs.define(eq=False)
+class LateFlight:
+    """A TCP connection on which the client's last flight of the QUIC handshake, after its Initial
+    the next packet of 1,200 bytes, waits as if a segment were lost."""
+
+    full: int = 0
+    waits: trio.Event = attrs.Factory(trio.Event)
+    arrives: trio.Event = attrs.Factory(trio.Event)
+
+    def pair(self) -> tuple[trio.abc.Stream, trio.abc.Stream]:
+        client, server = memory_stream_pair()
+
+        async def deliver() -> None:
+            data = client.send_stream.get_data_nowait()
+            self.full += len(data) >= 1200
+            if self.full == 2 and not self.waits.is_set():
+                self.waits.set()
+                await self.arrives.wait()
+            server.receive_stream.put_data(data)
+
+        client.send_stream.send_all_hook = deliver
+        return client, server
+
+
+async def test_a_loser_that_arrives_last_keeps_nobody_away(autojump_clock: MockClock) -> None:
+    """Both ways are verified in the first attempt, and the last flight of the one that lost is
+    late: the intermediate takes it for the newest session of the identity, and replaces the one
+    that won. That was this client itself, and nobody to keep away from for 30 s."""
+    late = LateFlight()
+    with capture_logs(processors=[_with_time]) as logs:
+        async with open_world(POLICY) as world:
+            world.tcp = MemoryTcp(pair=late.pair)
+            await world.start_intermediate()
+            world.tcp.refuses = True  # at first, which gives UDP a second more than TLS later
+            world.hosts["home"] = world.network.host("192.0.2.1")
+            block(world, "home")
+            await world.start_connector(SERVICES)
+            await trio.sleep(2)
+            world.tcp.refuses = False
+            with trio.fail_after(1):
+                await late.waits.wait()
+            unblock(world, "home")
+            await trio.sleep(0.7)
+            assert over_udp(world) == ["home"]
+            late.arrives.set()
+            await trio.sleep(0.5)
+            assert over_udp(world) == ["home"]
+            assert over_tls(world) == set()
+    (replaced,) = lines(logs, "replaced by a newer session")
+    assert "over TLS" not in replaced["old"]
 
 
 @pytest.mark.parametrize(

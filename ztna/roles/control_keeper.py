@@ -82,7 +82,7 @@ class ControlKeeper:
     _race: Race | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
     _network_changed: trio.Event = attrs.Factory(trio.Event)
-    _rival_at: float = -math.inf  # when the last rival was begun
+    _rival_at: float = -math.inf  # when the last rival was begun, or given up after it was verified
     _nursery: trio.Nursery | None = None
     _streams: dict[Session, TlsStream] = attrs.Factory(dict)
     _over_stream: bool = False  # the last session was
@@ -167,7 +167,8 @@ class ControlKeeper:
 
     async def _replaced_by_ourselves(self, session: Session) -> bool:
         """Whether what replaced a session was a rival of ours, which was given up too late: the
-        intermediate had taken it already. Then nobody else has our identity."""
+        intermediate had taken it already, or took it afterwards, as what its last flight came with
+        was slower than what won. Then nobody else has our identity."""
         closed = await session.wait_closed()
         recently = trio.current_time() < self._rival_at + 2 * RIVAL_DEADLINE
         return recently and closed.by_peer and closed.code == CloseCode.REPLACED
@@ -199,7 +200,7 @@ class ControlKeeper:
             runners.append(
                 Runner("tls", self._over_tls, delay, lambda: self._tls_failure or silent)
             )
-        race = Race(runners, deadline)
+        race = Race(runners, deadline, self._give_up)
         assert self._nursery is not None
         self._nursery.start_soon(race.run)
         return race
@@ -209,9 +210,16 @@ class ControlKeeper:
         try:
             await session.wait_verified()
         except BaseException:
-            session.close(CloseCode.GOODBYE, "not needed")
+            self._give_up(session)
             raise
         return session
+
+    def _give_up(self, session: Session) -> None:
+        """End a session that is not needed. The intermediate may have taken it, once it has our
+        last flight, for the newest of this identity, and say so to the one that is used."""
+        if session.verified:
+            self._rival_at = trio.current_time()
+        session.close(CloseCode.GOODBYE, "not needed")
 
     async def _over_tls(self) -> Session:
         """Again and again: a server that was away refuses until it is back. Then it answers by UDP
@@ -227,7 +235,7 @@ class ControlKeeper:
             try:
                 await trio.sleep(TLS_PAUSE)
             except trio.Cancelled:
-                session.close(CloseCode.GOODBYE, "not needed")
+                self._give_up(session)
                 raise
         return session
 
@@ -245,13 +253,17 @@ class ControlKeeper:
         self._streams[session] = stream
         assert self._nursery is not None
         self._nursery.start_soon(self._end_stream, session, stream)
+        kept = False
         try:
-            await first_of(session.wait_verified, stream.closed.wait)
-        except* SessionClosedError:
-            pass  # told below: what is raised here would come out in a group
+            try:
+                await first_of(session.wait_verified, stream.closed.wait)
+            except* SessionClosedError:
+                pass  # told below: what is raised here would come out in a group
+            kept = session.verified
         finally:
-            if not session.verified:
-                session.close(CloseCode.GOODBYE, "not needed")
+            # Also one that was verified in the moment in which another has won.
+            if not kept:
+                self._give_up(session)
         if session.closed:
             raise SessionClosedError((await session.wait_closed()).reason)
         if not session.verified:

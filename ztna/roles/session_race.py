@@ -1,7 +1,7 @@
 """Attempts at one session, over UDP and over TLS: whichever is verified first is used.
 
 A `Race` runs as a task of its own, so that who waits for it may change: the session that it is to
-replace can end meanwhile. What loses is closed.
+replace can end meanwhile. What loses is given up.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,7 +10,6 @@ import attrs
 import trio
 
 from ztna.errors import SessionClosedError, UnreachableError, UnresolvedError, ZtnaError
-from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 
 
@@ -33,11 +32,12 @@ class Runner:
 class Race:
     """Runs attempts until the first is there, all have failed, or `deadline` seconds are over.
 
-    winner: None until then, and if there is none.
+    give_up: closes a session that is not needed. winner: None until then, and if there is none.
     """
 
     runners: Sequence[Runner]
     deadline: float
+    give_up: Callable[[Session], None]
     winner: Session | None = attrs.field(default=None, init=False)
     over: trio.Event = attrs.field(factory=trio.Event, init=False)
     _failures: dict[Runner, ZtnaError] = attrs.field(factory=dict, init=False)
@@ -69,13 +69,13 @@ class Race:
             self.winner = session
             scope.cancel()
         else:
-            session.close(CloseCode.GOODBYE, "not needed")
+            self.give_up(session)
 
     def stop(self) -> None:
         """End it; the winner, if there is one already, is given up too."""
         self._scope.cancel()
         if self.winner is not None:
-            self.winner.close(CloseCode.GOODBYE, "not needed")
+            self.give_up(self.winner)
 
     async def wait(self) -> Session:
         """Wait for the winner. Raises SessionClosedError when the server refused, else
