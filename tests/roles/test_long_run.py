@@ -7,13 +7,10 @@ all rests until every timeout has passed, and what is alive is counted: tasks, d
 by class, what every container of every object of ours holds, and the blocks of the allocator.
 """
 
-import gc
 import logging
-import os
 import random
-import sys
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import attrs
@@ -22,13 +19,13 @@ import structlog
 import trio
 from trio.testing import MockClock
 
+from tests.roles.census import Census, blocks_an_hour, growing
 from tests.roles.memory import ECHO_IP, WEB_IP, AgentHost, World, open_world
 from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.packet.ip import UDP, parse_ip_untrusted
 from ztna.core.packet.udp import parse_udp_untrusted
 from ztna.core.policy import PolicyRule
-from ztna.core.wire import FEATURES
 from ztna.roles.reload import reload_requests
 
 HOURS = 24
@@ -48,11 +45,6 @@ POLICY = [
 UDP_BACKEND, TCP_BACKEND = ("10.2.0.20", 9999), ("10.2.0.21", 80)
 OFFERED = [ConnectorService("echo", UDP_BACKEND, ECHO_IP), ConnectorService("web", TCP_BACKEND)]
 WANTED = [AgentService("echo", ECHO_IP), AgentService("web", WEB_IP)]
-SLACK = len(FEATURES)  # of one session
-# As long as what happened to be sent in the recent past.
-WINDOWS = "in ztna.core.bbr.Bbr."
-SIZES = (dict, list, set, frozenset, deque, bytearray)
-OURS = ("ztna.", "aioquic.", "trio.")
 
 
 async def serve_echo(stream: trio.abc.HalfCloseableStream) -> None:
@@ -224,80 +216,6 @@ class Day:
     async def reload(self) -> None:
         reload_requests().ask()
         await trio.sleep(5)
-
-
-@attrs.frozen
-class Census:
-    """What is alive. objects: by class; contents: what the containers of all objects of a class
-    hold together, by attribute."""
-
-    tasks: int
-    descriptors: int
-    blocks: int
-    objects: Mapping[str, int]
-    contents: Mapping[str, int]
-
-    @classmethod
-    def take(cls) -> "Census":
-        gc.collect()
-        objects: Counter[str] = Counter()
-        contents: Counter[str] = Counter()
-        for thing in gc.get_objects():
-            kind = type(thing)
-            module: object = kind.__module__
-            if not isinstance(module, str) or not module.startswith(OURS):
-                continue  # some classes of C have a descriptor there
-            name = sys.intern(f"{module}.{kind.__qualname__}")
-            objects[name] += 1
-            for attribute, value in _attributes(thing):
-                if isinstance(value, SIZES):
-                    contents[sys.intern(f"{name}.{attribute}")] += len(value)
-        return cls(
-            trio.lowlevel.current_statistics().tasks_living,
-            len(os.listdir("/proc/self/fd")),
-            sys.getallocatedblocks(),
-            objects,
-            contents,
-        )
-
-    def numbers(self) -> dict[str, int]:
-        """Everything that must not grow, by name."""
-        return {
-            "tasks": self.tasks,
-            "descriptors": self.descriptors,
-            **{f"objects of {name}": count for name, count in self.objects.items()},
-            **{f"in {name}": count for name, count in self.contents.items()},
-        }
-
-
-def _attributes(thing: object) -> Iterator[tuple[str, object]]:
-    for base in type(thing).__mro__:
-        for name in base.__dict__.get("__slots__", ()):
-            yield name, getattr(thing, name, None)
-    yield from getattr(thing, "__dict__", {}).items()
-
-
-def growing(censuses: Sequence[Census]) -> dict[str, list[int]]:
-    """What was more in every hour of the last quarter than in any of the first: names, counts.
-
-    Tolerates what one more session that is about to close makes; a leak of one thing an hour is
-    more than that.
-    """
-    quarter = len(censuses) // 4
-    names = {name for census in censuses for name in census.numbers()}
-    counts = {name: [census.numbers().get(name, 0) for census in censuses] for name in names}
-    return {
-        name: series
-        for name, series in sorted(counts.items())
-        if min(series[-quarter:]) > max(series[:quarter]) + SLACK and not name.startswith(WINDOWS)
-    }
-
-
-def blocks_an_hour(censuses: Sequence[Census]) -> float:
-    """Slope of the least-squares line through the allocator's blocks."""
-    middle = (len(censuses) - 1) / 2
-    rise = sum((hour - middle) * census.blocks for hour, census in enumerate(censuses))
-    return rise / sum((hour - middle) ** 2 for hour in range(len(censuses)))
 
 
 @pytest.fixture

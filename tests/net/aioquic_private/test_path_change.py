@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from aioquic._buffer import Buffer
+from aioquic.quic.connection import QuicConnection
 
 from tests.net.fast_link import PAYLOAD, End, Link, connect, in_flight, payloads
 from ztna.net.aioquic_private.congestion import TUNNEL, TunnelCongestionControl
@@ -106,6 +108,61 @@ def test_connection_id_is_a_new_one() -> None:
         assert arrival(link, link.client, link.server) <= 2 * LATENCY
         assert arrival(link, link.server, link.client) <= 2 * LATENCY
     assert len(seen) == 20
+
+
+def test_no_change_leaves_a_number_behind() -> None:
+    """The numbers of ids that the peer has given; as it may send each more than once."""
+    link = linked(fast=True)
+    link.jitter = 0.03
+    held = []
+    for _ in range(60):
+        change(link.client, link.now)
+        change(link.server, link.now)
+        link.run(1.0)
+        held.append(
+            [len(end.connection._peer_cid_sequence_numbers) for end in (link.client, link.server)]
+        )
+    assert max(map(max, held)) <= 12
+    assert held[-1] == held[19]
+    assert link.client.closed is link.server.closed is None
+
+
+@pytest.mark.parametrize("lost", [None, 15])
+def test_ids_that_come_twice_or_late(lost: int | None) -> None:
+    """Each is taken once, in whatever order; a gap is remembered until it is filled."""
+    link = linked(fast=True)
+    connection = link.client.connection
+    while connection._peer_cid_available:
+        connection.change_connection_id()
+    first = max(connection._peer_cid_sequence_numbers) + 1
+    given = [number for number in range(first, first + 20) if number != lost]
+    for number in given:
+        for _ in range(2):
+            give(connection, number)
+        connection.change_connection_id()
+    if lost is not None:
+        assert lost not in connection._peer_cid_sequence_numbers
+        assert connection._peer_retire_prior_to <= lost
+        give(connection, lost)
+        assert [each.sequence_number for each in connection._peer_cid_available].count(lost) == 1
+        connection.change_connection_id()
+    for number in given:
+        give(connection, number)
+    numbers = [each.sequence_number for each in connection._peer_cid_available]
+    assert len(numbers) == len(set(numbers))
+
+
+def give(connection: QuicConnection, number: int) -> None:
+    """A NEW_CONNECTION_ID frame (RFC 9000 section 19.15)."""
+    buffer = Buffer(capacity=64)
+    buffer.push_uint_var(number)
+    buffer.push_uint_var(0)
+    buffer.push_uint8(8)
+    buffer.push_bytes(number.to_bytes(8, "big"))
+    buffer.push_bytes(bytes(16))
+    buffer.seek(0)
+    connection._retire_connection_ids.clear()
+    connection._handle_new_connection_id_frame(None, 0x18, buffer)  # type: ignore[arg-type]
 
 
 def test_changes_back_and_forth_end_nothing() -> None:

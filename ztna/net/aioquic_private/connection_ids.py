@@ -26,11 +26,17 @@ from ztna.net.keyed_ids import OUR_IDS, Given
 
 CONNECTION_ID_NAMES = (
     "_events",
+    "_handle_new_connection_id_frame",
     "_handle_retire_connection_id_frame",
     "_host_cids",
     "_is_client",
     "_local_initial_source_connection_id",
+    "_network_paths",
     "_on_new_connection_id_delivery",
+    "_peer_cid",
+    "_peer_cid_available",
+    "_peer_cid_sequence_numbers",
+    "_peer_retire_prior_to",
     "_replenish_connection_ids",
     "_write_new_connection_id_frame",
     "change_connection_id",
@@ -118,6 +124,23 @@ class KeyedConnection(QuicConnection):
         buffer.push_bytes(connection_id.stateless_reset_token)
         connection_id.was_sent = True
         self._events.append(ConnectionIdIssued(connection_id=connection_id.cid))
+
+    def _handle_new_connection_id_frame(
+        self, context: QuicReceiveContext, frame_type: int, buf: Buffer
+    ) -> None:
+        """As aioquic's, which remembers the number of every id that it was ever given, to know one
+        that comes twice: one more for each change of the path. All up to the first number that is
+        in use, or has not come yet, are as good as retired at the peer's word.
+        """
+        super()._handle_new_connection_id_frame(context, frame_type, buf)
+        reserved = [path.peer_cid for path in self._network_paths if path.peer_cid is not None]
+        in_use = {
+            each.sequence_number for each in (self._peer_cid, *self._peer_cid_available, *reserved)
+        }
+        known = self._peer_cid_sequence_numbers
+        while self._peer_retire_prior_to in known - in_use:
+            known.discard(self._peer_retire_prior_to)
+            self._peer_retire_prior_to += 1
 
     def _handle_retire_connection_id_frame(
         self, context: QuicReceiveContext, frame_type: int, buf: Buffer
