@@ -16,11 +16,18 @@ from ztna.errors import SystemSetupError
 from ztna.net import udp
 from ztna.net.keyed_ids import Given, IdKeys
 from ztna.net.udp import SocketUdpPort, open_udp_port
-from ztna.net.udp_classes import Class, assemble, sorting_program, strangers_program
+from ztna.net.udp_classes import (
+    OF_NO_PEERS,
+    Class,
+    assemble,
+    sorting_program,
+    strangers_program,
+)
 from ztna.net.udp_inlets import ALLOWANCE_BURST, ALLOWANCE_RATE, STALE, Allowance
 
 PEER, ANYBODY = FIXED.make(Given.TO_PEERS), FIXED.make(Given.TO_ANYBODY)
 UNKNOWN = bytes(8)
+STUN = b"\x00\x01\x00\x00\x21\x12\xa4\x42" + bytes(12)
 VERSION_1, OTHER_VERSION = b"\0\0\0\1", b"\x1a\x2a\x3a\x4a"
 
 assert FIXED.given(UNKNOWN) is None
@@ -50,8 +57,8 @@ SORTED = {
         long(0xC0, VERSION_1, UNKNOWN),
         long(0xC0, VERSION_1, PEER + b"\0"),
         long(0xF0, OTHER_VERSION, UNKNOWN),
-        b"\x00\x01\x00\x00\x21\x12\xa4\x42" + bytes(12),
     ),
+    Class.STUN: (STUN, b"\x01" + STUN[1:], STUN + b"attributes"),
 }
 DROPPED = (
     b"",
@@ -64,7 +71,9 @@ DROPPED = (
     long(0xE0, VERSION_1, UNKNOWN),
     long(0xF0, VERSION_1, UNKNOWN),
     long(0xC0, b"\0\0\0\0", UNKNOWN),
-    b"\x00\x01" + bytes(17),
+    STUN[:19],
+    b"\x00\x01" + bytes(18),  # no magic cookie
+    b"\x04" + STUN[1:],
     b"\x04" + bytes(1300),
     b"\x3f" + bytes(1300),
     b"\x81" + bytes(1300),
@@ -128,7 +137,7 @@ async def test_the_kernel_computes_what_we_compute() -> None:
     assert found[Class.STRANGERS] == expected.count(None)
 
 
-@pytest.mark.parametrize("garbage", [SORTED[Class.STRANGERS][1], SORTED[Class.GREETED][0]])
+@pytest.mark.parametrize("garbage", [SORTED[Class.STRANGERS][1], SORTED[Class.GREETED][0], STUN])
 async def test_a_full_queue_of_strangers_costs_sessions_nothing(garbage: bytes) -> None:
     async with open_udp_port("127.0.0.1", 0, sorted_by=FIXED) as port:
         with sender_to(port) as sock, sender_to(port) as good:
@@ -147,7 +156,20 @@ async def test_a_full_queue_of_strangers_costs_sessions_nothing(garbage: bytes) 
         assert seen == [41 + number for number in range(200)]
         statistics = port.statistics()
         assert statistics["sessions_kernel_drops"] == 0
-        assert statistics["strangers_kernel_drops"] + statistics["greeted_kernel_drops"] > 10_000
+        assert sum(statistics[f"{each.name.lower()}_kernel_drops"] for each in OF_NO_PEERS) > 10_000
+
+
+async def test_a_full_queue_of_strangers_costs_checks_of_paths_nothing() -> None:
+    async with open_udp_port("127.0.0.1", 0, sorted_by=FIXED) as port:
+        with sender_to(port) as sock:
+            for _ in range(20_000):
+                sock.send(SORTED[Class.STRANGERS][1])
+            for _ in range(100):
+                sock.send(STUN)
+            await drain(port)
+        statistics = port.statistics()
+        assert statistics["strangers_kernel_drops"] > 10_000
+        assert (statistics["stun_packets"], statistics["stun_kernel_drops"]) == (100, 0)
 
 
 async def test_strangers_are_read_no_faster_than_their_allowance() -> None:
@@ -172,7 +194,7 @@ async def test_strangers_are_read_no_faster_than_their_allowance() -> None:
         assert took >= (250 - 100 - 64) / 200.0
 
 
-@pytest.mark.parametrize("kind", [Class.STRANGERS, Class.GREETED])
+@pytest.mark.parametrize("kind", OF_NO_PEERS)
 async def test_first_packets_that_waited_for_long_are_not_read(kind: Class) -> None:
     async with open_udp_port("127.0.0.1", 0, sorted_by=FIXED) as port:
         inlets, real = port._inlets, port._inlets.clock

@@ -28,7 +28,7 @@ from ztna.core.ports import Address, Buffer, UdpBatch
 from ztna.errors import SystemSetupError
 from ztna.net.batches import join_batches, split_batch
 from ztna.net.keyed_ids import IdKeys
-from ztna.net.udp_classes import Class, drop_rubbish, sort_group
+from ztna.net.udp_classes import OF_NO_PEERS, Class, drop_rubbish, sort_group
 from ztna.net.udp_inlets import Allowance, ControlMessage, Inlet, Inlets
 from ztna.net.udp_socket import (
     ANY_IPV4,
@@ -122,6 +122,7 @@ class SocketUdpPort:
             inlets = [
                 Inlet("sessions", self._classes[Class.SESSIONS]),
                 Inlet("relayed", self._classes[Class.RELAYED]),
+                Inlet("stun", self._classes[Class.STUN], Allowance()),
                 Inlet("greeted", self._classes[Class.GREETED], Allowance()),
                 Inlet("strangers", self._classes[Class.STRANGERS], Allowance()),
             ]
@@ -302,7 +303,7 @@ async def open_udp_port(
         classes: dict[Class, socket.socket] = {}
         if sorted_by is not None:
             classes = _open_classes(stack, sock, address, sorted_by, dual=dual)
-        of_no_peers = classes.get(Class.STRANGERS), classes.get(Class.GREETED)
+        of_no_peers = {classes[each] for each in OF_NO_PEERS if each in classes}
         for each in {sock, *classes.values()}:
             if server and address.is_unspecified:
                 tell_where_packets_arrive(each)
@@ -376,7 +377,8 @@ def _open_classes(
                 sock.bind(first.getsockname())
             sort_group(first, ids)
             drop_rubbish(first)
-            for sock in (first, others[Class.GREETED]):
+            for each in OF_NO_PEERS:
+                sock = others.get(each, first)
                 sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         except OSError as error:
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)

@@ -1,7 +1,7 @@
 """Several queues behind one UDP port: the kernel sorts datagrams before they can fill one.
 
 A UDP socket has one receive buffer. Whoever sends faster than this process reads fills it, and then
-the packets of sessions that are up are dropped with the garbage. So the port is four sockets of
+the packets of sessions that are up are dropped with the garbage. So the port is five sockets of
 one number (SO_REUSEPORT), and a program of ours in classic BPF (SO_ATTACH_REUSEPORT_CBPF, Linux
 4.5; no privilege is needed) says for each datagram which socket takes it:
 
@@ -9,9 +9,11 @@ one number (SO_REUSEPORT), and a program of ours in classic BPF (SO_ATTACH_REUSE
                channel of a relayed packet
     RELAYED    relayed packets whose channel has another id: a client's own intermediate chose it
     GREETED    an id that was given in a handshake
-    STRANGERS  everything else: first packets, STUN, stateless resets, garbage
+    STUN       what has its magic cookie (RFC 8489 section 5): the checks that keep direct paths, and
+               questions about an address. Garbage does not have it
+    STRANGERS  everything else: first packets, stateless resets, garbage
 
-Each has a buffer of its own, the first is read first, and the last two no faster than their
+Each has a buffer of its own, the first is read first, and the last three no faster than their
 allowance (`net.udp_inlets`). A second program (SO_ATTACH_FILTER) lets the strangers' socket drop at
 once what nothing here could answer, so that garbage leaves room for new clients.
 
@@ -26,6 +28,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
+from ztna.core.stun.messages import MAGIC_COOKIE
 from ztna.net.demux import MIN_INITIAL, MIN_SHORT, QUIC_VERSION_1
 from ztna.net.keyed_ids import ID_SIZE, Given, HashKey, IdKeys
 
@@ -42,7 +45,11 @@ class Class(enum.IntEnum):
     GREETED = 1
     RELAYED = 2
     SESSIONS = 3
+    STUN = 4
 
+
+OF_NO_PEERS = (Class.STRANGERS, Class.GREETED, Class.STUN)
+"""Those that anybody can fill."""
 
 Instruction = tuple[int, int, int, int]
 """Operation, how far to jump if true, if false, and a constant (struct sock_filter)."""
@@ -90,7 +97,11 @@ def sorting_program(ids: IdKeys) -> list[Instruction]:
         (
             (_LOAD_BYTE, 0),
             (_IF_BITS, 0x40, "QUIC", _NEXT),
-            (_IF_EQUAL, 0x80, "relayed", "stranger"),
+            (_IF_EQUAL, 0x80, "relayed", _NEXT),
+            (_IF_GREATER, 0x03, "stranger", _NEXT),
+            (_LOAD_WORD, _STUN_HEADER - 4),  # as long as that at least
+            (_LOAD_WORD, 4),
+            (_IF_EQUAL, int.from_bytes(MAGIC_COOKIE), "STUN", "stranger"),
             "QUIC",
             (_IF_BITS, 0x80, "long", _NEXT),
             (_SET_X, 1),
@@ -116,6 +127,8 @@ def sorting_program(ids: IdKeys) -> list[Instruction]:
             (_RETURN, Class.RELAYED),
             "session",
             (_RETURN, Class.SESSIONS),
+            "STUN",
+            (_RETURN, Class.STUN),
         )
     )
 
@@ -157,7 +170,7 @@ def _check(key: HashKey, yes: str, no: str) -> Sequence[_Line]:
 
 
 def strangers_program() -> list[Instruction]:
-    """What the strangers' socket takes: STUN, 1-RTT packets that are long enough (of sessions that
+    """What the strangers' socket takes: 1-RTT packets that are long enough (of sessions that
     we have forgotten, and stateless resets), and first packets: Initials, and those of versions
     that we must answer, of 1,200 bytes (RFC 9000 sections 5.2.2 and 14.1).
 
@@ -167,11 +180,7 @@ def strangers_program() -> list[Instruction]:
     return assemble(
         (
             (_LOAD_BYTE, at),
-            (_IF_BITS, 0x40, "QUIC", _NEXT),
-            (_IF_GREATER, 0x03, "drop", _NEXT),
-            (_LOAD_LENGTH, 0),
-            (_IF_AT_LEAST, at + _STUN_HEADER, "pass", "drop"),
-            "QUIC",
+            (_IF_BITS, 0x40, _NEXT, "drop"),
             (_IF_BITS, 0x80, "long", _NEXT),
             (_LOAD_LENGTH, 0),
             (_IF_AT_LEAST, at + MIN_SHORT, "pass", "drop"),

@@ -1,4 +1,4 @@
-"""The sockets that one UDP port receives from: usually three, by what the kernel makes of a
+"""The sockets that one UDP port receives from: usually five, by what the kernel makes of a
 datagram (`net.udp_classes`), one where that cannot be.
 
 A round reads what is there of sessions first, up to a cap; then of those who are no peers yet, as
@@ -24,7 +24,7 @@ from ztna.net.udp_socket import IP_PKTINFO, IPV6_PKTINFO, MAPPED, SO_TIMESTAMPNS
 RECEIVE_SIZE = 65_536
 # Our choice: bounds the time that one port holds the loop, about 1 ms at full buffers.
 RECEIVE_CALLS = 16
-# Our choice. Packets a second, and at once, of those who are no peers yet, for each of their two
+# Our choice. Packets a second, and at once, of those who are no peers yet, for each of their three
 # sockets: more than the handshakes, STUN requests and resets that may be answered; at 10 to 30 us
 # each a tenth of a core.
 ALLOWANCE_RATE = 8_000.0
