@@ -46,6 +46,20 @@ class UnresolvedError(UnreachableError):
     """A name does not resolve."""
 
 
+class ProxyError(UnreachableError):
+    """An HTTP proxy does not let us through.
+
+    found, todo: what it does, and what a person can do. lasting: it will say the same again, and
+    may lock out who asks too often.
+    """
+
+    def __init__(self, found: str, todo: str, *, lasting: bool = False) -> None:
+        super().__init__(f"{found}; {todo}")
+        self.found = found
+        self.todo = todo
+        self.lasting = lasting
+
+
 class LimitError(ZtnaError):
     """A bound of ours was reached; the message says which."""
 

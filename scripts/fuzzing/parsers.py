@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from scripts.fuzzing import policies, portmaps, relays
+from scripts.fuzzing import policies, portmaps, proxies, relays
 from scripts.fuzzing.examples import (
     CONTAINER,
     CONTROL,
@@ -381,6 +381,7 @@ TARGETS: Mapping[str, Target] = {
     "ice-checks": Target(ice_checks, STUN, renew_after=2000),
     "ice-gathering": Target(gatherer, STUN),
     "ice-messages": Target(ice_messages, [c[4:] for c in CONTROL]),
+    "http-connect": Target(lambda: proxies.http_connect, proxies.ANSWERS),
     "socks": Target(lambda: _socks, SOCKS),
     "vnet": Target(lambda: parse_vnet_header_untrusted, VNET),
     "policy": Target(lambda: policies.parse_policy, policies.DOCUMENTS),

@@ -28,6 +28,7 @@ from ztna.config.model import (
     IntermediateAddress,
     IntermediateConfig,
 )
+from ztna.core.http_connect import Proxy
 from ztna.core.policy import PolicyRule
 from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address, IpPacket, UdpBatch, UdpPort
@@ -181,7 +182,7 @@ class MemoryDialer:
 class World:
     """What a test holds in its hands.
 
-    files: what each role reads at a reload, or why it cannot.
+    files: what each role reads at a reload, or why it cannot. proxy: what leads clients to `tcp`.
     mapped: what a gateway of the laboratory leads to a host's port from, by the host's name.
     relay_name: as what the clients know the intermediate. second_hosts: the other addresses of
     those machines that have one of each IP version, by name; the relay's is `intermediate`.
@@ -206,6 +207,7 @@ class World:
     signed: SignedDocument | None = None
     policy_keys: PolicyKeys | None = None
     tcp: MemoryTcp | None = None
+    proxy: Proxy | None = None
     network_changed: list[Callable[[], None]] = attrs.Factory(list)
     mapped: dict[str, Address] = attrs.Factory(dict)
     answers: dict[str, Answer] = attrs.Factory(dict)
@@ -227,7 +229,7 @@ class World:
                 await trio.sleep_forever()
 
             async with open_stream_port(udp) as port:
-                yield port, StreamDialer(port, utc_now, self.tcp.connect, watch)
+                yield port, StreamDialer(port, utc_now, self.tcp.connect, watch, self.proxy)
 
     def open_udp_port(self, name: str, number: int = 0) -> MemoryUdpPort | DualStackPort:
         """A port of a machine, of each IP version that it has."""

@@ -14,6 +14,8 @@ import attrs
 
 from ztna.config.direct import DirectConfig
 from ztna.config.forwards import ForwardValue, ListenValue
+from ztna.config.proxy import ProxyValue
+from ztna.config.rules import PolicyRuleKeys
 from ztna.config.structure import Described, means, schema_of
 from ztna.config.stun import StunConfig
 from ztna.config.tcp import DEFAULT_TCP_PORT, TcpConfig
@@ -31,9 +33,7 @@ from ztna.config.values import (
     Port,
     Ports,
     ServiceId,
-    ServiceIdOrAny,
     Transports,
-    Who,
 )
 from ztna.core.identity import Role
 from ztna.core.policy import PolicyRule
@@ -110,6 +110,13 @@ class IntermediateAddress:
             "TCP port of the intermediate, tried where UDP gets no answer; null for never."
         ),
         default=DEFAULT_TCP_PORT,
+    )
+    proxy: ProxyValue | None = attrs.field(
+        metadata=means(
+            "HTTP proxy that leads to the TCP port, http://[USER:PASSWORD@]HOST:PORT; that of "
+            "HTTPS_PROXY, unless NO_PROXY names the host, if absent."
+        ),
+        default=None,
     )
 
 
@@ -294,22 +301,6 @@ class ConnectorConfig:
 
 
 @attrs.frozen
-class _PolicyRuleKeys:
-    """What the keys of a `PolicyRule` may hold."""
-
-    who: Who = attrs.field(
-        metadata=means('"agent/NAME" or "connector/NAME"; "*" as NAME means all of them.')
-    )
-    services: tuple[ServiceIdOrAny, ...] = attrs.field(
-        metadata=means('Ids of the services that the agent may reach; "*" means all.'), default=()
-    )
-    provides: tuple[ServiceIdOrAny, ...] = attrs.field(
-        metadata=means('Ids of the services that the connector may provide; "*" means all.'),
-        default=(),
-    )
-
-
-@attrs.frozen
 class IntermediateConfig:
     """Configuration of an intermediate."""
 
@@ -382,7 +373,7 @@ CLASSES: Mapping[Role, type[AnyConfig]] = {
     Role.CONNECTOR: ConnectorConfig,
     Role.INTERMEDIATE: IntermediateConfig,
 }
-DESCRIBED: Described = {PolicyRule: _PolicyRuleKeys}
+DESCRIBED: Described = {PolicyRule: PolicyRuleKeys}
 
 
 def default_file(role: Role) -> Path:

@@ -24,7 +24,7 @@ from cattrs.errors import (
 from cattrs.gen import make_dict_structure_fn
 
 from ztna.config.document import JsonPath, show
-from ztna.config.values import ValueMismatchError, ValueType
+from ztna.config.values import HiddenMismatchError, ValueMismatchError, ValueType
 
 T = TypeVar("T")
 
@@ -174,7 +174,8 @@ def _problems(error: BaseException, path: JsonPath, value: object) -> Iterator[P
             hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
             yield Problem((*path, name), f"unknown key {show(name)}; {hint}")
     else:
-        yield Problem(path, f"{show(value)} is wrong; expected {error}")
+        shown = "the value" if isinstance(error, HiddenMismatchError) else show(value)
+        yield Problem(path, f"{shown} is wrong; expected {error}")
 
 
 def _step(error: BaseException) -> str | int | None:

@@ -33,6 +33,10 @@ class ValueMismatchError(ValueError):
     """A value is not what its key asks for; the message says what was expected."""
 
 
+class HiddenMismatchError(ValueMismatchError):
+    """The same of a value that may hold a secret: nobody is shown it."""
+
+
 @attrs.frozen(eq=False)  # typing hashes what stands in an annotation
 class ValueType:
     """How one kind of value is read.

@@ -1,15 +1,18 @@
-"""A client's way over TCP: connection, handshake, the server's certificate, and a stream."""
+"""A client's way over TCP: connection, by an HTTP proxy if there is one, handshake, the server's
+certificate, and a stream."""
 
 import datetime
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Callable, Set
 
 import attrs
 import trio
 
 from ztna.core.addresses import format_address
+from ztna.core.http_connect import Proxy
 from ztna.core.identity import Role
 from ztna.core.ports import Address
-from ztna.errors import RefusedError, UnreachableError
+from ztna.errors import ProxyError, RefusedError, UnreachableError
+from ztna.net.http_proxy import Connect, connect_through
 from ztna.net.network_changes import Watch, watch_network
 from ztna.net.stream_port import StreamPort
 from ztna.net.tcp_socket import connect_tcp
@@ -18,8 +21,8 @@ from ztna.net.tls_context import make_context, verified_peer
 from ztna.net.tls_stream import HANDSHAKE_TIME, TlsConnection, TlsStream
 from ztna.pki import Credentials
 
-Connect = Callable[[Address], Awaitable[trio.abc.Stream]]
-"""Opens a connection to an IP address and port. Raises UnreachableError."""
+# Our choice, s: a proxy that does not take our password may lock out who tries it often.
+REFUSED_PAUSE = 60.0
 
 
 @attrs.define(eq=False)
@@ -27,12 +30,37 @@ class StreamDialer:
     """Opens streams of a port to intermediates.
 
     now: the wall clock. watch: tells when the machine's network changes, and UDP may work again.
+    proxy: leads to the intermediate, whose name is then looked up there; None for no proxy.
     """
 
     port: StreamPort
     now: Callable[[], datetime.datetime]
     connect: Connect = connect_tcp
     watch: Watch = watch_network
+    proxy: Proxy | None = None
+    _refusal: ProxyError | None = attrs.field(default=None, init=False)
+    _refused_until: float = attrs.field(default=0.0, init=False)
+
+    async def open(self, address: Address) -> trio.abc.Stream:
+        """A connection without TLS, through the proxy if there is one. Raises UnreachableError;
+        ProxyError if it is the proxy's doing; a lasting one is raised again for a while."""
+        if self.proxy is None:
+            return await self.connect(address)
+        if self._refusal is not None and trio.current_time() < self._refused_until:
+            await trio.lowlevel.checkpoint()
+            raise ProxyError(self._refusal.found, self._refusal.todo, lasting=True)
+        try:
+            stream = await connect_through(self.proxy, address, self.connect)
+        except ProxyError as error:
+            self._refusal = error if error.lasting else None
+            self._refused_until = trio.current_time() + REFUSED_PAUSE
+            raise
+        self._refusal = None
+        return stream
+
+    def network_changed(self) -> None:
+        """The proxy is asked again, whatever it has said."""
+        self._refusal = None
 
     async def dial(
         self,
@@ -45,7 +73,10 @@ class StreamDialer:
         other's certificate, or something else answers; the caller's scope bounds the time."""
         where = f"TLS with {format_address(address)}"
         try:
-            transport = await self.connect(address)
+            transport = await self.open(address)
+        except ProxyError as error:
+            found = f"{where}: {error.found}"
+            raise ProxyError(found, error.todo, lasting=error.lasting) from error
         except UnreachableError as error:
             raise UnreachableError(f"{where}: {error}") from error
         try:

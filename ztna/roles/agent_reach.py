@@ -14,7 +14,7 @@ import trio
 from ztna.core.addresses import format_address, is_virtual
 from ztna.core.diagnosis import Stage, StageName, broken, degraded, ok
 from ztna.core.ports import Address
-from ztna.errors import SessionClosedError, UnreachableError
+from ztna.errors import ProxyError, SessionClosedError, UnreachableError
 from ztna.net.knock import HANDSHAKE_SIZE, Knock, Knocked, KnockResult
 from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
@@ -22,10 +22,11 @@ from ztna.roles.resolve import family_of, resolve
 from ztna.roles.trouble import Trouble, TroubleKind
 
 # s, our choices: for a round trip of the session; for TCP, which sends a SYN again after one
-# second; for what will be another in a moment, such as a first attempt, which takes five; and how
-# often that is looked at.
+# second; for a proxy, which does the same towards the server; for what will be another in a moment,
+# such as a first attempt, which takes five; and how often that is looked at.
 ROUND_TRIP_TIME = 2.0
 TCP_TIME = 1.5
+PROXY_TIME = 3.0
 PASSING_TIME = 6.0
 LOOK_AGAIN = 0.1
 
@@ -62,7 +63,8 @@ class Towards:
 @attrs.frozen
 class Found:
     """What came of knocking. large: None if small ones get no answer. tcp: what the machine did
-    about a connection: "takes", "refuses", "" for nothing; None if TCP was not tried."""
+    about a connection: "takes", "refuses", "" for nothing; None if TCP was not tried.
+    """
 
     small: Knocked
     large: Knocked | None = None
@@ -96,6 +98,8 @@ async def look_intermediate(seen: Towards) -> Stage:
     if trouble is None:
         found = f"no session with {seen.name} yet: the first attempt goes on"
         return broken(_STAGE, found, "ask again in 5 s", passing=True)
+    if (proxy := await _find_proxy(seen, trouble)) is not None:
+        return proxy
     if trouble.kind in {TroubleKind.NO_ANSWER, TroubleKind.ENDED}:
         there = await _find(seen)
         if there is not None:
@@ -118,7 +122,31 @@ async def _look_session(seen: Towards, link: ControlLink) -> Stage:
         return ok(_STAGE, f"session over UDP with {where}, {trip}")
     there = await _find(seen)
     found, todo = ("UDP is blocked", "") if there is None else _udp(seen, there)
-    return degraded(_STAGE, f"{found}; the session runs over TLS, {trip}, which is slower", todo)
+    dialer = seen.keeper.dialer
+    by = "" if dialer is None or dialer.proxy is None else f" through the {dialer.proxy}"
+    words = f"{found}; the session runs over TLS{by}, {trip}, which is slower"
+    return degraded(_STAGE, words, todo)
+
+
+async def _find_proxy(seen: Towards, trouble: Trouble) -> Stage | None:
+    """What is wrong with the proxy, where that is the only way out; None if it lets through."""
+    dialer, there = seen.keeper.dialer, seen.keeper.intermediate
+    kinds = {TroubleKind.NO_NAME, TroubleKind.NO_ANSWER, TroubleKind.ENDED}
+    if dialer is None or dialer.proxy is None or there.tcp_port is None:
+        return None
+    if trouble.kind not in kinds:
+        return None
+    with trio.move_on_after(PROXY_TIME):
+        try:
+            stream = await dialer.open((there.host, there.tcp_port))
+        except ProxyError as error:
+            found = f"UDP finds no way to {seen.name}, and {error.found}"
+            return broken(_STAGE, found, error.todo)
+        await trio.aclose_forcefully(stream)
+        return None
+    found = f"UDP finds no way to {seen.name}, and the {dialer.proxy} does not answer"
+    todo = f"is it up, and is {dialer.proxy.source} right?"
+    return broken(_STAGE, found, todo)
 
 
 async def _find(seen: Towards) -> Found | None:
@@ -131,7 +159,9 @@ async def _find(seen: Towards) -> Found | None:
     answers: list[str | None] = []
 
     async def try_tcp() -> None:
-        answers.append(await _answers_tcp(seen, (address[0], there.tcp_port or there.port)))
+        dialer, port = seen.keeper.dialer, there.tcp_port or there.port
+        proxied = dialer is not None and dialer.proxy is not None
+        answers.append(await _answers_tcp(seen, (there.host if proxied else address[0], port)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(try_tcp)
@@ -149,7 +179,7 @@ async def _answers_tcp(seen: Towards, address: Address) -> str | None:
         return None
     with trio.move_on_after(TCP_TIME):
         try:
-            stream = await dialer.connect(address)
+            stream = await dialer.open(address)
         except UnreachableError as error:
             return "refuses" if "refused" in str(error) else ""
         await trio.aclose_forcefully(stream)

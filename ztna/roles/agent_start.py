@@ -2,6 +2,7 @@
 
 import functools
 import ipaddress
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -17,8 +18,8 @@ from ztna.net.udp import open_client_port, open_udp_port
 from ztna.roles.agent import routes_of, run_agent
 from ztna.roles.local import status_server
 from ztna.roles.local_ports import open_local_ports
+from ztna.roles.proxies import look_up, proxy_towards
 from ztna.roles.reload import NodeFiles, ReadFiles, load_policy, read_files, reader
-from ztna.roles.resolve import resolve
 from ztna.tun.device import open_tun
 from ztna.tun.netlink import check_outside, repair, tun_network
 from ztna.tun.source import source_obstacle
@@ -37,11 +38,9 @@ async def run_agent_from_config(
         await _run_without_tun(files, read)
         return
     await repair(config.state_dir)
-    server = await resolve(config.intermediate.host, config.intermediate.port)
-    check_outside(
-        server[0],
-        [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX],
-    )
+    proxy = proxy_towards(config.intermediate, os.environ)
+    for outside in await look_up(config.intermediate, proxy):
+        check_outside(outside, [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX])
     async with AsyncExitStack() as stack:
         udp = await stack.enter_async_context(open_client_port(0, sorted_by=OUR_IDS))
         port = await stack.enter_async_context(open_stream_port(udp))
@@ -70,7 +69,7 @@ async def run_agent_from_config(
             denied_serials=files.denied_serials,
             read=read,
             policy=load_policy(files),
-            streams=StreamDialer(port, utc_now),
+            streams=StreamDialer(port, utc_now, proxy=proxy),
             serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
             check_route=source_obstacle,
             open_port=functools.partial(open_udp_port, port=0),
@@ -81,7 +80,8 @@ async def run_agent_from_config(
 async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentConfig]) -> None:
     """Carry the packets of local ports. Nothing on this way needs a privilege."""
     config = files.config
-    await resolve(config.intermediate.host, config.intermediate.port)  # says at once if it fails
+    proxy = proxy_towards(config.intermediate, os.environ)
+    await look_up(config.intermediate, proxy)
     routes = routes_of(config.services)
     async with (
         open_client_port(0, sorted_by=OUR_IDS) as udp,
@@ -98,7 +98,7 @@ async def _run_without_tun(files: NodeFiles[AgentConfig], read: ReadFiles[AgentC
             read=read,
             on_services=local.directory.set_services,
             policy=load_policy(files),
-            streams=StreamDialer(port, utc_now),
+            streams=StreamDialer(port, utc_now, proxy=proxy),
             serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
             open_port=functools.partial(open_udp_port, port=0),
             map_port=open_port_mapping,

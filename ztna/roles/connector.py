@@ -48,6 +48,7 @@ from ztna.roles.gathering import MapPort, OpenPort
 from ztna.roles.granted import Granted, grant
 from ztna.roles.local import Serve, status_server
 from ztna.roles.peer_link import PEER_SETTINGS
+from ztna.roles.proxies import look_up, proxy_towards
 from ztna.roles.punching import open_puncher
 from ztna.roles.reload import (
     NodeFiles,
@@ -57,7 +58,6 @@ from ztna.roles.reload import (
     read_files,
     reader,
 )
-from ztna.roles.resolve import resolve
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
 
@@ -82,7 +82,8 @@ async def run_connector_from_config(
     """
     files = read_files(config, Role.CONNECTOR)
     reset_key = await trio.to_thread.run_sync(load_reset_key, config.state_dir / "connector.key")
-    await resolve(config.intermediate.host, config.intermediate.port)  # says at once if it fails
+    proxy = proxy_towards(config.intermediate, os.environ)
+    await look_up(config.intermediate, proxy)
     async with AsyncExitStack() as stack:
         udp = await stack.enter_async_context(
             open_client_port(config.p2p.listen_port, sorted_by=OUR_IDS)
@@ -97,7 +98,7 @@ async def run_connector_from_config(
             denied_serials=files.denied_serials,
             read=reader(read_config, Role.CONNECTOR),
             policy=load_policy(files),
-            streams=StreamDialer(port, utc_now),
+            streams=StreamDialer(port, utc_now, proxy=proxy),
             open_port=functools.partial(open_udp_port, port=0),
             map_port=open_port_mapping,
             serve=status_server(None, Role.CONNECTOR, config.state_dir),

@@ -22,7 +22,13 @@ from ztna.core.addresses import format_address
 from ztna.core.error_groups import leaves
 from ztna.core.identity import Role
 from ztna.core.ports import Address
-from ztna.errors import LocalProtocolError, RefusedError, SessionClosedError, UnreachableError
+from ztna.errors import (
+    LocalProtocolError,
+    ProxyError,
+    RefusedError,
+    SessionClosedError,
+    UnreachableError,
+)
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
@@ -110,6 +116,8 @@ class ControlKeeper:
     def network_changed(self) -> None:
         """The machine has another network now: UDP may work there."""
         self._network_changed.set()
+        if self.dialer is not None:
+            self.dialer.network_changed()
 
     def statistics(self) -> dict[str, object]:
         """What the session runs over, and why that is not UDP."""
@@ -195,7 +203,8 @@ class ControlKeeper:
         if self.dialer is not None and port is not None and not udp_alone:
             delay = 0.0 if self._over_stream else STREAM_DELAY
             there = format_address((self.intermediate.host, port))
-            silent = f"no session over TLS with {there} in {deadline - delay:g} s"
+            by = "" if self.dialer.proxy is None else f" through the {self.dialer.proxy}"
+            silent = f"no session over TLS with {there}{by} in {deadline - delay:g} s"
             self._tls_failure = ""
             runners.append(
                 Runner("tls", self._over_tls, delay, lambda: self._tls_failure or silent)
@@ -229,6 +238,8 @@ class ControlKeeper:
                 session = await self._over_one_stream()
                 break
             except (UnreachableError, RefusedError) as error:
+                if isinstance(error, ProxyError) and error.lasting:
+                    raise
                 self._tls_failure = str(error)
             await trio.sleep(TLS_PAUSE)
         if self._tls_failure and not self._over_stream:
@@ -243,8 +254,10 @@ class ControlKeeper:
         port, dialer = self.intermediate.tcp_port, self.dialer
         assert port is not None
         assert dialer is not None
+        # Behind a proxy there may be no DNS that knows the intermediate.
+        there = (self.intermediate.host, port)
         stream = await dialer.dial(
-            await self._resolve(port),
+            there if dialer.proxy is not None else await self._resolve(port),
             self.credentials,
             self.intermediate.server_name,
             lambda: self.denied_serials,
