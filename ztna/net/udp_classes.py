@@ -9,7 +9,7 @@ one number (SO_REUSEPORT), and a program of ours in classic BPF (SO_ATTACH_REUSE
                channel of a relayed packet
     RELAYED    relayed packets whose channel has another id: a client's own intermediate chose it
     GREETED    an id that was given in a handshake
-    STUN       what has its magic cookie (RFC 8489 section 5): the checks that keep direct paths, and
+    STUN       what has its magic cookie (RFC 8489 section 5): checks that keep direct paths, and
                questions about an address. Garbage does not have it
     STRANGERS  everything else: first packets, stateless resets, garbage
 
