@@ -148,7 +148,7 @@ def test_why(node: Node, answered: dict[str, Lines]) -> None:
 def test_paths(node: Node, answered: dict[str, Lines]) -> None:
     result = run(node, answered["paths"], "paths")
     assert result.output.startswith("connector/home (echo, web): up, round trip ")
-    assert "\n * relay 198.51.100.10:4433 up\n" in result.output
+    assert "\n * relay 198.51.100.10:4433 up, MTU 1500\n" in result.output
     assert run(node, [{"peers": []}], "paths").output == "no peer is known now\n"
 
 

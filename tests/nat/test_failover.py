@@ -34,6 +34,7 @@ class Stream:
     """A numbered packet every 20 ms, and when each was answered."""
 
     user: UserHost
+    size: int = SIZE
     sent: list[float] = attrs.Factory(list)
     answered: dict[int, float] = attrs.Factory(dict)
 
@@ -41,7 +42,7 @@ class Stream:
         while True:
             number = len(self.sent)
             self.sent.append(trio.current_time())
-            self.user.send_udp(ECHO_IP, (b"%d" % number).ljust(SIZE), source_port=PORT)
+            self.user.send_udp(ECHO_IP, (b"%d" % number).ljust(self.size), source_port=PORT)
             await trio.sleep(INTERVAL)
 
     async def receive(self) -> None:

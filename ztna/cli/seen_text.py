@@ -189,8 +189,9 @@ def _peers(console: Console, peers: Sequence[Line]) -> None:
         for path in peer["paths"]:
             mark = "*" if path["selected"] else " "
             rtt = f" {_time(path['rtt'])}" if path.get("rtt") else ""
+            mtu = f", MTU {path['mtu']}" if path.get("mtu") else ""
             reason = f": {path['reason']}" if path.get("reason") else ""
-            line = f" {mark} {path['kind']} {path['address']}{rtt} {path['state']}{reason}"
+            line = f" {mark} {path['kind']} {path['address']}{rtt} {path['state']}{mtu}{reason}"
             _print(console, line)
         if not peer["direct"]:
             for line in _not_direct(peer):

@@ -16,6 +16,7 @@ from pathlib import Path
 import attrs
 import trio
 
+from ztna.core.mtuprobe import IPV4_OVERHEAD, IPV6_OVERHEAD
 from ztna.nat.gateway import Gateway, Side
 from ztna.nat.lab import PUBLIC, AddressPool, IpNetwork, LanPlan, check_link
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork, WireBatch
@@ -56,6 +57,11 @@ class MemoryLabHost(MemoryHost):
         """Undo `block_one_way`."""
         self.router.blocks.discard((self.address, peer))
 
+    def narrow(self, peer: str, mtu: int) -> None:
+        """Drop, at the next router and without a word, all between this host and an IP address that
+        is larger: IP packets of more than `mtu` bytes."""
+        self.router.ceilings.update({(self.address, peer): mtu, (peer, self.address): mtu})
+
     def pull_cable(self) -> None:
         """Nothing goes in or out any more; what is on the link is lost when it arrives."""
         self.plugged = False
@@ -94,12 +100,13 @@ class MemoryRouter(MemoryNetwork):
     gateway: "MemoryGateway | None" = None
     routes: dict[IpNetwork, MemoryLabHost] = attrs.field(factory=dict)
     blocks: set[tuple[str, str]] = attrs.field(factory=set)
+    ceilings: dict[tuple[str, str], int] = attrs.field(factory=dict)
     hub: MemoryLabHost = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
         self.hub = MemoryLabHost(self, "router")
-        self._counters.update(unplugged=0)
+        self._counters.update(unplugged=0, too_large=0)
 
     def host(self, address: str) -> MemoryLabHost:
         """The member with this IP address; it is made when there is none."""
@@ -137,6 +144,8 @@ class MemoryRouter(MemoryNetwork):
             self._counters["no_route"] += 1
         elif (batch.source[0], batch.destination[0]) in self.blocks:
             self._counters["blocked"] += 1
+        elif self._too_large(batch):
+            self._counters["too_large"] += 1
         else:
             self.link(self.hub, member).receive_batches([batch], trio.current_time())
             member.wake()
@@ -166,6 +175,14 @@ class MemoryRouter(MemoryNetwork):
             self._counters["blocked"] += 1
         else:
             self.gateway.receive(Side.INSIDE, batch)
+
+    def _too_large(self, batch: WireBatch) -> bool:
+        """By the first of the batch, which is its largest; a shorter last one shares its fate."""
+        ceiling = self.ceilings.get((batch.source[0], batch.destination[0]))
+        if ceiling is None:
+            return False
+        headers = IPV6_OVERHEAD if ":" in batch.destination[0] else IPV4_OVERHEAD
+        return batch.segment_size + headers > ceiling
 
     def _routed(self, address: str) -> MemoryLabHost | None:
         if not self.routes:

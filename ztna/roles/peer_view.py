@@ -10,7 +10,7 @@ from ztna.core.identity import Identity, Role
 from ztna.net.peer_path import PeerPath
 from ztna.roles.peer_link import PeerLink
 from ztna.roles.punching import Puncher
-from ztna.roles.ways import NONE, story_of, way_of
+from ztna.roles.ways import NONE, RELAY, Way, story_of, way_of
 
 
 @attrs.frozen
@@ -33,7 +33,9 @@ class Seat:
         known: list[dict[str, object]] = []
         relay = way_of(attrs.evolve(self.path, direct=None), intermediate)
         if relay.kind != NONE:
-            known.append({**relay.to_json(), "state": "up", "selected": way == relay})
+            used = way == relay
+            mtu = _relay_mtu(link, relay) if used else None
+            known.append({**relay.to_json(), "state": "up", "mtu": mtu, "selected": used})
         ice = None if puncher is None else puncher.ice_of(self.path)
         if ice is not None:
             known += [_direct(path, selected=path is ice.paths.current) for path in ice.paths]
@@ -56,8 +58,17 @@ def _direct(path: Path, *, selected: bool) -> dict[str, object]:
         "state": path.state.value,
         "reason": path.reason,
         "rtt": path.rtt,
+        "mtu": path.mtu.mtu if path.mtu.confirmed else None,
         "selected": selected,
     }
+
+
+def _relay_mtu(link: PeerLink | None, relay: Way) -> int | None:
+    """Bytes of the largest IP packet of the session by the relay, its header there included; None
+    where other packets carry those."""
+    if link is None or relay.kind != RELAY:
+        return None
+    return int(link.session.statistics()["max_udp_payload"]) + link.session.overhead
 
 
 def without_figures(value: object) -> object:
