@@ -116,6 +116,8 @@ def test_any_bytes(pieces: list[bytes]) -> None:
         (PROXY, ConnectAnswer(407, "No", takes_basic=True), "asks for a name", "give them", True),
         (KNOWN, ConnectAnswer(407, "No", takes_basic=True), "does not take the", "correct", True),
         (KNOWN, ConnectAnswer(407, "No"), "a login that ztna does not speak", "Basic", True),
+        (KNOWN, ConnectAnswer(401, "No"), "does not take the", "correct", True),
+        (PROXY, ConnectAnswer(401, "No"), "forbids connections to relay", "can allow", True),
         (PROXY, ConnectAnswer(403, "No"), "forbids connections to relay", "can allow", True),
         (PROXY, ConnectAnswer(405, "No"), "does not take CONNECT", "name a proxy", True),
         (PROXY, ConnectAnswer(502, "Bad"), "finds no way to relay", "listen there", False),

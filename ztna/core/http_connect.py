@@ -145,7 +145,8 @@ def proxy_refusal(proxy: Proxy, target: Address, answer: ConnectAnswer) -> Proxy
         case 407 if proxy.user is None:
             found = f"asks for a name and password ({answer})"
             todo = f"give them in {proxy.source}: http://USER:PASSWORD@HOST:PORT"
-        case 407:
+        case 401 | 407 if proxy.user is not None:
+            # tinyproxy says 401 to a wrong password, and 407 to none.
             found = f"does not take the name and password that it was given ({answer})"
             todo = f"correct them in {proxy.source}"
         case 401 | 403:
