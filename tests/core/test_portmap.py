@@ -446,3 +446,25 @@ def test_epochs(first: int, second: int, passed: float, lost: bool) -> None:
     assert not epoch.lost_state(first, 7.0)
     assert epoch.lost_state(second, 7.0 + passed) is lost
     assert epoch.restarts == lost
+
+
+def test_a_pinhole_of_ipv6() -> None:
+    """The same request, with our IPv6 address, to a router that is known by its link-local one; no
+    wish is `::` there. What it leads to is our own address (RFC 6887 section 11.1)."""
+    own, router = "2a0e::2", ("fe80::1%eth0", wire.SERVER_PORT)
+    packed = bytes.fromhex("2a0e") + bytes(13) + b"\2"
+    mapper = PortMapper(own, router[0], PORT, random.Random(1), (MappingProtocol.PCP,))
+    mapper.start(0.0)
+    (request,) = mapper.datagrams_to_send(0.0)
+    port = PORT.to_bytes(2)
+    assert request[:8] == b"\2\1\0\0" + LIFETIME.to_bytes(4)
+    assert request[8:24] == packed
+    nonce = request[24:36]
+    assert request[36:] == b"\x11\0\0\0" + port + port + bytes(16)
+    head = b"\2\x81\0\0" + LIFETIME.to_bytes(4) + bytes(4) + bytes(12)
+    answer = head + nonce + b"\x11\0\0\0" + port + port + packed
+    with pytest.raises(RemoteProtocolError, match="a stranger"):
+        mapper.receive_untrusted(answer, ("fe80::2%eth0", wire.SERVER_PORT), 0.1)
+    assert external(mapper) is None
+    mapper.receive_untrusted(answer, router, 0.1)
+    assert external(mapper) == (own, PORT)

@@ -98,6 +98,11 @@ class FixedMapping:
 
     external: Address
     gateway: str = "the laboratory"
+    pinhole: Address | None = None
+
+    @property
+    def externals(self) -> Sequence[Address]:
+        return [self.external, *([] if self.pinhole is None else [self.pinhole])]
 
     def statistics(self) -> Mapping[str, object]:
         return {"external": str(self.external), "gateway": self.gateway}

@@ -190,6 +190,20 @@ async def test_mapped_port(autojump_clock: MockClock) -> None:
         assert it.kinds(await it.gatherer.gather(), MAPPED) == [("198.51.100.9", 7000)]
 
 
+async def test_pinhole(autojump_clock: MockClock) -> None:
+    """One that leads to the node's own address lets peers in to its host candidate; where an NPTv6
+    gives another address, that is one more."""
+    async with place(PORT_RESTRICTED, NAT66) as it:
+        outer = ("198.51.100.9", 7000)
+        _, own = it.kinds(await it.gatherer.gather(), HOST)
+        it.gatherer.mapping = FixedMapping(outer, pinhole=own)
+        found = await it.gatherer.gather()
+        assert it.kinds(found, MAPPED) == [outer]
+        assert own in it.kinds(found, HOST)
+        it.gatherer.mapping = FixedMapping(outer, pinhole=("2a0e::7", 7000))
+        assert it.kinds(await it.gatherer.gather(), MAPPED) == [outer, ("2a0e::7", 7000)]
+
+
 async def test_what_nobody_could_reach_is_not_offered(autojump_clock: MockClock) -> None:
     async with place(PORT_RESTRICTED) as it:
         it.gatherer.mapping = FixedMapping(("127.0.0.1", 7000))

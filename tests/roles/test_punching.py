@@ -328,6 +328,10 @@ class Gateway:
     gateway: str = "192.0.2.254"
     changed: trio.Event = attrs.Factory(trio.Event)
 
+    @property
+    def externals(self) -> Sequence[Address]:
+        return [] if self.external is None else [self.external]
+
     def statistics(self) -> Mapping[str, object]:
         return {"external": str(self.external), "gateway": self.gateway}
 

@@ -1,5 +1,8 @@
 """Asks a gateway for one mapped UDP port, and keeps it: PCP, and NAT-PMP where PCP is not known.
 
+Of IPv6 there is PCP alone: the same request opens a pinhole in a firewall, and `external` is then
+our own address (RFC 6887 section 11.1).
+
 `PortMapper` knows no socket. Its caller sends `datagrams_to_send` to the gateway's port 5351 from
 the host's own address, gives it what comes back (`receive_untrusted`), says when nobody listens
 there (`refused`), and calls `handle_timer` at `get_timer`. `external` is the address at which peers
@@ -83,7 +86,7 @@ _PCP_WORDS = {  # RFC 6887 section 7.4
     12: "another NAT is between us and it",
     13: "it has too many peers",
 }
-_NO_HOST = str(ipaddress.IPv4Address(0))
+_NO_HOST = (str(ipaddress.IPv4Address(0)), str(ipaddress.IPv6Address(0)))
 _FOR_LONG = {2, 5}  # of NAT-PMP: not allowed, unknown; PCP says itself how long
 
 
@@ -91,7 +94,8 @@ _FOR_LONG = {2, 5}  # of NAT-PMP: not allowed, unknown; PCP says itself how long
 class PortMapper:
     """One UDP port at one gateway.
 
-    client: our own IPv4 address towards the gateway; gateway: its IPv4 address; port: ours;
+    client: our own address towards the gateway, which a pinhole of IPv6 is opened for; gateway:
+    its address of the same IP version, an IPv6 one with its scope; port: ours;
     random: unpredictable outside of tests, as the nonce is made of it; protocols: tried in this
     order; public_only: whether an outer address that is private itself is of no use.
     """
@@ -234,7 +238,7 @@ class PortMapper:
             return wire.build_pcp_announce(self.client)
         lifetime = 0 if ask is _Ask.DELETE else LIFETIME
         # RFC 6887 section 11.1: all zeros is no wish.
-        suggested = self._granted or (_NO_HOST, self.port)
+        suggested = self._granted or (_NO_HOST[":" in self.client], self.port)
         return wire.build_pcp_map(self.client, self._nonce, self.port, lifetime, suggested)
 
     def _natpmp_request(self, ask: _Ask) -> bytes:

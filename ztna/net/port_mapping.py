@@ -2,20 +2,17 @@
 
 `open_port_mapping` asks the default gateway, as the kernel's routes name it, through
 `core.portmap`: PCP, else NAT-PMP, over IPv4; and by UPnP (`net.upnp`) where these give nothing
-soon. Where the network becomes another one, the new gateway is asked. The way of an answer: a
-socket that is connected, so that the kernel lets in the gateway's alone ->
-`PortMapper.receive_untrusted` -> `PortMapping.external`.
+soon. The router of IPv6 is asked by PCP for a pinhole in its firewall. Where the network becomes
+another one, the new gateway is asked. The way of an answer: a socket that is connected, so that the
+kernel lets in the gateway's alone -> `PortMapper.receive_untrusted` -> `PortMapping.external`.
 """
 
 import math
 import random
 import socket
-import struct
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
 
 import attrs
 import structlog
@@ -27,6 +24,7 @@ from ztna.core.portmap_messages import LARGEST_PCP, SERVER_PORT
 from ztna.core.ports import Address
 from ztna.core.upnp.mapper import UpnpMapper
 from ztna.errors import RemoteProtocolError, UnreachableError
+from ztna.net.gateways import default_gateway, default_router
 from ztna.net.network_changes import watch_network
 from ztna.net.udp_socket import source_address
 from ztna.net.upnp import UPNP, UpnpClient
@@ -40,40 +38,27 @@ UPNP_AFTER = 2.0
 """s, our choice: what PCP is given before UPnP is asked beside it. A gateway that has it answers at
 once; one that is silent about PCP and NAT-PMP takes minutes to be given up."""
 
-_ROUTES = Path("/proc/self/net/route")
-_RTF_UP_GATEWAY = 0x0001 | 0x0002  # linux/route.h
 
-
-def default_gateway() -> str | None:
-    """The IPv4 address of the default route's gateway; None where there is no such route, and on
-    systems other than Linux. Of several it is the one with the smallest metric."""
-    if sys.platform != "linux":
-        return None
-    try:
-        lines = _ROUTES.read_text().splitlines()[1:]
-    except OSError:
-        return None
-    found = []
-    for fields in map(str.split, lines):
-        _, destination, gateway, flags, _, _, metric, mask = fields[:8]
-        if (int(destination, 16), int(mask, 16)) != (0, 0):
-            continue
-        if int(flags, 16) & _RTF_UP_GATEWAY == _RTF_UP_GATEWAY:
-            # The kernel prints the bytes as a number of this machine's order.
-            host = socket.inet_ntoa(struct.pack("=I", int(gateway, 16)))
-            found.append((int(metric), host))
-    return min(found)[1] if found else None
+_NO_GATEWAY = {
+    version: f"no gateway: this machine has no default route by IPv{version}" for version in (4, 6)
+}
+_WORLD6 = ("2001:1::2", SERVER_PORT)
+"""Globally reachable (RFC 8155 section 8.2), so what leaves for it has the address that the world
+may see, and not one of the link as what leaves for the router. Nothing is sent there."""
 
 
 @attrs.define(eq=False)
 class PortMapping:
-    """What the gateway gives for one port of ours."""
+    """What the gateway gives for one port of ours. pinhole: what that of IPv6 gives, if it is asked
+    beside it."""
 
     port: int
     _protocols: tuple[MappingProtocol, ...]
     _public_only: bool
     _find_gateway: Callable[[], str | None]
     _with_upnp: bool = True
+    _version: int = 4
+    pinhole: "PortMapping | None" = None
     _mapper: PortMapper | None = None
     _upnp: UpnpClient | None = None
     _socket: trio.socket.SocketType | None = None
@@ -89,6 +74,12 @@ class PortMapping:
         return self._told[0]
 
     @property
+    def externals(self) -> Sequence[Address]:
+        """The same, of both IP versions."""
+        both = (self.external, None if self.pinhole is None else self.pinhole.external)
+        return [each for each in both if each is not None]
+
+    @property
     def problem(self) -> str:
         """Why there is none, in words; empty while it is being asked for."""
         return self._told[1]
@@ -99,7 +90,7 @@ class PortMapping:
         return "" if self._mapper is None else self._mapper.gateway
 
     async def wait_changed(self) -> None:
-        """Wait until `external` or `problem` is another one."""
+        """Wait until `external`, `externals` or `problem` is another one."""
         await self._changed.wait()
 
     def statistics(self) -> Mapping[str, object]:
@@ -113,6 +104,7 @@ class PortMapping:
             "gateway": self.gateway,
             "protocol": UPNP if by_upnp and mapper and mapper.external is None else protocol,
             "gateway_restarts": 0 if mapper is None else mapper.restarts,
+            **({} if self.pinhole is None else {"ipv6": self.pinhole.statistics()}),
             **self._counts,
         }
 
@@ -120,21 +112,35 @@ class PortMapping:
         """Ask, and keep, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_network, self._network_changed)
+            if self.pinhole is not None:
+                nursery.start_soon(self.pinhole.run)
+                nursery.start_soon(self._follow, self.pinhole)
             while True:
                 self._moved = trio.Event()
                 place = self._place()
                 with trio.CancelScope() as scope:
                     nursery.start_soon(_cancel_on, self._moved, scope)
                     if place is None:
-                        self._tell(None, "no gateway: this machine has no default route by IPv4")
+                        self._tell(None, _NO_GATEWAY[self._version])
                         await trio.sleep_forever()
                     else:
                         await self._ask(*place)
                 self._forget()
 
+    async def _follow(self, pinhole: "PortMapping") -> None:
+        """Who waits for a change hears of the pinhole, too."""
+        before = pinhole.external
+        while True:
+            await pinhole.wait_changed()
+            if pinhole.external != before:
+                before = pinhole.external
+                self._wake()
+
     async def withdraw(self) -> None:
         """Have the mapping deleted, and wait for that."""
         async with trio.open_nursery() as nursery:
+            if self.pinhole is not None:
+                nursery.start_soon(self.pinhole.withdraw)
             if self._upnp is not None:
                 nursery.start_soon(self._upnp.withdraw)
             if self._mapper is not None and self._socket is not None:
@@ -144,6 +150,8 @@ class PortMapping:
     def close(self) -> None:
         """Give the socket back."""
         self._forget()
+        if self.pinhole is not None:
+            self.pinhole.close()
 
     def _place(self) -> tuple[str, str] | None:
         """Gateway, and our own address towards it."""
@@ -151,7 +159,8 @@ class PortMapping:
         if gateway is None:
             return None
         try:
-            return gateway, source_address((gateway, SERVER_PORT))
+            there = (gateway, SERVER_PORT) if self._version == 4 else _WORLD6
+            return gateway, source_address(there)
         except UnreachableError:
             return None
 
@@ -262,6 +271,9 @@ class PortMapping:
             # Most networks do not offer it: that is worth a line only to who asks.
             level = log.warning if before is not None else log.debug
             level("no port is mapped", reason=problem)
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
@@ -275,10 +287,13 @@ class PortMapping:
 
 
 async def _connected(client: str, gateway: str) -> trio.socket.SocketType:
+    host, _, link = gateway.partition("%")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with ExitStack() as stack:
-        sock = stack.enter_context(trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock = stack.enter_context(trio.socket.socket(family, socket.SOCK_DGRAM))
         await sock.bind((client, 0))
-        await sock.connect((gateway, SERVER_PORT))
+        scope = (0, socket.if_nametoindex(link)) if link else ()
+        await sock.connect((host, SERVER_PORT, *scope))
         stack.pop_all()
     return sock
 
@@ -296,14 +311,17 @@ async def open_port_mapping(
     public_only: bool = True,
     upnp: bool = True,
     find_gateway: Callable[[], str | None] = default_gateway,
+    find_router: Callable[[], str | None] = default_router,
 ) -> AsyncIterator[PortMapping]:
     """Have a UDP port of this machine mapped while the context lasts; then it is deleted.
 
     protocols: tried in this order. public_only: whether an outer address that is private itself, as
     behind another NAT, is refused. upnp: whether UPnP is tried beside them. find_gateway: whom to
-    ask, by IPv4 address.
+    ask, by IPv4 address; find_router: whom to ask for a pinhole, by IPv6 address.
     """
-    mapping = PortMapping(port, protocols, public_only, find_gateway, upnp)
+    by_pcp = (MappingProtocol.PCP,)
+    pinhole = PortMapping(port, by_pcp, public_only, find_router, with_upnp=False, version=6)
+    mapping = PortMapping(port, protocols, public_only, find_gateway, upnp, pinhole=pinhole)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mapping.run)

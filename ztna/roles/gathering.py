@@ -59,6 +59,10 @@ class MappedPort(Protocol):
         """Where anybody comes in."""
 
     @property
+    def externals(self) -> Sequence[Address]:
+        """The same, of both IP versions; of IPv6 our own where no NAT is between."""
+
+    @property
     def gateway(self) -> str:
         """Whose address that is."""
 
@@ -165,10 +169,11 @@ class Gatherer:
         for address in seen:
             kind, base = CandidateKind.SERVER_REFLEXIVE, locals_.get(_version(address), "")
             found.append(candidate(kind, address, base=base, server=str(self.server)))
-        if self.mapping is not None and (external := self.mapping.external) is not None:
-            kind, gateway = CandidateKind.PORT_MAPPED, self.mapping.gateway
-            base = locals_.get(_version(external), "")
-            found.append(candidate(kind, external, base=base, server=gateway))
+        for external in [] if self.mapping is None else self.mapping.externals:
+            kind, base = CandidateKind.PORT_MAPPED, locals_.get(_version(external), "")
+            # A pinhole that leads to our own address lets peers in to the host candidate.
+            if self.mapping is not None and external != (base, number):
+                found.append(candidate(kind, external, base=base, server=self.mapping.gateway))
         # RFC 8445 section 5.1.1.1: no loopback, no link-local addresses.
         fit = [each for each in found if not CandidateRules().forbidden(each.address)]
         versions = frozenset(v for v, local in locals_.items() if local) or frozenset(carried)

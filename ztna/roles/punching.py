@@ -119,7 +119,7 @@ class Puncher:
         async with map_port(self.endpoint.port.local_address[1]) as mapping:
             self.gatherer.mapping = mapping
             while True:
-                if mapping.external is not None:
+                if mapping.externals:
                     self._try_again()
                 await mapping.wait_changed()
 
