@@ -25,13 +25,21 @@ structlog.configure(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--task-order N: other orders of trio's tasks than those of every day."""
+    """--task-order N: other orders of trio's tasks than those of every day. --virtual-minutes N:
+    longer runs."""
     parser.addoption(
         "--task-order",
         type=int,
         default=0,
         metavar="N",
         help="in which order trio runs tasks that are ready at once: any number is another one",
+    )
+    parser.addoption(
+        "--virtual-minutes",
+        type=int,
+        default=400,
+        metavar="N",
+        help="how long tests/nat/test_flapping.py lasts on the virtual clock",
     )
 
 
