@@ -57,6 +57,7 @@ SORTED = {
         long(0xC0, VERSION_1, UNKNOWN),
         long(0xC0, VERSION_1, PEER + b"\0"),
         long(0xF0, OTHER_VERSION, UNKNOWN),
+        b"\x00\x01" + bytes(18),  # no magic cookie: RFC 3489
     ),
     Class.STUN: (STUN, b"\x01" + STUN[1:], STUN + b"attributes"),
 }
@@ -72,7 +73,6 @@ DROPPED = (
     long(0xF0, VERSION_1, UNKNOWN),
     long(0xC0, b"\0\0\0\0", UNKNOWN),
     STUN[:19],
-    b"\x00\x01" + bytes(18),  # no magic cookie
     b"\x04" + STUN[1:],
     b"\x04" + bytes(1300),
     b"\x3f" + bytes(1300),

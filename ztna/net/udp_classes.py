@@ -11,7 +11,7 @@ one number (SO_REUSEPORT), and a program of ours in classic BPF (SO_ATTACH_REUSE
     GREETED    an id that was given in a handshake
     STUN       what has its magic cookie (RFC 8489 section 5): checks that keep direct paths, and
                questions about an address. Garbage does not have it
-    STRANGERS  everything else: first packets, stateless resets, garbage
+    STRANGERS  everything else: first packets, stateless resets, STUN of RFC 3489, garbage
 
 Each has a buffer of its own, the first is read first, and the last three no faster than their
 allowance (`net.udp_inlets`). A second program (SO_ATTACH_FILTER) lets the strangers' socket drop at
@@ -170,9 +170,10 @@ def _check(key: HashKey, yes: str, no: str) -> Sequence[_Line]:
 
 
 def strangers_program() -> list[Instruction]:
-    """What the strangers' socket takes: 1-RTT packets that are long enough (of sessions that
-    we have forgotten, and stateless resets), and first packets: Initials, and those of versions
-    that we must answer, of 1,200 bytes (RFC 9000 sections 5.2.2 and 14.1).
+    """What the strangers' socket takes: STUN without a cookie (RFC 3489), 1-RTT packets that are
+    long enough (of sessions that we have forgotten, and stateless resets), and first packets:
+    Initials, and those of versions that we must answer, of 1,200 bytes (RFC 9000 sections 5.2.2 and
+    14.1).
 
     All other long headers of use carry an id of ours, and come elsewhere.
     """
@@ -180,7 +181,11 @@ def strangers_program() -> list[Instruction]:
     return assemble(
         (
             (_LOAD_BYTE, at),
-            (_IF_BITS, 0x40, _NEXT, "drop"),
+            (_IF_BITS, 0x40, "QUIC", _NEXT),
+            (_IF_GREATER, 0x03, "drop", _NEXT),
+            (_LOAD_LENGTH, 0),
+            (_IF_AT_LEAST, at + _STUN_HEADER, "pass", "drop"),
+            "QUIC",
             (_IF_BITS, 0x80, "long", _NEXT),
             (_LOAD_LENGTH, 0),
             (_IF_AT_LEAST, at + MIN_SHORT, "pass", "drop"),
