@@ -56,6 +56,13 @@ def test_large_batches_are_cut_between_payloads() -> None:
     assert len(payloads(batches)) == math.ceil(len(data) / 1200)
 
 
+def test_the_last_frame_of_a_batch_may_hold_one_short_payload() -> None:
+    """12 payloads of 1,318 bytes fill a frame; what is left is shorter than one."""
+    sent = batch(bytes(12 * 1318) + b"short", 1318)
+    received = BatchReader(FAR_END).receive_bytes_untrusted(encode_batches([sent]))
+    assert payloads(received) == payloads([sent])
+
+
 def test_payloads_that_are_too_large_are_our_own_mistake() -> None:
     encode_batches([batch(bytes(MAX_DATAGRAM), MAX_DATAGRAM)])
     with pytest.raises(LocalProtocolError, match="payloads of 1501 bytes"):

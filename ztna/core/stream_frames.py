@@ -34,7 +34,7 @@ def _frames(batch: UdpBatch) -> Iterator[Buffer]:
     view = memoryview(batch.data)
     for start in range(0, size, step):
         data = view[start : start + step]
-        yield _HEADER.pack(segment, len(data))
+        yield _HEADER.pack(min(segment, len(data)), len(data))  # the last may be shorter
         yield data
 
 
