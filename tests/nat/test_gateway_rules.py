@@ -88,10 +88,11 @@ class Witness:
             if left.outer == outer:
                 new = False
                 assert left.inner == inner, "REQ-3: an outer address belongs to one inner address"
-                # Answers go back the way that the question came.
+                # Answers go back the way that the question came, this one or that before.
                 assert self.same_mapping(left.destination, destination) or any(
-                    self.same_mapping(peer, destination)
+                    self.same_mapping(peer, answered)
                     for peer, through in self.let_in
+                    for answered in (destination, left.destination)
                     if through == outer
                 ), "destinations that must not share a mapping do"
             elif left.inner == inner:
@@ -174,6 +175,17 @@ def test_rules_hold_for_any_traffic(nat: NatSpec, steps: list[Any], seed: int) -
                 witness.rebind()
         timer = witness.gateway.get_timer()
         assert timer is None or timer <= witness.now + TIMEOUT
+
+
+@pytest.mark.parametrize("mapping", MappingKind)
+def test_an_answer_between_two_packets(mapping: MappingKind) -> None:
+    """It goes by the mapping that the question came to, and the next packet has its own again."""
+    nat = NatSpec(mapping, FilteringKind.EIF)
+    witness = Witness(nat, Gateway(nat, OUTER, random.Random(0)))
+    outer = witness.send_out(INNER[0], PEERS[0])
+    witness.send_in(PEERS[-1], outer)
+    assert witness.send_out(INNER[0], PEERS[-1]) == outer
+    assert witness.send_out(INNER[0], PEERS[0]) == outer
 
 
 @pytest.mark.parametrize("claimed", MappingKind)
