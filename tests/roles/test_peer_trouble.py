@@ -145,16 +145,24 @@ async def test_one_agent_begins_few_sessions(
             assert await ask(user) == b"hello"
 
 
-async def test_a_rival_that_is_refused_is_not_the_last_one(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = every_rival(monkeypatch)
+@asynccontextmanager
+async def silent_connector() -> AsyncIterator[tuple[World, UserHost]]:
+    """A deployment that has worked, and whose connector has been cut off for two seconds, while the
+    user waits for an answer."""
     async with deployment() as (world, agent), UserHost.open(agent) as user:
         with trio.fail_after(30):
             assert await ask(user) == b"hello"
         world.network.block(world.hosts["home"], world.relay_host)
         agent.tun.host_send([echo_request(user.address(ECHO_IP), ECHO_IP.packed)])
         await trio.sleep(2)
+        yield world, user
+
+
+async def test_a_rival_that_is_refused_is_not_the_last_one(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = every_rival(monkeypatch)
+    async with silent_connector() as (world, user):
         assert len(begun) == 2, "one beside the silent session"
         begun[1].close(0x7A00, "refused, for example")
         await trio.sleep(0.5)
@@ -171,12 +179,7 @@ async def test_a_rival_that_is_not_needed_leaves_no_doubt(
 ) -> None:
     """It never got an answer, and never will: the relay is not asked about it for ever."""
     begun = every_rival(monkeypatch)
-    async with deployment() as (world, agent), UserHost.open(agent) as user:
-        with trio.fail_after(30):
-            assert await ask(user) == b"hello"
-        world.network.block(world.hosts["home"], world.relay_host)
-        agent.tun.host_send([echo_request(user.address(ECHO_IP), ECHO_IP.packed)])
-        await trio.sleep(2)
+    async with silent_connector() as (world, user):
         world.network.unblock(world.hosts["home"], world.relay_host)
         begun[1].close(0x7A00, "refused, for example")
         with trio.fail_after(30):
@@ -199,12 +202,7 @@ async def test_a_rival_ends_with_the_right_to_the_session(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = every_rival(monkeypatch)
-    async with deployment() as (world, agent), UserHost.open(agent) as user:
-        with trio.fail_after(30):
-            assert await ask(user) == b"hello"
-        world.network.block(world.hosts["home"], world.relay_host)
-        agent.tun.host_send([echo_request(user.address(ECHO_IP), ECHO_IP.packed)])
-        await trio.sleep(2)
+    async with silent_connector() as (world, _):
         assert world.intermediate is not None
         (client,) = [s.client for s in world.intermediate.served.values() if s.client.is_agent]
         world.intermediate.rendezvous.gone(client, trio.current_time(), withdrawn=True)

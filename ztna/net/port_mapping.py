@@ -26,7 +26,7 @@ from ztna.core.upnp.mapper import UpnpMapper
 from ztna.errors import RemoteProtocolError, UnreachableError
 from ztna.net.gateways import default_gateway, default_router
 from ztna.net.network_changes import watch_network
-from ztna.net.udp_socket import source_address
+from ztna.net.udp_socket import WORLD, source_address
 from ztna.net.upnp import UPNP, UpnpClient
 
 log = structlog.get_logger(__name__)
@@ -42,9 +42,6 @@ once; one that is silent about PCP and NAT-PMP takes minutes to be given up."""
 _NO_GATEWAY = {
     version: f"no gateway: this machine has no default route by IPv{version}" for version in (4, 6)
 }
-_WORLD6 = ("2001:1::2", SERVER_PORT)
-"""Globally reachable (RFC 8155 section 8.2), so what leaves for it has the address that the world
-may see, and not one of the link as what leaves for the router. Nothing is sent there."""
 
 
 @attrs.define(eq=False)
@@ -159,7 +156,8 @@ class PortMapping:
         if gateway is None:
             return None
         try:
-            there = (gateway, SERVER_PORT) if self._version == 4 else _WORLD6
+            # What leaves for a router of IPv6 has an address of the link, which no peer may see.
+            there = (gateway, SERVER_PORT) if self._version == 4 else WORLD[6]
             return gateway, source_address(there)
         except UnreachableError:
             return None

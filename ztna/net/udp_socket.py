@@ -7,6 +7,7 @@ net/ipv4/udp.c, udp_send_skb().
 import errno
 import socket
 import sys
+from collections.abc import Mapping
 
 import structlog
 
@@ -39,6 +40,13 @@ BUFFER_SIZE = 4 << 20
 """Our choice: 30 ms at 1 Gbit/s, what a busy loop needs to come back."""
 STRANGERS_BUFFER_SIZE = 1 << 20
 """Our choice: first packets of 900 clients at once. More would only be older when it is read."""
+
+
+# Where the TURN server of any network would be found (RFC 8155 section 8; both are globally
+# reachable by RFC 6890's registry): what is not in this network leaves by the way to it, with the
+# address that the world may see. Nothing is ever sent there.
+WORLD: Mapping[int, Address] = {4: ("192.0.0.10", 3478), 6: ("2001:1::2", 3478)}
+"""By IP version."""
 
 
 def source_address(destination: Address) -> str:

@@ -301,21 +301,21 @@ class _Agent:
 
     async def tun_to_session(self) -> None:
         """The host's packets, batch by batch."""
-        used: list[ControlLink | PeerLink] = []
         while True:
-            while used:
-                await _wait_room(used.pop().session)
             packets = await self.tun.receive()
             forward, answers = self.routes.route_outbound(packets)
             if answers:
                 self.tun.send_nowait(answers)
-            # The waiting for packets, which may be long, keeps no session that has ended alive.
-            batches = self._by_carrier(forward)
-            while batches:
-                carrier, batch = batches.pop(0)
-                used.append(carrier)
-                await carrier.send_packets(batch)
-                del carrier
+            await self._send(forward)
+
+    async def _send(self, forward: list[tuple[ServiceLabel, IpPacket]]) -> None:
+        """Send, and wait for room for more. Apart from the loop, so that waiting for packets, which
+        may take long, keeps no session alive that has ended."""
+        batches = self._by_carrier(forward)
+        for carrier, batch in batches:
+            await carrier.send_packets(batch)
+        for carrier, _ in batches:
+            await _wait_room(carrier.session)
 
     def _by_carrier(
         self, forward: list[tuple[ServiceLabel, IpPacket]]

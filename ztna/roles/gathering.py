@@ -45,7 +45,7 @@ from ztna.errors import (
     UnresolvedError,
 )
 from ztna.nat.prober import run_probe
-from ztna.net.udp_socket import source_address
+from ztna.net.udp_socket import WORLD, source_address
 from ztna.roles.resolve import FAMILIES, resolve
 
 log = structlog.get_logger(__name__)
@@ -85,11 +85,6 @@ ASK_TIME = 1.2
 # s, our choice: how long the intermediate's other address is believed, so that many peers at once
 # need one look-up.
 _RESOLVED_FOR = 60.0
-
-# Where the TURN server of any network would be found (RFC 8155 section 5; both are globally
-# reachable by RFC 6890's registry): what is not in this network leaves by the way to it. Nothing is
-# ever sent there.
-_WORLD: Mapping[int, Address] = {4: ("192.0.0.10", 3478), 6: ("2001:1::2", 3478)}
 
 
 @attrs.define(eq=False)
@@ -134,7 +129,7 @@ class Gatherer:
                 return ""
             same = _version(self.server) == version
             with suppress(UnreachableError):
-                return source_address(self.server if same else _WORLD[version])
+                return source_address(self.server if same else WORLD[version])
         return ""
 
     @property
@@ -169,11 +164,13 @@ class Gatherer:
         for address in seen:
             kind, base = CandidateKind.SERVER_REFLEXIVE, locals_.get(_version(address), "")
             found.append(candidate(kind, address, base=base, server=str(self.server)))
-        for external in [] if self.mapping is None else self.mapping.externals:
-            kind, base = CandidateKind.PORT_MAPPED, locals_.get(_version(external), "")
-            # A pinhole that leads to our own address lets peers in to the host candidate.
-            if self.mapping is not None and external != (base, number):
-                found.append(candidate(kind, external, base=base, server=self.mapping.gateway))
+        if self.mapping is not None:
+            kind, gateway = CandidateKind.PORT_MAPPED, self.mapping.gateway
+            for external in self.mapping.externals:
+                base = locals_.get(_version(external), "")
+                # A pinhole that leads to our own address lets peers in to the host candidate.
+                if external != (base, number):
+                    found.append(candidate(kind, external, base=base, server=gateway))
         # RFC 8445 section 5.1.1.1: no loopback, no link-local addresses.
         fit = [each for each in found if not CandidateRules().forbidden(each.address)]
         versions = frozenset(v for v, local in locals_.items() if local) or frozenset(carried)
