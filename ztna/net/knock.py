@@ -28,10 +28,12 @@ from ztna.core.stun.messages import (
 from ztna.errors import RemoteProtocolError
 from ztna.net.udp_socket import set_df
 
-# s, our choices: a question is asked again, and given up. Linux says once a second to each of its
-# peers that a port is closed (icmp_ratelimit, icmp(7)), and the first packets of handshakes are its
-# peers, too.
-ASK_AGAIN = 0.25
+# s, our choices: a small question is asked again, a large one is, and both are given up. Linux says
+# once a second to each address that a port is closed (icmp_ratelimit, icmp(7)). Whatever comes
+# first from behind the same NAT in that second gets the word, and sessions that have just lost
+# their server send some 20 packets a second: most of the packets have to be questions.
+ASK_AGAIN = 0.02
+ASK_LARGE_AGAIN = 0.25
 ASK_TIME = 3.0
 # RFC 9000 section 14.1: what the first packets of a handshake have at least.
 HANDSHAKE_SIZE = 1200
@@ -75,6 +77,7 @@ async def knock(address: Address, size: int) -> Knocked:
     to as well; neither may be fragmented."""
     number = random.SystemRandom().randbytes(TRANSACTION_ID_SIZE)
     question = request(number, size)
+    pause = ASK_LARGE_AGAIN if size else ASK_AGAIN
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
@@ -85,7 +88,7 @@ async def knock(address: Address, size: int) -> Knocked:
             with trio.move_on_after(ASK_TIME):
                 while True:
                     sock.send(question)
-                    with trio.move_on_after(ASK_AGAIN):
+                    with trio.move_on_after(pause):
                         await _receive(sock, number)
                         return Knocked(KnockResult.ANSWERS)
         except OSError as error:

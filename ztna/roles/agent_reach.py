@@ -168,6 +168,9 @@ async def _find(seen: Towards) -> Found | None:
         small, large = await seen.knock(address, 0), None
         if small.result is KnockResult.ANSWERS:
             large = await seen.knock(address, HANDSHAKE_SIZE)
+    if small.result is KnockResult.SILENT and answers[0] == "refuses":
+        # A machine that refuses TCP says the same of UDP, seldom enough to be missed.
+        small = await seen.knock(address, 0)
     return Found(small, large, answers[0])
 
 
