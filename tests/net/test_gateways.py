@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from trio.testing import wait_all_tasks_blocked
 
 from ztna.net import gateways
+from ztna.net.port_mapping import open_port_mapping
 
 NONE, LINK_LOCAL, GLOBAL = "0" * 32, "fe80" + "0" * 27 + "1", "2a0e" + "0" * 27 + "9"
 PREFIX = "2a0e" + "0" * 28
@@ -47,3 +49,18 @@ def test_a_system_without_ipv6_or_without_such_a_table(
     assert gateways.default_router() is None
     monkeypatch.setattr(sys, "platform", "darwin")
     assert gateways.default_router() is None
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+async def test_a_port_without_ipv6_asks_no_router_of_it(ipv6: bool) -> None:
+    asked = []
+
+    def find_router() -> None:
+        asked.append("a pinhole")
+
+    async with open_port_mapping(
+        4433, ipv6=ipv6, find_gateway=lambda: None, find_router=find_router
+    ) as mapping:
+        await wait_all_tasks_blocked()
+        assert (bool(asked), "ipv6" in mapping.statistics()) == (ipv6, ipv6)
+        assert mapping.externals == []

@@ -6,7 +6,12 @@ import json
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +53,7 @@ from ztna.roles.address_book import AddressBook
 from ztna.roles.agent import run_agent
 from ztna.roles.agent_seen import CheckRoute, no_obstacle
 from ztna.roles.connector import run_connector
-from ztna.roles.gathering import MapPort
+from ztna.roles.gathering import MappedPort, MapPort
 from ztna.roles.intermediate import run_intermediate
 from ztna.roles.local import Answer
 from ztna.roles.reload import NodeFiles
@@ -444,7 +449,11 @@ class World:
         external = self.mapped.get(name)
         if external is None:
             return None
-        return lambda _: nullcontext(FixedMapping(external))
+
+        def mapped(_port: int, *, ipv6: bool) -> AbstractAsyncContextManager[MappedPort]:
+            return nullcontext(FixedMapping(external))
+
+        return mapped
 
     async def _read(self, name: str) -> NodeFiles[Any]:
         await trio.lowlevel.checkpoint()

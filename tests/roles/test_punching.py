@@ -10,6 +10,7 @@ import structlog.testing
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.nat.dual_stack import DualStackPort
 from tests.net.endpoints import clock, deployment
 from tests.roles.memory import NO_FILES
 from ztna.config.direct import DirectConfig
@@ -344,7 +345,7 @@ async def test_a_mapped_port_is_tried_at_once_by_who_has_no_path(autojump_clock:
     gateway = Gateway()
 
     @asynccontextmanager
-    async def map_port(_port: int) -> AsyncIterator[Gateway]:
+    async def map_port(_port: int, *, ipv6: bool) -> AsyncIterator[Gateway]:
         yield gateway
 
     async with both() as it:
@@ -359,6 +360,33 @@ async def test_a_mapped_port_is_tried_at_once_by_who_has_no_path(autojump_clock:
         gateway.changed.set()
         await trio.sleep(1)
         assert it.agent.direct.ice.statistics()["generation"] == 2, f"not only in {RETRY_TIME} s"
+
+
+async def test_the_router_of_ipv6_is_asked_for_a_port_that_carries_it(
+    autojump_clock: MockClock,
+) -> None:
+    """And not for one that is bound to IPv4 alone."""
+    asked: list[tuple[int, bool]] = []
+
+    @asynccontextmanager
+    async def map_port(port: int, *, ipv6: bool) -> AsyncIterator[Gateway]:
+        asked.append((port, ipv6))
+        yield Gateway()
+
+    network = MemoryNetwork(seed=1)
+    alone = network.host(AGENT)
+    async with (
+        alone.open_udp_port(4433) as ipv4,
+        DualStackPort.open([alone, network.host("2001:db8::1")], 4434) as both_versions,
+        trio.open_nursery() as nursery,
+    ):
+        for port in (ipv4, both_versions):
+            puncher = open_puncher(CONFIG, Endpoint(port), None, map_port)
+            assert puncher is not None
+            nursery.start_soon(puncher.run)
+            await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert asked == [(4433, False), (4434, True)]
 
 
 async def test_where_a_peer_is_seen_counts_for_its_own_search(autojump_clock: MockClock) -> None:

@@ -308,18 +308,22 @@ async def open_port_mapping(
     protocols: tuple[MappingProtocol, ...] = tuple(MappingProtocol),
     public_only: bool = True,
     upnp: bool = True,
+    ipv6: bool = True,
     find_gateway: Callable[[], str | None] = default_gateway,
     find_router: Callable[[], str | None] = default_router,
 ) -> AsyncIterator[PortMapping]:
     """Have a UDP port of this machine mapped while the context lasts; then it is deleted.
 
     protocols: tried in this order. public_only: whether an outer address that is private itself, as
-    behind another NAT, is refused. upnp: whether UPnP is tried beside them. find_gateway: whom to
-    ask, by IPv4 address; find_router: whom to ask for a pinhole, by IPv6 address.
+    behind another NAT, is refused. upnp: whether UPnP is tried beside them. ipv6: whether the
+    port takes packets of IPv6; nothing leads to it by them otherwise. find_gateway: whom to ask, by
+    IPv4 address; find_router: whom to ask for a pinhole, by IPv6 address.
     """
     by_pcp = (MappingProtocol.PCP,)
-    pinhole = PortMapping(port, by_pcp, public_only, find_router, with_upnp=False, version=6)
-    mapping = PortMapping(port, protocols, public_only, find_gateway, upnp, pinhole=pinhole)
+    mapping = PortMapping(port, protocols, public_only, find_gateway, upnp)
+    if ipv6:
+        router = PortMapping(port, by_pcp, public_only, find_router, with_upnp=False, version=6)
+        mapping.pinhole = router
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mapping.run)

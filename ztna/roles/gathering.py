@@ -12,7 +12,7 @@ simple checks need none of it.
 import ipaddress
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from types import MappingProxyType
 from typing import Protocol
@@ -73,8 +73,12 @@ class MappedPort(Protocol):
         """For people: its address or why there is none, and what is spoken with whom."""
 
 
-MapPort = Callable[[int], AbstractAsyncContextManager[MappedPort]]
-"""Has a UDP port of this machine mapped."""
+class MapPort(Protocol):
+    """Has a UDP port of this machine mapped, and of IPv6 let in where the port carries that."""
+
+    def __call__(self, port: int, /, *, ipv6: bool) -> AbstractAsyncContextManager[MappedPort]:
+        """While the context lasts."""
+
 
 OpenPort = Callable[[str], AbstractAsyncContextManager[UdpPort]]
 """Opens a UDP port of this machine on an IP address, of any number."""
@@ -133,6 +137,11 @@ class Gatherer:
         return ""
 
     @property
+    def carried(self) -> Set[int]:
+        """The IP versions of the port."""
+        return {_version(address) for address in self.port.local_addresses}
+
+    @property
     def wants_fresh_port(self) -> bool:
         """Whether an attempt needs a local port that has sent nothing to the peer yet."""
         view = NatView(self.nat)
@@ -142,7 +151,7 @@ class Gatherer:
     async def gather(self, fresh: Mapping[int, UdpPort] = MappingProxyType({})) -> Gathered:
         """Candidates, NAT, and local ports. fresh: opened for this attempt, by their numbers; their
         answers come to `receive_response_untrusted`."""
-        carried = {_version(address) for address in self.port.local_addresses}
+        carried = self.carried
         locals_ = {version: self.local_host(version) for version in sorted(carried)}
         reflexive: dict[int, Address] = {}
         last_port = 0
@@ -198,7 +207,7 @@ class Gatherer:
         another port, but not yet whom it lets in: simple checks are in vain then."""
         if self.open_port is None or self.server is None:
             return False
-        carried = {_version(address) for address in self.port.local_addresses}
+        carried = self.carried
         server = await self._server(4) if 4 in carried else None
         if server is None or not self.local_host(4):
             server = self.server

@@ -116,7 +116,8 @@ class Puncher:
                     self._try_again()
 
     async def _keep_mapped(self, map_port: MapPort) -> None:
-        async with map_port(self.endpoint.port.local_address[1]) as mapping:
+        number, ipv6 = self.endpoint.port.local_address[1], 6 in self.gatherer.carried
+        async with map_port(number, ipv6=ipv6) as mapping:
             self.gatherer.mapping = mapping
             while True:
                 if mapping.externals:
