@@ -18,12 +18,14 @@ class ConnectProxy:
     """Serves one client a call of `serve`.
 
     connect: to a target's name and port. login: what it asks for, name:password. answer: what it
-    says instead of all else; it hangs when that is empty. heads: of requests, as they came.
+    says instead of all else; it hangs when that is empty. delay: s, before it answers. heads: of
+    requests, as they came.
     """
 
     connect: Callable[[Address], Awaitable[trio.abc.Stream]]
     login: str | None = None
     answer: bytes | None = None
+    delay: float = 0.0
     heads: list[bytes] = attrs.Factory(list)
 
     async def serve(self, client: trio.abc.Stream) -> None:
@@ -44,6 +46,7 @@ class ConnectProxy:
         head, _, rest = head.partition(b"\r\n\r\n")
         assert rest == b"", "nothing is said before the answer"
         self.heads.append(head)
+        await trio.sleep(self.delay)
         if self.answer is not None:
             if not self.answer:
                 await trio.sleep_forever()

@@ -26,14 +26,14 @@ NAME = "relay.example.net"
 
 @asynccontextmanager
 async def open_office(
-    name: str = RELAY, login: str | None = None, user: str | None = None
+    name: str = RELAY, login: str | None = None, user: str | None = None, delay: float = 0.0
 ) -> AsyncIterator[tuple[World, ProxiedTcp, AgentHost]]:
     """All runs; from the laptop only the proxy is reached, and where the relay has a name, only
     the proxy knows it."""
     trio.socket.set_custom_hostname_resolver(NoDns())
     async with open_world(POLICY) as world:
         tcp = world.tcp = ProxiedTcp(nursery=world.nursery, names={NAME: RELAY})
-        tcp.proxy.login = login
+        tcp.proxy.login, tcp.proxy.delay = login, delay
         world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
         await world.start_intermediate()
         world.hosts["home"] = world.network.host("192.0.2.1")
@@ -99,6 +99,60 @@ async def test_a_connection_that_the_proxy_cuts(autojump_clock: MockClock) -> No
         assert over_tls(world) == {"laptop"}
 
 
+@pytest.mark.parametrize("delay", [4.0, 9.9, 29.5])
+async def test_a_slow_proxy(delay: float, autojump_clock: MockClock) -> None:
+    """Its own connection may take it long; UDP is tried meanwhile, and what is behind it has the
+    time that it has without a proxy."""
+    with capture_logs() as logs:
+        async with open_office(delay=delay) as (world, tcp, host):
+            with trio.fail_after(1.5 + delay + 1):
+                await host.configured.wait()
+            assert over_tls(world) == {"laptop"}
+            assert len(tcp.proxy.heads) == 1
+            answer = await why(host, "echo")
+            assert answer["works"]
+            (stage,) = [each for each in answer["stages"] if each["state"] == "degraded"]
+            assert "takes connections to TCP port 443, so it is up, and is silent" in stage["found"]
+    assert lines(logs, "trying again") == []
+
+
+async def test_a_proxy_that_leaves_the_first_attempt_without_an_answer(
+    autojump_clock: MockClock,
+) -> None:
+    """It may be slow, or down: who asks why is told for how long it has been waited for."""
+    async with open_office(NAME, delay=60.0) as (_, tcp, host):
+        await trio.sleep(10)
+        answer = await why(host, "echo")
+        words = "the HTTP proxy 203.0.113.200:3128 has left it without an answer for 16 s"
+        assert_broken(answer, "intermediate", f"the first attempt goes on, and {words}")
+        assert "is `intermediate.proxy` right?" in answer["todo"]
+        assert len(tcp.proxy.heads) == 1
+
+
+async def test_udp_that_works_before_a_slow_proxy_answers(autojump_clock: MockClock) -> None:
+    async with open_office(delay=29.0) as (world, _, host):
+        await trio.sleep(12)
+        unblock(world, "laptop")
+        with trio.fail_after(1):
+            await host.configured.wait()
+        assert over_tls(world) == set()
+
+
+async def test_a_proxy_that_becomes_slow(autojump_clock: MockClock) -> None:
+    """The session that the slow one replaces was cut."""
+    async with open_office() as (world, tcp, host):
+        await trio.sleep(5)
+        stream = Stream(host)
+        world.nursery.start_soon(stream.run)
+        tcp.proxy.delay = 12.0
+        await tcp.cut()
+        cut_at = trio.current_time()
+        await trio.sleep(15)
+        assert stream.gap_after(cut_at + 0.06) < 12.5
+        assert over_tls(world) == {"laptop"}
+        assert len(tcp.proxy.heads) == 2
+
+
 @attrs.frozen
 class Case:
     """What the proxy does, and what is said of it."""
@@ -125,7 +179,7 @@ CASES = {
         BAD_GATEWAY, "finds no way to 198.51.100.10:443 (502 Bad Gateway)", LISTENS, name=RELAY
     ),
     "garbage": Case(b"\0" * 50_000, "is not understood", "right one in `intermediate.proxy`?"),
-    "silence": Case(b"", "does not answer", "`intermediate.proxy` right?"),
+    "silence": Case(b"", "does not answer for 19 s", "`intermediate.proxy` right?"),
 }
 
 
@@ -135,7 +189,8 @@ async def test_what_the_proxy_refuses_is_told(case: Case, autojump_clock: MockCl
     with capture_logs() as logs:
         async with open_office(case.name, "me:hush", case.user) as (_, tcp, host):
             tcp.proxy.answer = case.answer
-            await trio.sleep(12)
+            # One that leaves the first attempt without an answer is asked again after 32 s.
+            await trio.sleep(46 if case.answer == b"" else 12)
             tried = len(tcp.proxy.heads)
             answer = await why(host, "echo")
             assert_broken(answer, "intermediate", f"UDP finds no way to {case.name}:4433, and ")
@@ -143,7 +198,7 @@ async def test_what_the_proxy_refuses_is_told(case: Case, autojump_clock: MockCl
             assert case.found in answer["found"]
             assert case.todo in answer["todo"]
     reasons = [entry["reason"] for entry in lines(logs, "trying again")]
-    silent = "no session over TLS with relay.example.net:443 through the HTTP proxy 203.0.113.200"
+    silent = "TLS with relay.example.net:443: the HTTP proxy 203.0.113.200:3128 does not answer wit"
     assert any((case.found if case.answer != b"" else silent) in reason for reason in reasons)
     assert "hush" not in str(logs) + str(answer)
     if case.answer is None or b"403" in case.answer:

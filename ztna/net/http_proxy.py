@@ -12,25 +12,29 @@ from ztna.errors import ProxyError, RemoteProtocolError, UnreachableError
 Connect = Callable[[Address], Awaitable[trio.abc.Stream]]
 """Opens a connection to an IP address and port. Raises UnreachableError."""
 
-# Our choice, s: for the connection to the proxy, its own to the server, and its answer.
-ANSWER_TIME = 10.0
+# Our choices, s: for a connection to the proxy, with its name; and for its answer, which waits for
+# a connection of its own: as long as Chromium gives it (kHttpProxyConnectJobTunnelTimeout).
+REACH_TIME = 10.0
+ANSWER_TIME = 30.0
 _READ_SIZE = 4096
 
 
 async def connect_through(proxy: Proxy, target: Address, connect: Connect) -> trio.abc.Stream:
     """A connection with target, whose name the proxy looks up. Raises ProxyError."""
+    late = f"takes no connection within {REACH_TIME:.0f} s"
     try:
-        with trio.fail_after(ANSWER_TIME):
+        with trio.fail_after(REACH_TIME):
             stream = await _connect_first(proxy, connect)
-            try:
+        late = f"does not answer within {ANSWER_TIME:.0f} s"
+        try:
+            with trio.fail_after(ANSWER_TIME):
                 await _ask(proxy, target, stream)
-            except BaseException:
-                await trio.aclose_forcefully(stream)
-                raise
-            return stream
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream
     except trio.TooSlowError as error:
-        found = f"the {proxy} does not answer within {ANSWER_TIME:.0f} s"
-        raise ProxyError(found, _check(proxy)) from error
+        raise ProxyError(f"the {proxy} {late}", _check(proxy)) from error
     except RemoteProtocolError as error:
         raise ProxyError(f"the {proxy} is not understood: {error}", _check(proxy)) from error
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

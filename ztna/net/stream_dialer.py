@@ -3,6 +3,7 @@ certificate, and a stream."""
 
 import datetime
 from collections.abc import Callable, Set
+from contextlib import AbstractContextManager, nullcontext
 
 import attrs
 import trio
@@ -40,6 +41,12 @@ class StreamDialer:
     proxy: Proxy | None = None
     _refusal: ProxyError | None = attrs.field(default=None, init=False)
     _refused_until: float = attrs.field(default=0.0, init=False)
+    _asked: list[float] = attrs.field(factory=list, init=False)
+
+    @property
+    def waiting(self) -> float:
+        """For how many seconds the proxy has left us without an answer; 0 if it was not asked."""
+        return trio.current_time() - self._asked[0] if self._asked else 0.0
 
     async def open(self, address: Address) -> trio.abc.Stream:
         """A connection without TLS, through the proxy if there is one. Raises UnreachableError;
@@ -49,12 +56,16 @@ class StreamDialer:
         if self._refusal is not None and trio.current_time() < self._refused_until:
             await trio.lowlevel.checkpoint()
             raise ProxyError(self._refusal.found, self._refusal.todo, lasting=True)
+        begun = trio.current_time()
+        self._asked.append(begun)
         try:
             stream = await connect_through(self.proxy, address, self.connect)
         except ProxyError as error:
             self._refusal = error if error.lasting else None
             self._refused_until = trio.current_time() + REFUSED_PAUSE
             raise
+        finally:
+            self._asked.remove(begun)
         self._refusal = None
         return stream
 
@@ -68,12 +79,15 @@ class StreamDialer:
         credentials: Credentials,
         server_name: str,
         denied_serials: Callable[[], Set[int]],
+        opening: AbstractContextManager[None] | None = None,
     ) -> TlsStream:
         """Open one. Raises UnreachableError, and RefusedError when either end does not like the
-        other's certificate, or something else answers; the caller's scope bounds the time."""
+        other's certificate, or something else answers; the caller's scope bounds the time.
+        opening: held until there is a connection with the intermediate, without TLS."""
         where = f"TLS with {format_address(address)}"
         try:
-            transport = await self.open(address)
+            with opening or nullcontext():
+                transport = await self.open(address)
         except ProxyError as error:
             found = f"{where}: {error.found}"
             raise ProxyError(found, error.todo, lasting=error.lasting) from error

@@ -96,16 +96,26 @@ async def look_intermediate(seen: Towards) -> Stage:
         return await _look_session(seen, link)
     trouble = seen.keeper.trouble
     if trouble is None:
-        found = f"no session with {seen.name} yet: the first attempt goes on"
-        return broken(_STAGE, found, "ask again in 5 s", passing=True)
+        return _first_attempt(seen)
     if (proxy := await _find_proxy(seen, trouble)) is not None:
         return proxy
     if trouble.kind in {TroubleKind.NO_ANSWER, TroubleKind.ENDED}:
-        there = await _find(seen)
+        dialer = seen.keeper.dialer
+        there = await _find(seen, takes=dialer is not None and dialer.proxy is not None)
         if there is not None:
             return broken(_STAGE, *_no_answer(seen, there, trouble))
     words = f"{seen.name}: {trouble.kind.value}: {trouble.words}"
     return broken(_STAGE, words, _TODO[trouble.kind])
+
+
+def _first_attempt(seen: Towards) -> Stage:
+    found = f"no session with {seen.name} yet: the first attempt goes on"
+    dialer = seen.keeper.dialer
+    if dialer is None or dialer.proxy is None or dialer.waiting < PROXY_TIME:
+        return broken(_STAGE, found, "ask again in 5 s", passing=True)
+    found += f", and the {dialer.proxy} has left it without an answer for {dialer.waiting:.0f} s"
+    todo = f"is it up, and is {dialer.proxy.source} right? Else wait: it may be slow"
+    return broken(_STAGE, found, todo, passing=True)
 
 
 async def _look_session(seen: Towards, link: ControlLink) -> Stage:
@@ -120,7 +130,7 @@ async def _look_session(seen: Towards, link: ControlLink) -> Stage:
     trip = f"round trip {rtt * 1000:.1f} ms"
     if not is_virtual(link.session.remote_address):
         return ok(_STAGE, f"session over UDP with {where}, {trip}")
-    there = await _find(seen)
+    there = await _find(seen, takes=True)
     found, todo = ("UDP is blocked", "") if there is None else _udp(seen, there)
     dialer = seen.keeper.dialer
     by = "" if dialer is None or dialer.proxy is None else f" through the {dialer.proxy}"
@@ -129,7 +139,8 @@ async def _look_session(seen: Towards, link: ControlLink) -> Stage:
 
 
 async def _find_proxy(seen: Towards, trouble: Trouble) -> Stage | None:
-    """What is wrong with the proxy, where that is the only way out; None if it lets through."""
+    """What is wrong with the proxy, where that is the only way out; None if it lets through, or if
+    there is none."""
     dialer, there = seen.keeper.dialer, seen.keeper.intermediate
     kinds = {TroubleKind.NO_NAME, TroubleKind.NO_ANSWER, TroubleKind.ENDED}
     if dialer is None or dialer.proxy is None or there.tcp_port is None:
@@ -144,13 +155,16 @@ async def _find_proxy(seen: Towards, trouble: Trouble) -> Stage | None:
             return broken(_STAGE, found, error.todo)
         await trio.aclose_forcefully(stream)
         return None
-    found = f"UDP finds no way to {seen.name}, and the {dialer.proxy} does not answer"
+    late = max(dialer.waiting, PROXY_TIME)
+    found = f"UDP finds no way to {seen.name}, and the {dialer.proxy} does not answer for "
+    found += f"{late:.0f} s"
     todo = f"is it up, and is {dialer.proxy.source} right?"
     return broken(_STAGE, found, todo)
 
 
-async def _find(seen: Towards) -> Found | None:
-    """Knock; None where its name does not resolve any more."""
+async def _find(seen: Towards, *, takes: bool = False) -> Found | None:
+    """Knock; None where its name does not resolve any more. takes: its machine is known to take
+    connections."""
     there = seen.keeper.intermediate
     try:
         address = await resolve(there.host, there.port, family_of(seen.keeper.endpoint.port))
@@ -164,7 +178,10 @@ async def _find(seen: Towards) -> Found | None:
         answers.append(await _answers_tcp(seen, (there.host if proxied else address[0], port)))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(try_tcp)
+        if takes:
+            answers.append("takes")
+        else:
+            nursery.start_soon(try_tcp)
         small, large = await seen.knock(address, 0), None
         if small.result is KnockResult.ANSWERS:
             large = await seen.knock(address, HANDSHAKE_SIZE)
@@ -180,7 +197,7 @@ async def _answers_tcp(seen: Towards, address: Address) -> str | None:
     if dialer is None:
         await trio.lowlevel.checkpoint()
         return None
-    with trio.move_on_after(TCP_TIME):
+    with trio.move_on_after(TCP_TIME if dialer.proxy is None else PROXY_TIME):
         try:
             stream = await dialer.open(address)
         except UnreachableError as error:

@@ -8,6 +8,7 @@ UDP again. The running session ends when its successor is there, and not before.
 """
 
 import enum
+import functools
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -187,18 +188,19 @@ class ControlKeeper:
         """Begin a race. Also: what is set from now on counts for the next one."""
         self._renew = trio.Event()
         self._network_changed = trio.Event()
+        race = Race(deadline, self._give_up)
         where = format_address((self.intermediate.host, self.intermediate.port))
-        runners = [
+        race.runners.append(
             Runner(
                 "udp",
-                self._over_udp,
+                functools.partial(self._over_udp, deadline),
                 0.0,
                 lambda: (
                     f"no QUIC handshake with {where} in {deadline:.0f} s; check that the "
                     "intermediate runs there and that no firewall drops UDP"
                 ),
             )
-        ]
+        )
         port = self.intermediate.tcp_port
         if self.dialer is not None and port is not None and not udp_alone:
             delay = 0.0 if self._over_stream else STREAM_DELAY
@@ -206,22 +208,23 @@ class ControlKeeper:
             by = "" if self.dialer.proxy is None else f" through the {self.dialer.proxy}"
             silent = f"no session over TLS with {there}{by} in {deadline - delay:g} s"
             self._tls_failure = ""
-            runners.append(
-                Runner("tls", self._over_tls, delay, lambda: self._tls_failure or silent)
-            )
-        race = Race(runners, deadline, self._give_up)
+            attempt = functools.partial(self._over_tls, race, deadline - delay)
+            race.runners.append(Runner("tls", attempt, delay, lambda: self._tls_failure or silent))
         assert self._nursery is not None
         self._nursery.start_soon(race.run)
         return race
 
-    async def _over_udp(self) -> Session:
-        session = self._connect(await self._resolve(self.intermediate.port))
-        try:
-            await session.wait_verified()
-        except BaseException:
-            self._give_up(session)
-            raise
-        return session
+    async def _over_udp(self, time: float) -> Session:
+        """Another session after that time, should the race last for longer."""
+        while True:
+            with trio.move_on_after(time):
+                session = self._connect(await self._resolve(self.intermediate.port))
+                try:
+                    await session.wait_verified()
+                except BaseException:
+                    self._give_up(session)
+                    raise
+                return session
 
     def _give_up(self, session: Session) -> None:
         """End a session that is not needed. The intermediate may have taken it, once it has our
@@ -230,12 +233,12 @@ class ControlKeeper:
             self._rival_at = trio.current_time()
         session.close(CloseCode.GOODBYE, "not needed")
 
-    async def _over_tls(self) -> Session:
+    async def _over_tls(self, race: Race, time: float) -> Session:
         """Again and again: a server that was away refuses until it is back. Then it answers by UDP
         as well, a little later perhaps, and UDP comes first unless it is known to be blocked."""
         while True:
             try:
-                session = await self._over_one_stream()
+                session = await self._over_one_stream(race, time)
                 break
             except (UnreachableError, RefusedError) as error:
                 if isinstance(error, ProxyError) and error.lasting:
@@ -250,7 +253,8 @@ class ControlKeeper:
                 raise
         return session
 
-    async def _over_one_stream(self) -> Session:
+    async def _over_one_stream(self, race: Race, time: float) -> Session:
+        """time: seconds that it has behind the proxy, however long that takes."""
         port, dialer = self.intermediate.tcp_port, self.dialer
         assert port is not None
         assert dialer is not None
@@ -261,6 +265,7 @@ class ControlKeeper:
             self.credentials,
             self.intermediate.server_name,
             lambda: self.denied_serials,
+            race.held(time) if dialer.proxy is not None else None,
         )
         session = self._connect(stream.address)
         self._streams[session] = stream

@@ -1,10 +1,13 @@
 """Attempts at one session, over UDP and over TLS: whichever is verified first is used.
 
 A `Race` runs as a task of its own, so that who waits for it may change: the session that it is to
-replace can end meanwhile. What loses is given up.
+replace can end meanwhile. What loses is given up. A race is not over while an attempt waits for
+somebody between, such as a proxy, who has a time of his own.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import attrs
 import trio
@@ -30,24 +33,27 @@ class Runner:
 
 @attrs.define(eq=False)
 class Race:
-    """Runs attempts until the first is there, all have failed, or `deadline` seconds are over.
+    """Runs attempts until the first is there, all have failed, or `deadline` seconds are over, but
+    for those in which it was `held`.
 
     give_up: closes a session that is not needed. winner: None until then, and if there is none.
     """
 
-    runners: Sequence[Runner]
     deadline: float
     give_up: Callable[[Session], None]
+    runners: list[Runner] = attrs.field(factory=list, init=False)
     winner: Session | None = attrs.field(default=None, init=False)
     over: trio.Event = attrs.field(factory=trio.Event, init=False)
     _failures: dict[Runner, ZtnaError] = attrs.field(factory=dict, init=False)
     _failed: trio.Event = attrs.field(factory=trio.Event, init=False)
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _time: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     async def run(self) -> None:
         """Run it to its end."""
+        self._time.deadline = trio.current_time() + self.deadline
         try:
-            with self._scope, trio.move_on_after(self.deadline):
+            with self._scope, self._time:
                 async with trio.open_nursery() as nursery:
                     for runner in self.runners:
                         nursery.start_soon(self._run, runner, nursery.cancel_scope)
@@ -70,6 +76,17 @@ class Race:
             scope.cancel()
         else:
             self.give_up(session)
+
+    @contextmanager
+    def held(self, least: float) -> Iterator[None]:
+        """Do not end the race by its deadline meanwhile; what goes on ends by itself. When it has
+        succeeded, the attempt has `least` seconds for the rest."""
+        end, self._time.deadline = self._time.deadline, math.inf
+        try:
+            yield
+            end = max(end, trio.current_time() + least)
+        finally:
+            self._time.deadline = end
 
     def stop(self) -> None:
         """End it; the winner, if there is one already, is given up too."""
