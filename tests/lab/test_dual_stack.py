@@ -4,31 +4,19 @@ firewalls on both sides."""
 import json
 from pathlib import Path
 
-import attrs
 import pytest
 
 from tests.lab.conftest import reason_to_skip
+from tests.lab.mtu_site import second_uplink
 from ztna.nat.deployment import DIRECT
-from ztna.nat.kernel_lab import Host
-from ztna.nat.kernel_nat import KernelNatLab
 from ztna.nat.site import open_site, prepare
-from ztna.nat.spec import FIREWALL, SYMMETRIC, NatSpec
+from ztna.nat.spec import FIREWALL, SYMMETRIC
 
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.slow,
     pytest.mark.skipif(reason_to_skip() is not None, reason=reason_to_skip() or ""),
 ]
-
-
-def second_uplink(lab: KernelNatLab, host: Host, nat: NatSpec) -> str:
-    """Give a host an interface behind a gateway of IPv6; return its address."""
-    gateway = lab.gateway(attrs.evolve(nat, ip_version=6))
-    address = gateway.pool.take()
-    end = gateway.inside.attach(host.namespace, "eth1", address)
-    gateway.inside.namespace.wait_running(end)
-    host.namespace.wait_running("eth1")
-    return address
 
 
 def test_direct_over_ipv6_through_two_firewalls(tmp_path: Path) -> None:
@@ -38,7 +26,7 @@ def test_direct_over_ipv6_through_two_firewalls(tmp_path: Path) -> None:
     files.intermediate.write_text(json.dumps({**config, "bind": "::"}))
     with open_site(files, SYMMETRIC, SYMMETRIC) as site:
         addresses = {
-            name: second_uplink(site.lab, site.hosts[name], FIREWALL)
+            name: second_uplink(site.lab, site.hosts[name], FIREWALL)[1]
             for name in ("agent", "connector")
         }
         site.start()

@@ -1,24 +1,24 @@
-"""Real processes on a direct path whose links take less than Ethernet from the middle of a download
-on, without a word (a rule that drops what is longer, and no ICMP)."""
+"""Real processes whose links take less than Ethernet, from the start or from the middle of a
+download on: by the relay, directly over IPv4, and directly over IPv6, all at once (`mtu_site`)."""
 
-import hashlib
-import itertools
+import contextlib
 import json
-import threading
+import os
+import re
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import attrs
 import pytest
 
 from scripts.lab.deployment import ZTNA
-from scripts.lab.failover_site import FailoverSite, build
-from scripts.lab.recovery_site import ECHO, ECHO_PORT, FILES
-from tests.lab.conftest import reason_to_skip, wait_for_growth
+from scripts.lab.recovery_site import ECHO, ECHO_PORT
+from tests.lab.conftest import reason_to_skip
+from tests.lab.forged_icmp import forge_too_big, wait_for_large_packet
+from tests.lab.mtu_site import FILE_BYTES, SILENCE, LargePings, MtuSite, build
 from ztna.nat.kernel_lab import Host
 from ztna.nat.kernel_nat import KernelNatLab
-from ztna.nat.link import LinkSpec
 
 pytestmark = [
     pytest.mark.kernel,
@@ -26,101 +26,101 @@ pytestmark = [
     pytest.mark.skipif(reason_to_skip() is not None, reason=reason_to_skip() or ""),
 ]
 
-FILE_BYTES = 6 << 20
-INTERVAL = 0.02  # s
-LARGE = 1230  # 1,258 bytes of IP inside the tunnel, and more than 1,280 outside
-
-
-@attrs.define(eq=False)
-class LargePings:
-    """Large echoes every 20 ms, answered on the applications' host; when answers came."""
-
-    agent: Host
-    apps: Host
-    answers: list[float] = attrs.field(factory=list)
-    _end: threading.Event = attrs.field(factory=threading.Event)
-    _threads: list[threading.Thread] = attrs.field(factory=list)
-
-    def __enter__(self) -> "LargePings":
-        self._threads = [threading.Thread(target=run) for run in (self._serve, self._ask)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _serve(self) -> None:
-        with self.apps.namespace.open_socket() as udp:
-            udp.settimeout(0.1)
-            udp.bind((self.apps.address, ECHO_PORT))
-            while not self._end.is_set():
-                try:
-                    udp.sendto(*udp.recvfrom(2048))
-                except TimeoutError:
-                    continue
-
-    def _ask(self) -> None:
-        with self.agent.namespace.open_socket() as udp:
-            udp.settimeout(INTERVAL)
-            while not self._end.is_set():
-                udp.sendto(bytes(LARGE), (ECHO, ECHO_PORT))
-                try:
-                    udp.recvfrom(2048)
-                except TimeoutError:
-                    continue
-                self.answers.append(time.monotonic())
-                self._end.wait(INTERVAL)
-
-    def wait_for(self, count: int) -> None:
-        """Wait until so many more answers have come."""
-        wanted, end = len(self.answers) + count, time.monotonic() + 10
-        while len(self.answers) < wanted:
-            assert time.monotonic() < end, "large packets are not answered"
-            time.sleep(INTERVAL)
-
-    def longest_gap(self, since: float) -> float:
-        """s between two answers, after that moment."""
-        times = [since, *(each for each in self.answers if each > since)]
-        return max(after - before for before, after in itertools.pairwise(times))
-
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FailoverSite]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MtuSite]:
     with KernelNatLab() as lab:
-        site = build(lab, tmp_path_factory.mktemp("mtu"), FILE_BYTES, delay=0.0)
-        for host in (site.agent, site.connector):
-            # A rule would see many packets as one, before it is cut.
-            flags = ("tx-udp-segmentation", "off", "gso", "off")
-            host.run("ethtool", "-K", host.interface, *flags)
-        yield site
+        yield build(lab, tmp_path_factory.mktemp("mtu"))
 
 
-def mtu(site: FailoverSite) -> object:
-    """The figure of the direct path, as `ztna paths --json` has it."""
-    file = site.files["agent"]
-    (peer,) = json.loads(site.agent.run(ZTNA, "paths", "--json", "--config", file).stdout)["peers"]
-    (used,) = [each for each in peer["paths"] if each["selected"]]
-    assert used["kind"] == "direct"
-    return used["mtu"]
+@contextlib.contextmanager
+def large_pings(site: MtuSite) -> Iterator[list[LargePings]]:
+    """Of every user at once."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(LargePings(host)) for host in site.users.values()]
 
 
-def test_narrows_in_the_middle_of_a_download(site: FailoverSite, tmp_path: Path) -> None:
-    target = tmp_path / "download"
-    with LargePings(site.agent, site.apps) as pings:
-        pings.wait_for(20)
-        assert mtu(site) == 1500
-        words = ("-sS", "--max-time", "40", "--limit-rate", "1M", "-o", target)
-        curl = site.agent.popen("curl", *words, f"http://{FILES}/download")
-        wait_for_growth(target, FILE_BYTES // 4)
+def narrow_under_download(site: MtuSite, folder: Path, narrow: Callable[[int], None]) -> None:
+    """From 1,500 bytes to 1,280 at a quarter of everybody's download."""
+    with large_pings(site) as everybody:
+        downloads = site.fetch(folder)
+        downloads.wait_for_growth(FILE_BYTES // 4)
         narrowed_at = time.monotonic()
-        for gateway in (site.home, site.office):
-            site.lab.set_link(gateway, LinkSpec(mtu=1280))
-        pings.wait_for(50)
-        assert pings.longest_gap(narrowed_at) < 1.5
-        assert curl.wait(timeout=45) == 0
-    assert hashlib.sha256(target.read_bytes()).digest() == hashlib.sha256(site.content).digest()
-    assert site.all_direct()
-    assert mtu(site) == 1280
+        narrow(1280)
+        for pings in everybody:
+            pings.wait_for(20)
+            assert pings.longest_gap(narrowed_at) < SILENCE
+        downloads.wait()
+    site.wait_for_figures(1280)
+
+
+def echo(host: Host, size: int) -> None:
+    """A UDP datagram that has to be cut comes back whole."""
+    with host.namespace.open_socket() as udp:
+        udp.settimeout(5)
+        data = os.urandom(size)
+        udp.sendto(data, (ECHO, ECHO_PORT))
+        assert udp.recv(65_535) == data
+
+
+def test_links_of_1280_bytes_from_the_start(site: MtuSite, tmp_path: Path) -> None:
+    site.begin(1280)
+    downloads = site.fetch(tmp_path)
+    with large_pings(site) as everybody:
+        for pings in everybody:
+            pings.wait_for(20)
+    for host in site.users.values():
+        host.run("ping", "-c", "1", "-W", "5", "-s", "4000", ECHO)
+        echo(host, 20_000)
+    downloads.wait()
+    desk = site.users["desk"].run(ZTNA, "paths", "--json", "--config", site.files["desk"])
+    (peer,) = json.loads(desk.stdout)["peers"]
+    assert [path["mtu"] for path in peer["paths"]] == [1280]
+
+
+def test_links_narrow_without_a_word(site: MtuSite, tmp_path: Path) -> None:
+    site.begin(1500)
+    narrow_under_download(site, tmp_path, site.set_links)
+
+
+def test_routers_narrow_and_say_so(site: MtuSite, tmp_path: Path) -> None:
+    """What they say is not needed, and a forged word is not believed."""
+    site.begin(1500)
+    laptop, phone = site.users["laptop"], site.users["phone"]
+    peer = site.links[1].address
+    words = (laptop, "eth0", peer), (phone, "eth1", site.connector6)
+    with large_pings(site):
+        forge_too_big(*words[0], site.links[0].outside, 600)
+        forge_too_big(*words[1], site.links[2].outside, 1280)
+        # The kernel believes both, for other programs.
+        assert " mtu 600" in laptop.run("ip", "route", "get", peer).stdout
+        assert " mtu 1280" in phone.run("ip", "-6", "route", "get", site.connector6).stdout
+        for each in words:
+            wait_for_large_packet(*each)
+    site.wait_for_figures(1500)
+    before = too_big_heard(site)
+    narrow_under_download(site, tmp_path, site.set_routers)
+    assert all(now > then for now, then in zip(too_big_heard(site), before, strict=True))
+
+
+def too_big_heard(site: MtuSite) -> list[int]:
+    """How often routers have said so to the laptop, and to the phone over IPv6."""
+    names = {"laptop": "IcmpInDestUnreachs", "phone": "Icmp6InPktTooBigs"}
+    found = []
+    for user, name in names.items():
+        words = site.users[user].run("nstat", "-asz", "--json", name).stdout
+        found.append(int(json.loads(words)["kernel"][name]))
+    return found
+
+
+def test_own_interface_narrows(site: MtuSite, tmp_path: Path) -> None:
+    """The kernel refuses what is too large for it (EMSGSIZE): a packet that is lost, no more."""
+    site.begin(1500)
+    narrow_under_download(site, tmp_path, site.set_uplinks)
+    for name in site.users:
+        agent = site.roles[name]
+        os.kill(agent.pid, signal.SIGUSR1)
+        agent.wait_for("udp.send_too_large")
+        found = re.search(r"udp\.send_too_large +(\d+)", agent.output())
+        assert found is not None
+        assert int(found[1]) > 0

@@ -33,6 +33,7 @@ from ztna.net.session import Session
 from ztna.pki import connector_dns_name
 from ztna.roles.control_client import ControlLink
 from ztna.roles.peer_link import PEER_SETTINGS, PeerLink, new_link
+from ztna.roles.peer_view import Seat
 from ztna.roles.punching import DirectPath, Puncher, open_puncher
 
 AGENT, HOME, RELAY = "203.0.113.1", "192.0.2.1", ("198.51.100.10", 4433)
@@ -151,6 +152,13 @@ async def both() -> AsyncIterator[Both]:
         nursery.cancel_scope.cancel()
 
 
+def selected(seat: Seat, puncher: Puncher) -> list[object]:
+    """Kinds of the paths that people see as those in use."""
+    paths = seat.to_json(puncher, "")["paths"]
+    assert isinstance(paths, list)
+    return [each["kind"] for each in paths if each["selected"]]
+
+
 async def test_a_direct_path_is_found_and_used(autojump_clock: MockClock) -> None:
     async with both() as it:
         it.punch()
@@ -165,6 +173,18 @@ async def test_a_direct_path_is_found_and_used(autojump_clock: MockClock) -> Non
         assert {"nat", "probes", "extra_ports", "connector/home"} <= figures.keys()
         assert it.agent.puncher.ice_of(it.agent.path) is it.agent.direct.ice
         assert it.agent.puncher.ice_of(it.home.path) is None
+
+
+async def test_what_is_chosen_is_not_shown_before_packets_go_there(
+    autojump_clock: MockClock,
+) -> None:
+    async with both() as it:
+        it.punch()
+        await trio.sleep(2)
+        seat = Seat(it.home.link.peer, it.agent.path, it.agent.link, ())
+        assert selected(seat, it.agent.puncher) == ["direct"]
+        it.agent.path.direct = None
+        assert selected(seat, it.agent.puncher) == ["relay"]
 
 
 async def test_the_relay_carries_again_when_the_search_ends(autojump_clock: MockClock) -> None:
@@ -207,6 +227,10 @@ async def test_of_two_searches_of_one_path_the_newer_has_it(autojump_clock: Mock
         await wait_all_tasks_blocked()
         assert path.direct is None
         hears = path.on_relayed
+        assert it.home.puncher.ice_of(path) is not older.ice
+        assert older.ice.paths.current is not None
+        seat = Seat(it.agent.link.peer, path, it.home.link, ())
+        assert selected(seat, it.home.puncher) == ["relay"]
         older._follow(PathSelected((AGENT, 7), 0, "too late"))
         older._follow(RelayToo(True))
         assert (path.direct, path.relay_too) == (None, False)

@@ -10,7 +10,7 @@ from ztna.core.identity import Identity, Role
 from ztna.net.peer_path import PeerPath
 from ztna.roles.peer_link import PeerLink
 from ztna.roles.punching import Puncher
-from ztna.roles.ways import NONE, RELAY, Way, story_of, way_of
+from ztna.roles.ways import DIRECT, NONE, RELAY, Way, story_of, way_of
 
 
 @attrs.frozen
@@ -38,7 +38,9 @@ class Seat:
             known.append({**relay.to_json(), "state": "up", "mtu": mtu, "selected": used})
         ice = None if puncher is None else puncher.ice_of(self.path)
         if ice is not None:
-            known += [_direct(path, selected=path is ice.paths.current) for path in ice.paths]
+            # It may have chosen another this moment, where packets do not go yet.
+            current = ice.paths.current if way.kind == DIRECT else None
+            known += [_direct(path, selected=path is current) for path in ice.paths]
         return {
             "peer": str(self.identity),
             "up": link is not None,

@@ -192,7 +192,8 @@ class Puncher:
 
     def ice_of(self, path: PeerPath) -> IceAgent | None:
         """What looks for direct paths for the session of a path, for those who only look on."""
-        return next((peer.ice for peer in self._peers if peer.path is path), None)
+        # Of an older session of this peer there may still be another.
+        return next((p.ice for p in self._peers if p.path is path and p.owns_path), None)
 
     def takes_port(self) -> bool:
         """Whether one more local port may be opened to guess with; give it back at its end."""
@@ -237,7 +238,7 @@ class DirectPath:
     _hint: Callable[[], None] | None = None
 
     @property
-    def _owns_path(self) -> bool:
+    def owns_path(self) -> bool:
         """Whether no newer session of this peer has taken the path over."""
         return self._hint is not None and self.path.on_relayed is self._hint
 
@@ -268,7 +269,7 @@ class DirectPath:
         finally:
             self._nursery = None
             self.link.receive_signal = session.on_use = None
-            if self._owns_path:
+            if self.owns_path:
                 path.on_relayed, path.direct, path.port, path.relay_too = None, None, None, False
 
     def flush(self, now: float) -> None:
@@ -285,7 +286,7 @@ class DirectPath:
 
     def _follow(self, event: Event) -> None:
         nursery = self._nursery
-        if nursery is None or not self._owns_path:
+        if nursery is None or not self.owns_path:
             return
         match event:
             case GatherWanted():
