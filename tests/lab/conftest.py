@@ -73,6 +73,7 @@ class Site:
     lab: KernelLab
     deployment: Deployment
     home: Gateway
+    office: Gateway
     relay: Host
     connector: Host
     apps: Host
@@ -111,6 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             lab,
             Deployment(folder, RELAY_ADDRESS),
             home,
+            office,
             relay=lab.public_host("relay", RELAY_ADDRESS),
             connector=lab.host("connector", "10.2.0.2", behind=office),
             apps=lab.host("apps", "10.2.0.3", behind=office),
