@@ -74,6 +74,24 @@ async def test_payloads_both_ways_beside_udp(autojump_clock: MockClock) -> None:
         assert figures["received_packets"] == 1
 
 
+async def test_an_end_in_the_moment_in_which_something_is_sent(autojump_clock: MockClock) -> None:
+    """A proxy that stops ends TCP without a word of TLS, and OpenSSL writes no more once it has
+    seen that. The reader may be told of it in the very round in which the writer has work."""
+    async with open_ends(deployment()) as ends:
+        # Trio's order within a round is by chance.
+        for _ in range(20):
+            stream = await ends.dial()
+            far = await ends.accepted()
+            (transport, _) = ends.tcp.connections[-1]
+            assert isinstance(transport, trio.StapledStream)
+            transport.send_stream.close()
+            assert ends.server.send_nowait([UdpBatch(b"late", 4, far.address)]) == ()
+            await far.closed.wait()
+            assert far.reason in {"closed by the other side", "the connection broke"}
+            await stream.close()
+        assert await ends.dial()
+
+
 async def test_a_session_runs_over_a_stream(autojump_clock: MockClock) -> None:
     async with open_ends(deployment()) as ends, trio.open_nursery() as nursery:
         server = Endpoint(ends.server, clock=lambda: ends.deployment.now)

@@ -124,8 +124,12 @@ class TlsConnection:
             self._incoming.write_eof()
 
     async def send(self, data: bytes) -> None:
-        """Seal and send."""
-        self.tls.write(data)
+        """Seal and send. Raises what the transport raises."""
+        try:
+            self.tls.write(data)
+        except ssl.SSLError as error:
+            # Who receives has met the end, or an error, and has not told yet.
+            raise trio.BrokenResourceError("OpenSSL has ended") from error
         await self.flush()
 
     @property
