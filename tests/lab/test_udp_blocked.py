@@ -49,9 +49,9 @@ def blocked_agent(site: Site, verdict: str) -> Iterator[LoggedProcess]:
 
 
 @contextlib.contextmanager
-def download(site: Site, place: Path) -> Iterator[None]:
+def download(site: Site, place: Path, rate: str = "6M") -> Iterator[None]:
     """A download of some seconds around what happens meanwhile; it comes whole."""
-    words = ("curl", "-sS", "--fail", "--max-time", "120", "--limit-rate", "6M")
+    words = ("curl", "-sS", "--fail", "--max-time", "120", "--limit-rate", rate)
     program = site.guest.popen(*words, "-o", place, f"http://{FILES}/download")
     try:
         yield
