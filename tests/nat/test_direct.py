@@ -263,3 +263,4 @@ async def test_killed_and_started_again(who: str, autojump_clock: MockClock) -> 
                     before = relayed(it)
                     await echoes(user, 150, b"and stays", 1)
                     assert relayed(it) == before
+        assert not any("left in order" in str(each.get("reason")) for each in entries)

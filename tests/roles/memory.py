@@ -40,6 +40,7 @@ from ztna.core.ports import Address, IpPacket, UdpBatch, UdpPort
 from ztna.core.stun_server import LocalEnd, StunServer
 from ztna.errors import ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork, MemoryUdpPort
+from ztna.nat.memory_lab import MemoryLabHost
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.knock import Knocked, KnockResult, is_answer, request
 from ztna.net.stateless_reset import ResetKey
@@ -469,6 +470,12 @@ class World:
     async def kill(self, name: str) -> None:
         """End a role as kill -9 does: nobody hears a goodbye."""
         host = self.relay_host if name == "intermediate" else self.hosts[name]
+        if isinstance(host, MemoryLabHost):
+            host.pull_cable()  # between it and everybody else there is a router
+            self.scopes[name].cancel()
+            await trio.sleep(0.001)
+            host.plug_cable()
+            return
         others = [other for other in (self.relay_host, *self.hosts.values()) if other is not host]
         for other in others:
             self.network.block(host, other)
