@@ -1,10 +1,11 @@
-"""Debian's miniupnpd on a gateway of the kernel laboratory."""
+"""Debian's miniupnpd on a gateway of the kernel laboratory: it maps ports, or opens pinholes in a
+firewall of IPv6."""
 
 import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,25 @@ table inet filter {
 }
 """
 
+# A firewall of IPv6 that lets in what it opens; all of it has to be one chain, as what another one
+# drops is dropped.
+_FIREWALL = """
+table inet filter {
+ chain forward {
+  type filter hook forward priority 0; policy drop;
+  ct state established,related accept
+  iifname != "wan" accept
+  jump miniupnpd
+ }
+ chain miniupnpd { }
+ chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
+ chain prerouting_miniupnpd { }
+ chain postrouting { type nat hook postrouting priority 90; jump postrouting_miniupnpd; }
+ chain postrouting_miniupnpd { }
+}
+"""
+
+_BY_PCP = "Listening for NAT-PMP/PCP"
 _YES = {False: "no", True: "yes"}
 
 
@@ -51,14 +71,7 @@ def miniupnpd(
         f"allow 1024-65535 {router}/24 1024-65535\ndeny 0-65535 0.0.0.0/0 0-65535\n"
     )
     words = (str(PROGRAM), "-d", "-f", file, "-P", folder / "miniupnpd.pid")
-    server = namespace.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert server.stdout is not None
-    heard = ""
-    ready = "HTTP listening on port" if upnp else "Listening for NAT-PMP/PCP"
-    while ready not in heard:
-        line = server.stdout.readline()
-        assert line, heard
-        heard += line
+    server = _started(namespace, words, "HTTP listening on port" if upnp else _BY_PCP)
     # All links of a gateway have this address, so it listens for searches on any one of them; with
     # a member on the first link the kernel gives it those too.
     with namespace.open_socket() as member:
@@ -71,6 +84,45 @@ def miniupnpd(
         finally:
             server.kill()
             server.wait()
+
+
+@contextmanager
+def pinholes(namespace: Namespace, link: str, folder: Path) -> Iterator[None]:
+    """A firewall of IPv6 and the server, which opens it by PCP. link: the interface to the LAN;
+    the other one, `wan`, needs an IPv4 address that anybody has, or it does not serve."""
+    namespace.nft(_FIREWALL)
+    file = folder / "miniupnpd6.conf"
+    file.write_text(
+        f"ext_ifname=wan\nlistening_ip={link}\nenable_natpmp=yes\nenable_upnp=no\n"
+        f"secure_mode=yes\nlease_file={folder / 'leases6'}\n"
+        "uuid=cc2d41e6-98d8-4ef8-b38b-b8bff0c4a70a\n"
+        "allow 1024-65535 10.1.0.1/24 1024-65535\ndeny 0-65535 0.0.0.0/0 0-65535\n"
+    )
+    words = (str(PROGRAM), "-d", "-f", file, "-P", folder / "miniupnpd6.pid")
+    server = _started(namespace, words, _BY_PCP)
+    try:
+        yield
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def open_pinholes(namespace: Namespace) -> str:
+    """What it lets in."""
+    return namespace.run("nft", "list", "chain", "inet", "filter", "miniupnpd").stdout
+
+
+def _started(
+    namespace: Namespace, words: Sequence[str | Path], ready: str
+) -> subprocess.Popen[str]:
+    server = namespace.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert server.stdout is not None
+    heard = ""
+    while ready not in heard:
+        line = server.stdout.readline()
+        assert line, heard
+        heard += line
+    return server
 
 
 def installed_rules(namespace: Namespace) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from tests.nat.miniupnpd import MISSING, OUTER, PROGRAM
+from tests.nat.miniupnpd import MISSING, OUTER, PROGRAM, open_pinholes, pinholes
 from ztna.nat.netns import Namespace, new_name, supported
 
 pytestmark = [
@@ -22,22 +22,6 @@ pytestmark = [
 # It refuses to serve on the documentation's networks, so these are anybody's.
 HOST, ROUTER, STRANGER = "2a0e:0:0:1::2", "2a0e:0:0:1::1", "2a0e::9"
 PORT = 4433
-
-_FIREWALL = """
-table inet filter {
- chain forward {
-  type filter hook forward priority 0; policy drop;
-  ct state established,related accept
-  iifname "lan" accept
-  jump miniupnpd
- }
- chain miniupnpd { }
- chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
- chain prerouting_miniupnpd { }
- chain postrouting { type nat hook postrouting priority 90; jump postrouting_miniupnpd; }
- chain postrouting_miniupnpd { }
-}
-"""
 
 # Says each change, echoes UDP at the port, and ends when its input does.
 USER = """
@@ -104,10 +88,6 @@ class Network:
             user.kill()
             user.communicate()
 
-    def pinholes(self) -> str:
-        words = ("nft", "list", "chain", "inet", "filter", "miniupnpd")
-        return self.gateway.run(*words).stdout
-
 
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[Network]:
@@ -127,11 +107,10 @@ def network(tmp_path: Path) -> Iterator[Network]:
         host.ip(f"addr add {HOST}/64 dev eth0", "route add default via fe80::1 dev eth0", version=6)
         stranger.ip(f"addr add {STRANGER}/64 dev eth0", version=6)
         stranger.ip("route add default via 2a0e::1", version=6)
-        gateway.nft(_FIREWALL)
         gateway.wait_running("lan", "wan")
         host.wait_running("eth0")
         stranger.wait_running("eth0")
-        stack.enter_context(_server(gateway, tmp_path))
+        stack.enter_context(pinholes(gateway, "lan", tmp_path))
         yield Network(gateway, host, stranger)
 
 
@@ -142,29 +121,6 @@ def _namespace(label: str) -> Iterator[Namespace]:
         yield namespace
     finally:
         namespace.close()
-
-
-@contextmanager
-def _server(gateway: Namespace, folder: Path) -> Iterator[None]:
-    file = folder / "miniupnpd.conf"
-    file.write_text(
-        "ext_ifname=wan\nlistening_ip=lan\nenable_natpmp=yes\nenable_upnp=no\nsecure_mode=yes\n"
-        f"lease_file={folder / 'leases'}\nuuid=cc2d41e6-98d8-4ef8-b38b-b8bff0c4a70a\n"
-        "allow 1024-65535 10.1.0.1/24 1024-65535\ndeny 0-65535 0.0.0.0/0 0-65535\n"
-    )
-    words = (str(PROGRAM), "-d", "-f", file, "-P", folder / "pid")
-    server = gateway.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert server.stdout is not None
-    heard = ""
-    try:
-        while "Listening for NAT-PMP/PCP" not in heard:
-            line = server.stdout.readline()
-            assert line, heard
-            heard += line
-        yield
-    finally:
-        server.kill()
-        server.communicate()
 
 
 def said(user: subprocess.Popen[str], word: str) -> list[str]:
@@ -184,8 +140,8 @@ def test_a_pinhole_lets_strangers_in_while_it_is_wanted(network: Network) -> Non
         assert not network.comes_in()
     with network.user("ask") as user:
         assert said(user, "mapped") == [HOST, str(PORT), "fe80::1%eth0", "fe80::1%eth0"]
-        assert network.pinholes().count("accept") == 1
+        assert open_pinholes(network.gateway).count("accept") == 1
         assert network.comes_in()
         _, errors = user.communicate(timeout=20)
         assert user.returncode == 0, errors
-        assert "accept" not in network.pinholes()
+        assert "accept" not in open_pinholes(network.gateway)
