@@ -10,6 +10,7 @@ from ztna.core.identity import Identity
 from ztna.core.ports import IpPacket
 from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
+from ztna.roles.handover import Retired
 from ztna.roles.peer_link import PeerLink
 
 
@@ -28,8 +29,9 @@ class Peer:
     """One connector. offered: services that it is to carry, by the intermediate's word. granted: of
     these, those that we want and that it may answer for.
 
-    session_id: what this peer session is called in signalling. link: the session in use. newest:
-    the session that was begun last. host: where the intermediate sees the connector.
+    session_id: what this peer session is called in signalling. link: the session in use. retired:
+    the one before. newest: the session that was begun last. host: where the intermediate sees the
+    connector.
     """
 
     identity: Identity
@@ -38,11 +40,18 @@ class Peer:
     offered: Sequence[str] = ()
     granted: frozenset[str] = frozenset()
     link: PeerLink | None = None
+    retired: Retired = attrs.Factory(Retired)
     newest: Session | None = None
     host: str = ""
     failure: str = ""
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     reachable: trio.Event = attrs.Factory(trio.Event)
+
+    def close(self, code: int, reason: str) -> None:
+        """End the session in use, and the one before."""
+        for link in (self.link, self.retired.link):
+            if link is not None:
+                link.session.close(code, reason)
 
     def carries(self, service_id: str) -> bool:
         """Whether packets for a service may go to this peer now."""

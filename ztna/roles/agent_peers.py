@@ -174,8 +174,7 @@ class AgentPeers:
     def close_all(self, code: int, reason: str) -> None:
         """End all sessions; they are begun anew where they may."""
         for peer in self._peers.values():
-            if peer.link is not None:
-                peer.link.session.close(code, reason)
+            peer.close(code, reason)
 
     def keep_control_awake(self) -> None:
         """The relay's channel follows the control session: while peers are in use, that one must
@@ -246,8 +245,7 @@ class AgentPeers:
             log.info("relay channel closed", peer=str(peer.identity), reason=message.reason[:200])
             if message.withdrawn:
                 self._peers.pop(peer.identity)
-                if peer.link is not None:
-                    peer.link.session.close(CloseCode.GOODBYE, "no longer needed")
+                peer.close(CloseCode.GOODBYE, "no longer needed")
                 peer.scope.cancel()
 
     async def _keep(self, peer: Peer) -> None:
@@ -277,15 +275,22 @@ class AgentPeers:
         return peer.newest
 
     async def _attempt(self, peer: Peer, succeeded: Callable[[], None]) -> float:
-        """Sessions of which each was begun beside the one before, until one leaves no successor."""
         await peer.reachable.wait()
+        async with trio.open_nursery() as retired:
+            await self._follow(peer, succeeded, retired)
+        return 0.0
+
+    async def _follow(
+        self, peer: Peer, succeeded: Callable[[], None], retired: trio.Nursery
+    ) -> None:
+        """Sessions of which each was begun beside the one before, until one leaves no successor."""
         session: Session | None = self._connect(peer)
         while session is not None:
             successor: list[Session] = []
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch, peer, session, successor, nursery.cancel_scope)
-                    await self._serve(peer, session, succeeded)
+                    await self._serve(peer, session, succeeded, successor, retired)
             except* RETRIED as group:
                 if not successor:
                     peer.failure = words_of(group)
@@ -298,7 +303,6 @@ class AgentPeers:
                     rival.close(CloseCode.GOODBYE, "not needed")
                 raise SessionClosedError(peer.failure) from None
             session = successor[0] if successor else None
-        return 0.0
 
     async def _watch(
         self,
@@ -332,9 +336,16 @@ class AgentPeers:
         except* SessionClosedError:
             pass  # the running session's end is told by `_serve`
 
-    async def _serve(self, peer: Peer, session: Session, succeeded: Callable[[], None]) -> None:
-        """One session from its handshake to its end. Raises UnreachableError, SessionClosedError
-        or RemoteProtocolError, whatever ended it."""
+    async def _serve(
+        self,
+        peer: Peer,
+        session: Session,
+        succeeded: Callable[[], None],
+        successor: Sequence[Session],
+        retired: trio.Nursery,
+    ) -> None:
+        """One session from its handshake to its end, or until a successor takes over. Raises
+        UnreachableError, SessionClosedError or RemoteProtocolError, whatever ended it."""
         link: PeerLink | None = None
         try:
             link = await self._open(peer, session)
@@ -361,7 +372,10 @@ class AgentPeers:
                 closed = await session.wait_closed()
                 raise SessionClosedError(f"session ended: {closed.reason}")
         finally:
-            session.close(CloseCode.GOODBYE, "")
+            if successor and link is not None and link.up and not session.closed:
+                retired.start_soon(peer.retired.keep, link, CloseCode.GOODBYE, "")
+            else:
+                session.close(CloseCode.GOODBYE, "")
             if link is not None and peer.link is link:
                 peer.link = None
                 self.handler.peers_changed()
@@ -412,7 +426,7 @@ class AgentPeers:
             for service_id, packet in link.receive_messages(messages, trio.current_time())
             if service_id in peer.granted
         ]
-        if packets and peer.link is link:
+        if packets and link in (peer.link, peer.retired.link):
             self.handler.peer_packets(packets)
 
 

@@ -41,6 +41,7 @@ from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
+from ztna.roles.handover import Retired
 from ztna.roles.health import HealthDesk
 from ztna.roles.inner_relay import InnerRelay
 from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
@@ -58,6 +59,8 @@ HELLO_DEADLINE = 5.0
 KEPT = 180.0
 # Seconds; our choice: several round trips of the pump, little for who waits for a new service.
 LAST_WORDS = 0.1
+# Seconds, our choice: how long the socket may hold up an end.
+SEND_PATIENCE = 0.5
 
 Offers = Mapping[str, OfferedService]
 Backends = Mapping[str, Address]
@@ -68,9 +71,9 @@ class AgentSide:
     """What a connector keeps for one agent.
 
     granted: services by the intermediate's word. addresses: tunnel addresses that the agent's
-    packets may come from, packed. link: its session, while there is one. host: where the
-    intermediate sees it. told_by: the control session that announced it last. left_at: when it was
-    found to be neither here nor expected, s.
+    packets may come from, packed. link: its session, while there is one. retired: the one before.
+    host: where the intermediate sees it. told_by: the control session that announced it last.
+    left_at: when it was found to be neither here nor expected, s.
     """
 
     identity: Identity
@@ -80,6 +83,7 @@ class AgentSide:
     granted: frozenset[str] = frozenset()
     addresses: frozenset[bytes] = frozenset()
     link: PeerLink | None = None
+    retired: Retired = attrs.Factory(Retired)
     host: str = ""
     told_by: ControlLink | None = None
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
@@ -219,8 +223,9 @@ class ConnectorPeers:
             if message.withdrawn:
                 side.granted = frozenset()
                 self._settle(side)
-                if side.link is not None:
-                    side.link.session.close(CloseCode.EXPIRED, "the right to this session is gone")
+                for link in (side.link, side.retired.link):
+                    if link is not None:
+                        link.session.close(CloseCode.EXPIRED, "the right to this session is gone")
 
     def _new_side(self, identity: Identity) -> AgentSide | None:
         if len(self._agents) >= MAX_AGENTS or self._nursery is None:
@@ -336,13 +341,7 @@ class ConnectorPeers:
         match message:
             case Hello() if not link.up:
                 self._receive_hello_untrusted(side, link, message)
-                nursery.start_soon(self._send_answers, side, link)
-                if self.puncher is not None:
-                    nursery.start_soon(
-                        functools.partial(
-                            self.puncher.keep, link, side.path, controlling=False, host=side.host
-                        )
-                    )
+                nursery.start_soon(self._use, side, link)
             case Health() if link.up:
                 offer = side.terminator.table.services.get(message.service)
                 backend = None if offer is None else side.terminator.backends[offer.id]
@@ -359,9 +358,11 @@ class ConnectorPeers:
         link.encapsulator.features = features
         link.up = True
         older, side.link = side.link, link
-        if older is not None:
+        if older is not None and self._nursery is not None:
+            older.in_use.cancel()
             older.send(Goodbye("replaced"))
-            older.session.close(CloseCode.REPLACED, "replaced by a newer session of this agent")
+            words = "replaced by a newer session of this agent"
+            self._nursery.start_soon(side.retired.keep, older, CloseCode.REPLACED, words)
         now = datetime.datetime.now(datetime.UTC).isoformat()
         link.send(Accepted(VERSION, tuple(sorted(features)), side.identity.uri, now))
         self._settle(side)
@@ -371,7 +372,7 @@ class ConnectorPeers:
         link.said_hello.set()
 
     def _receive_datagrams(self, side: AgentSide, link: PeerLink, messages: list[bytes]) -> None:
-        if side.link is not link:
+        if link not in (side.link, side.retired.link):
             return
         if self.control is not None:
             # The relay's channels follow that session: it must notice at once that our address is
@@ -387,13 +388,29 @@ class ConnectorPeers:
         if packets:
             side.terminator.receive_packets(packets)
 
+    async def _use(self, side: AgentSide, link: PeerLink) -> None:
+        """What goes on while this is the agent's newest session."""
+        with link.in_use:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_answers, side, link)
+                if self.puncher is not None:
+                    nursery.start_soon(
+                        functools.partial(
+                            self.puncher.keep, link, side.path, controlling=False, host=side.host
+                        )
+                    )
+
     async def _send_answers(self, side: AgentSide, link: PeerLink) -> None:
         """Take what the agent's flows have to say to its session, no faster than it goes out."""
         while True:
             await link.session.wait_datagram_room()
             packets = await side.terminator.packets_to_send(SEND_BATCH)
             labels = link.labels
-            await link.send_packets([(labels[i], packet) for i, packet in packets if i in labels])
+            # What was taken is sent, also where another session takes over in this moment.
+            with trio.move_on_after(SEND_PATIENCE, shield=True):
+                await link.send_packets(
+                    [(labels[i], packet) for i, packet in packets if i in labels]
+                )
 
 
 def _service_map(link: PeerLink) -> ServiceMap:

@@ -39,6 +39,7 @@ class PeerLink:
     """One peer session. peer: who the other end is, verified.
 
     services: id of each service, by the number that packets carry. up: whether packets may flow.
+    in_use: what is to end when another session takes over.
     """
 
     session: Session
@@ -55,6 +56,7 @@ class PeerLink:
     said_hello: trio.Event = attrs.Factory(trio.Event)
     receive_signal: Callable[[IceMessage], None] | None = None
     health: HealthAsks = attrs.Factory(HealthAsks)
+    in_use: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
     def set_services(self, services: Mapping[int, str]) -> None:
         """The services that this session carries, by number."""
