@@ -205,6 +205,35 @@ async def test_what_the_proxy_refuses_is_told(case: Case, autojump_clock: MockCl
         assert tried == 1
 
 
+@pytest.mark.parametrize("password", ["hush", "hush, wrongly"])
+async def test_a_connector_behind_a_proxy(password: str, autojump_clock: MockClock) -> None:
+    """It registers, or says in its status why not."""
+    trio.socket.set_custom_hostname_resolver(NoDns())
+    with capture_logs() as logs:
+        async with open_world(POLICY) as world:
+            tcp = world.tcp = ProxiedTcp(nursery=world.nursery, names={NAME: RELAY})
+            tcp.proxy.login, world.proxy = "me:hush", Proxy(*PROXY, "me", password)
+            world.relay_name = NAME
+            await world.start_intermediate()
+            world.hosts["home"] = world.network.host("192.0.2.1")
+            block(world, "home")
+            await world.start_connector(SERVICES)
+            await trio.sleep(12)
+            (status,) = await world.ask("home", ask="status")
+            good = password == "hush"
+            assert over_tls(world) == ({"home"} if good else set())
+            assert status["intermediate"]["up"] is good
+            world.nursery.cancel_scope.cancel()
+    words = (
+        "the HTTP proxy 203.0.113.200:3128 does not take the name and password that it was given"
+    )
+    found, todo = status["intermediate"]["found"], status["intermediate"]["todo"]
+    assert (f"UDP finds no way to {NAME}:4433, and {words}" in found) is not good
+    assert (todo == "correct them in `intermediate.proxy`") is not good
+    assert any(words in entry["reason"] for entry in lines(logs, "trying again")) is not good
+    assert "hush" not in str(logs) + str(status)
+
+
 async def test_refusals_are_asked_about_again_later(autojump_clock: MockClock) -> None:
     """A minute later, or at once when the network is another."""
     async with open_office(NAME, "me:hush") as (world, tcp, host):
