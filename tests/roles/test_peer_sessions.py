@@ -85,6 +85,25 @@ async def test_the_relay_sees_nothing_of_what_it_carries(autojump_clock: MockClo
         assert counts["forwarded"] == 0, "nothing reached the intermediate's own sessions"
 
 
+async def test_an_agent_that_leaves_says_so_to_its_peers_first(autojump_clock: MockClock) -> None:
+    """The relay closes their channels with its own session: what comes later is lost."""
+    async with deployment() as (world, agent):
+        with trio.fail_after(30):
+            async with UserHost.open(agent) as user:
+                await ask(user)
+            await trio.sleep(5)
+            seen: list[int] = []
+
+            def capture(now: float, batch: WireBatch) -> None:
+                if batch.source[0] == world.hosts["laptop"].address:
+                    seen.append(batch.data[0])
+
+            world.network.captures.append(capture)
+            world.stop("laptop")
+            await trio.sleep(0.01)
+        assert seen.index(0x80) < min(n for n, first in enumerate(seen) if first != 0x80)
+
+
 async def test_a_plain_packet_is_not_relayed(autojump_clock: MockClock) -> None:
     """What is not encrypted end to end goes nowhere, unless the operator says so."""
     async with deployment() as (world, _):

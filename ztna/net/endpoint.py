@@ -489,7 +489,8 @@ class Endpoint:
     async def _say_goodbye(self) -> None:
         now = trio.current_time()
         batches: list[UdpBatch] = []
-        for session in self.sessions():
+        # Peers first: a relay closes their channels at the end of the session with it.
+        for session in sorted(self.sessions(), key=lambda it: it.remote_address not in self.paths):
             batches += session.say_goodbye(now)
             self._table.forget(session)
         if self._listener is not None:
