@@ -114,6 +114,8 @@ async def test_a_slow_proxy(delay: float, autojump_clock: MockClock) -> None:
             (stage,) = [each for each in answer["stages"] if each["state"] == "degraded"]
             assert "takes connections to TCP port 443, so it is up, and is silent" in stage["found"]
     assert lines(logs, "trying again") == []
+    (told,) = lines(logs, "the proxy is slow")
+    assert told["seconds"] == pytest.approx(delay, abs=0.1)
 
 
 async def test_a_proxy_that_leaves_the_first_attempt_without_an_answer(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
 
 import attrs
+import structlog
 import trio
 
 from ztna.core.addresses import format_address
@@ -24,6 +25,10 @@ from ztna.pki import Credentials
 
 # Our choice, s: a proxy that does not take our password may lock out who tries it often.
 REFUSED_PAUSE = 60.0
+# Our choice, s: longer than a lost SYN costs (RFC 6298 section 2), so something a person may mend.
+SLOW = 3.0
+
+log = structlog.get_logger(__name__)
 
 
 @attrs.define(eq=False)
@@ -67,6 +72,9 @@ class StreamDialer:
         finally:
             self._asked.remove(begun)
         self._refusal = None
+        took = trio.current_time() - begun
+        if took >= SLOW:
+            log.warning("the proxy is slow", proxy=str(self.proxy), seconds=round(took, 1))
         return stream
 
     def network_changed(self) -> None:
