@@ -229,6 +229,17 @@ async def test_what_the_network_refuses_is_counted(error: int, counter: str) -> 
     assert port.statistics()["sent_packets"] == 1
 
 
+async def test_a_shorter_last_segment_may_fit() -> None:
+    """The kernel refuses all of them for the size of the first, as probes of an MTU that arrive
+    together at a relay whose next link takes the smaller ones."""
+    port, sock = refusing_port(errno.EMSGSIZE, errno.EAGAIN)
+    await port.send([UdpBatch(b"x" * 250, 100, FROM)])
+    port.close()
+    assert sock.calls == [(250, True), (50, False), (50, False)]
+    assert port.statistics()["send_too_large"] == 2
+    assert (port.statistics()["sent_packets"], port.statistics()["sent_bytes"]) == (1, 50)
+
+
 async def test_our_own_mistakes_are_raised() -> None:
     port, _sock = refusing_port(errno.EFAULT)
     with pytest.raises(OSError, match="no"):

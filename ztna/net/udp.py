@@ -198,6 +198,15 @@ class SocketUdpPort:
             return
         control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("H", segment))]
         error = self._send_once(piece, control, address)
+        if error == errno.EMSGSIZE and (last := len(piece) % segment):
+            # The whole piece is refused for its segments; the last one is shorter, and may fit.
+            full = len(piece) - last
+            self._count_sent(error, full, full // segment)
+            try:
+                self._send_piece(memoryview(piece)[full:], segment, address)
+            except _SocketFullError:
+                raise _SocketFullError(full) from None
+            return
         if error not in (errno.EIO, errno.EINVAL):
             self._count_sent(error, len(piece), math.ceil(len(piece) / segment))
             return
