@@ -1,13 +1,16 @@
-"""A site whose links can be made to take less than Ethernet, and three users on it at once:
+"""A site whose links can be made to take less than Ethernet, and four users on it at once:
 
     laptop, desk, phone -- NAT "home" --- public router --- NAT "office" -- connector, apps
                                                |
-                                      relay 198.51.100.10
-    phone -- firewall (IPv6) ----- public router of IPv6 ----- firewall (IPv6) -- connector
+                                             relay
+                                               |
+    phone, tablet -- firewall (IPv6) ---- public router ---- firewall (IPv6) -- connector
+                                            of IPv6
 
-The laptop goes directly over IPv4, the phone over IPv6, and the desk's agent has direct paths
-switched off. A link is narrowed by a rule that drops what is longer and says nothing, by routers
-that answer with ICMP, or by the MTU of a host's own interface.
+The laptop goes directly over IPv4, the phone over IPv6. The agents of desk and tablet have direct
+paths switched off; the tablet reaches the relay over IPv6, and the connector does over IPv4. A link
+is narrowed by a rule that drops what is longer and says nothing, by routers that answer with ICMP,
+or by the MTU of a host's own interface.
 """
 
 import hashlib
@@ -31,7 +34,7 @@ from ztna.core.identity import Role
 from ztna.nat.kernel_lab import Host
 from ztna.nat.kernel_nat import KernelGateway, KernelNatLab
 from ztna.nat.link import LinkSpec
-from ztna.nat.spec import FIREWALL, PORT_RESTRICTED, NatSpec
+from ztna.nat.spec import FIREWALL, OPEN, PORT_RESTRICTED, NatSpec
 from ztna.roles.local import socket_path
 
 FILE_BYTES = 2 << 20
@@ -44,7 +47,13 @@ _SERVICES: Mapping[str, Mapping[str, object]] = {
     "echo": {"virtual_ip": ECHO, "port": ECHO_PORT, "protocol": "udp"},
     "files": {"virtual_ip": FILES, "port": 80, "protocol": "tcp"},
 }
-WAYS = {"laptop": "direct over IPv4", "desk": "relay", "phone": "direct over IPv6"}
+WAYS = {
+    "laptop": "direct over IPv4",
+    "phone": "direct over IPv6",
+    "desk": "relay over IPv4",
+    "tablet": "relay over IPv6",
+}
+IPV6_USERS = ("phone", "tablet")
 
 
 def _ask_paths(role: Role, file: Path) -> list[dict[str, Any]]:
@@ -61,10 +70,8 @@ def _ask_paths(role: Role, file: Path) -> list[dict[str, Any]]:
 def _used(peer: Mapping[str, Any]) -> tuple[str, int | None]:
     """The path in use, in words, and its MTU."""
     (used,) = [each for each in peer["paths"] if each["selected"]]
-    words = str(used["kind"])
-    if words == "direct":
-        words += " over IPv6" if used["address"].startswith("[") else " over IPv4"
-    return words, used["mtu"]
+    version = "IPv6" if used["address"].startswith("[") else "IPv4"
+    return f"{used['kind']} over {version}", used["mtu"]
 
 
 @attrs.define(eq=False)
@@ -154,8 +161,8 @@ class MtuSite(RunningRoles):
 
     def set_uplinks(self, mtu: int) -> None:
         """The MTU of the users' own interfaces."""
-        for host in self.users.values():
-            for interface in ("eth0", "eth1") if host is self.users["phone"] else ("eth0",):
+        for name, host in self.users.items():
+            for interface in ("eth0", "eth1") if name in IPV6_USERS else ("eth0",):
                 host.namespace.ip(f"link set {interface} mtu {mtu}")
 
     def figures(self) -> dict[str, tuple[str, int | None]]:
@@ -171,10 +178,17 @@ class MtuSite(RunningRoles):
     def wait_for_figures(self, mtu: int) -> None:
         """Wait until both sides of all show this figure, on the way that they should take."""
         wanted = {name: (WAYS[name], mtu) for name in self.users}
-        wanted |= {f"office to {name}": of for name, of in wanted.items()}
+        wanted |= {f"office to {name}": of for name, of in wanted.items() if name != "tablet"}
+        # Of what goes to the tablet the office sees the headers of IPv4, 20 bytes less than those
+        # on the tablet's link. So 1,500 bytes do not pass, and the search for the most takes 6 s.
+        possible = range({1500: 1420, 1280: 1260}[mtu], mtu - 20 + 1)
         end = time.monotonic() + PATIENCE
-        while (found := self.figures()) != wanted:
-            assert time.monotonic() < end, f"{found} and not {wanted}"
+        while True:
+            found = self.figures()
+            way, figure = found.pop("office to tablet", ("none", None))
+            if found == wanted and way == "relay over IPv4" and figure in possible:
+                return
+            assert time.monotonic() < end, f"{found} and not {wanted}; {way} of {figure}"
             time.sleep(0.1)
 
     def fetch(self, folder: Path) -> "Downloads":
@@ -216,12 +230,15 @@ def build(lab: KernelNatLab, folder: Path) -> MtuSite:
     connector = lab.host(behind=office)
     users = {name: lab.host(behind=home) for name in WAYS}
     firewall, _ = second_uplink(lab, users["phone"], FIREWALL)
+    _attach_second(users["tablet"], firewall)
     other_firewall, connector6 = second_uplink(lab, connector, FIREWALL)
+    _, relay6 = second_uplink(lab, relay, OPEN)
+    legacy = [host for name, host in users.items() if name not in IPV6_USERS]
     # Else either of its paths might be chosen.
     users["phone"].block(office.address)
     for host in (relay, connector, *users.values()):
         # A rule would see many packets as one, before it is cut.
-        for interface in ("eth0", "eth1") if host in (connector, users["phone"]) else ("eth0",):
+        for interface in ("eth0", "eth1") if host not in legacy else ("eth0",):
             host.run("ethtool", "-K", interface, "tx-udp-segmentation", "off", "gso", "off")
     site = MtuSite(
         Deployment(folder, RELAY),
@@ -238,7 +255,7 @@ def build(lab: KernelNatLab, folder: Path) -> MtuSite:
     start_files(site)
     words = (PYTHON, "-m", "ztna.nat.applications", site.apps.address)
     start(site.apps, "apps", folder / "apps.log", *words).wait_for(READY)
-    _write_configuration(site)
+    _write_configuration(site, relay6)
     for role in ("intermediate", "connector"):
         site.start(role)
     return site
@@ -247,14 +264,18 @@ def build(lab: KernelNatLab, folder: Path) -> MtuSite:
 def second_uplink(lab: KernelNatLab, host: Host, nat: NatSpec) -> tuple[KernelGateway, str]:
     """Give a host an interface, `eth1`, behind a gateway of IPv6; return that, and its address."""
     gateway = lab.gateway(attrs.evolve(nat, ip_version=6))
+    return gateway, _attach_second(host, gateway)
+
+
+def _attach_second(host: Host, gateway: KernelGateway) -> str:
     address = gateway.pool.take()
     end = gateway.inside.attach(host.namespace, "eth1", address)
     gateway.inside.namespace.wait_running(end)
     host.namespace.wait_running("eth1")
-    return gateway, address
+    return address
 
 
-def _write_configuration(site: MtuSite) -> None:
+def _write_configuration(site: MtuSite, relay6: str) -> None:
     deployment = site.deployment
     deployment.create_authority()
     rules: list[Mapping[str, object]] = [
@@ -264,13 +285,14 @@ def _write_configuration(site: MtuSite) -> None:
     wanted = [{"id": name, **service} for name, service in _SERVICES.items()]
     backends = {"echo": f"{site.apps.address}:{ECHO_PORT}", "files": f"{site.apps.address}:8081"}
     provided = [{**each, "backend": backends[str(each["id"])]} for each in wanted]
-    site.files["intermediate"] = deployment.write(
-        "intermediate", "relay", deployment.intermediate(rules)
-    )
+    intermediate = {**deployment.intermediate([*rules]), "bind": "::"}
+    site.files["intermediate"] = deployment.write("intermediate", "relay", intermediate)
     site.files["connector"] = deployment.write(
         "connector", "office", deployment.client("connector", "office", [*provided])
     )
     for name, way in WAYS.items():
         config = deployment.client("agent", name, [*wanted])
-        config["direct"] = {"enabled": way != "relay"}
+        config["direct"] = {"enabled": way.startswith("direct")}
+        if way == "relay over IPv6":
+            config["intermediate"] = {"host": relay6, "server_name": RELAY}
         site.files[name] = deployment.write("agent", name, config)
