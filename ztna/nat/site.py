@@ -29,7 +29,7 @@ from ztna.nat.link import LinkSpec
 from ztna.nat.netns import supported
 from ztna.nat.spec import NatSpec
 
-INTERMEDIATE = "198.51.100.10"
+INTERMEDIATE, INTERMEDIATE_TOO = "198.51.100.10", "198.51.100.11"
 ECHO_IP, WEB_IP = "10.100.0.1", "10.100.0.2"
 AGENT_NAME, CONNECTOR_NAME = "laptop", "office"
 
@@ -130,6 +130,15 @@ class Site:
         agent = self.start_agent()
         agent.wait_for(REGISTERED, times=len(_SERVICES))
         agent.wait_for(CONFIGURED)
+
+    def use_two_addresses(self) -> None:
+        """Have the intermediate, once it is started, tell clients by its two IP addresses apart
+        whose NATs map by address alone (RFC 5780 section 4.3)."""
+        host, file = self.intermediate, self.files.intermediate
+        host.namespace.ip(f"addr add {INTERMEDIATE_TOO}/32 dev {host.interface}")
+        host.router.namespace.ip(f"route add {INTERMEDIATE_TOO}/32 dev {host.router_end}")
+        fields = json.loads(file.read_text())
+        file.write_text(json.dumps({**fields, "stun": {"alternate_ip": INTERMEDIATE_TOO}}))
 
     def start_servers(self) -> None:
         """Start the applications and the intermediate, and wait for them."""

@@ -173,6 +173,7 @@ def measure_in_kernel(pair: Pair, files: Files, conditions: Conditions) -> PairO
     Raises SystemSetupError where there can be no such laboratory.
     """
     with open_site(files, *pair, conditions.uplink) as site:
+        site.use_two_addresses()
         site.start_servers()
         return PairOutcome(*pair, [_run_in_kernel(site) for _ in range(conditions.runs)])
 
