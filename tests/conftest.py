@@ -22,6 +22,7 @@ structlog.configure(
         ),
     ]
 )
+_LOGS = structlog.get_config()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how long tests/nat/test_flapping.py lasts on the virtual clock",
     )
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> None:
+    """Also after a test of the program's own logs."""
+    structlog.configure(**_LOGS)
 
 
 @pytest.fixture(autouse=True)
