@@ -57,6 +57,13 @@ def reason_to_skip() -> str | None:
     return f"missing programs: {', '.join(missing)}" if missing else None
 
 
+def ping_five_times(host: Host, target: str, *options: str) -> None:
+    """One program for each: after the last of several, ping waits for one interval or two round
+    trips alone, whatever -W says, and calls what is a little later lost (ping(8))."""
+    for _ in range(5):
+        host.run("ping", "-n", "-c", "1", "-W", "2", *options, target)
+
+
 def wait_for_growth(file: Path, size: int) -> None:
     """Wait until a program has written so many bytes to a file."""
     end = time.monotonic() + GROWTH_DEADLINE

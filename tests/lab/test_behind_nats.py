@@ -28,7 +28,7 @@ from scripts.lab.deployment import (
     LoggedProcess,
     start,
 )
-from tests.lab.conftest import reason_to_skip, wait_for_growth
+from tests.lab.conftest import ping_five_times, reason_to_skip, wait_for_growth
 from ztna.nat.kernel_lab import Host
 from ztna.nat.kernel_nat import KernelGateway, KernelNatLab
 from ztna.nat.spec import CGNAT, FULL_CONE, PORT_RESTRICTED, SYMMETRIC, NatSpec
@@ -174,8 +174,7 @@ def test_curl_ping_and_large_datagrams(world: World, name: str) -> None:
     agent = world.hosts[name]
     page = agent.run("curl", "-sS", "--fail", "--max-time", "10", f"http://{WEB}/")
     assert page.stdout == "Hello from a web server behind the connector's NAT.\n"
-    answer = agent.run("ping", "-c", "5", "-i", "0.05", "-W", "1", ECHO)
-    assert " 0% packet loss" in answer.stdout
+    ping_five_times(agent, ECHO)
     with agent.namespace.open_socket() as udp:
         udp.settimeout(5)
         udp.connect((ECHO, 9999))

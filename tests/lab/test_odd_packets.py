@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tests.lab.conftest import ECHO, WEB, Site, reason_to_skip
+from tests.lab.conftest import ECHO, WEB, Site, ping_five_times, reason_to_skip
 from tests.lab.test_tunnel import echo, twin, udp_socket
 
 pytestmark = [
@@ -32,8 +32,7 @@ HOPS = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("options", [("-R",), ("-T", "tsonly")], ids=["route", "time"])
 def test_ip_options(site: Site, options: tuple[str, ...]) -> None:
-    answer = site.agent.run("ping", "-n", "-c", "3", "-i", "0.05", "-W", "1", *options, ECHO)
-    assert " 0% packet loss" in answer.stdout
+    ping_five_times(site.agent, ECHO, *options)
 
 
 @pytest.mark.parametrize(

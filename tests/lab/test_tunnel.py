@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 
 from scripts.lab.deployment import REFUSED, ZTNA, start
-from tests.lab.conftest import DOWNLOAD_BYTES, ECHO, FILES, IPERF, WEB, Site, reason_to_skip
+from tests.lab.conftest import (
+    DOWNLOAD_BYTES,
+    ECHO,
+    FILES,
+    IPERF,
+    WEB,
+    Site,
+    ping_five_times,
+    reason_to_skip,
+)
 from ztna.nat.kernel_lab import Host
 
 pytestmark = [
@@ -105,8 +114,7 @@ def test_twenty_at_once(site: Site) -> None:
 
 @pytest.mark.parametrize("target", [WEB, ECHO, twin(WEB)])
 def test_ping(site: Site, target: str) -> None:
-    answer = site.agent.run("ping", "-c", "5", "-i", "0.05", "-W", "1", target)
-    assert " 0% packet loss" in answer.stdout
+    ping_five_times(site.agent, target)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1_200, 1_472, 9_000, 60_000])
