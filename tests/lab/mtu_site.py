@@ -14,12 +14,10 @@ or by the MTU of a host's own interface.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +37,6 @@ from ztna.roles.local import socket_path
 
 FILE_BYTES = 2 << 20
 RATE = "1M"  # bytes a second, so that a download has a middle
-INTERVAL = 0.02  # s
 LARGE = 1230  # 1,258 bytes of IP inside the tunnel, and more than 1,280 outside
 PATIENCE = 15.0  # s
 SILENCE = 1.5  # s; a second is the issue's, from a broken path to another
@@ -72,49 +69,6 @@ def _used(peer: Mapping[str, Any]) -> tuple[str, int | None]:
     (used,) = [each for each in peer["paths"] if each["selected"]]
     version = "IPv6" if used["address"].startswith("[") else "IPv4"
     return f"{used['kind']} over {version}", used["mtu"]
-
-
-@attrs.define(eq=False)
-class LargePings:
-    """Large echoes every 20 ms from one host; when answers came."""
-
-    host: Host
-    answers: list[float] = attrs.field(factory=list)
-    _end: threading.Event = attrs.field(factory=threading.Event)
-    _thread: threading.Thread = attrs.field(init=False)
-
-    def __enter__(self) -> "LargePings":
-        self._thread = threading.Thread(target=self._ask)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _ask(self) -> None:
-        with self.host.namespace.open_socket() as udp:
-            udp.settimeout(INTERVAL)
-            while not self._end.is_set():
-                udp.sendto(bytes(LARGE), (ECHO, ECHO_PORT))
-                try:
-                    udp.recvfrom(2048)
-                except TimeoutError:
-                    continue
-                self.answers.append(time.monotonic())
-                self._end.wait(INTERVAL)
-
-    def wait_for(self, count: int) -> None:
-        """Wait until so many more answers have come."""
-        wanted, end = len(self.answers) + count, time.monotonic() + PATIENCE
-        while len(self.answers) < wanted:
-            assert time.monotonic() < end, "large packets are not answered"
-            time.sleep(INTERVAL)
-
-    def longest_gap(self, since: float) -> float:
-        """s between two answers, after that moment."""
-        times = [since, *(each for each in self.answers if each > since)]
-        return max(after - before for before, after in itertools.pairwise(times))
 
 
 @attrs.define(eq=False)

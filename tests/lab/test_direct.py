@@ -1,18 +1,15 @@
 """Direct paths of real processes behind NATs in the kernel: found, cut, and found again."""
 
-import itertools
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 import pytest
 
 from tests.lab.conftest import reason_to_skip
+from tests.lab.echo_stream import EchoStream
 from ztna.nat.applications import ECHO_PORT
 from ztna.nat.deployment import DIRECT, LoggedProcess
-from ztna.nat.kernel_lab import Host
 from ztna.nat.site import ECHO_IP, Site, open_site, prepare
 from ztna.nat.spec import PORT_RESTRICTED
 
@@ -23,43 +20,6 @@ pytestmark = [
 ]
 
 RELAYED = "Path selected: RELAY"
-INTERVAL = 0.02
-
-
-@attrs.define(eq=False)
-class Pings:
-    """An echo every 20 ms from a host, and when the answers came."""
-
-    host: Host
-    answers: list[float] = attrs.field(factory=list)
-    _end: threading.Event = attrs.field(factory=threading.Event)
-    _thread: threading.Thread = attrs.field(init=False)
-
-    def __enter__(self) -> "Pings":
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        with self.host.namespace.open_socket() as udp:
-            udp.settimeout(INTERVAL)
-            while not self._end.is_set():
-                udp.sendto(b"?", (ECHO_IP, ECHO_PORT))
-                try:
-                    udp.recvfrom(64)
-                except TimeoutError:
-                    continue
-                self.answers.append(time.monotonic())
-                self._end.wait(INTERVAL)
-
-    def longest_gap(self, since: float) -> float:
-        """s between two answers, after that moment."""
-        times = [since, *(each for each in self.answers if each > since)]
-        return max(after - before for before, after in itertools.pairwise(times))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +42,7 @@ def test_direct_then_cut_then_direct(site: Site) -> None:
         role.wait_for(RELAYED)
         role.wait_for(DIRECT)
     home, office = site.lab.gateways
-    with Pings(site.agent) as pings:
+    with EchoStream(site.agent, (ECHO_IP, ECHO_PORT)) as pings:
         time.sleep(2)
         cut_at = time.monotonic()
         home.outside.block(office.address)
@@ -107,7 +67,7 @@ def test_intermediate_stops_while_direct(site: Site) -> None:
     (intermediate,) = [
         each for each in site.files.deployment.processes if "intermediate" in each.name
     ]
-    with Pings(site.agent) as pings:
+    with EchoStream(site.agent, (ECHO_IP, ECHO_PORT)) as pings:
         time.sleep(1)
         intermediate.kill()
         killed_at = time.monotonic()

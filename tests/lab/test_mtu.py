@@ -15,8 +15,9 @@ import pytest
 from scripts.lab.deployment import ZTNA
 from scripts.lab.recovery_site import ECHO, ECHO_PORT
 from tests.lab.conftest import reason_to_skip
+from tests.lab.echo_stream import EchoStream
 from tests.lab.forged_icmp import forge_too_big, wait_for_large_packet
-from tests.lab.mtu_site import FILE_BYTES, SILENCE, LargePings, MtuSite, build
+from tests.lab.mtu_site import FILE_BYTES, LARGE, SILENCE, MtuSite, build
 from ztna.nat.kernel_lab import Host
 from ztna.nat.kernel_nat import KernelNatLab
 
@@ -34,10 +35,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MtuSite]:
 
 
 @contextlib.contextmanager
-def large_pings(site: MtuSite) -> Iterator[list[LargePings]]:
+def large_pings(site: MtuSite) -> Iterator[list[EchoStream]]:
     """Of every user at once."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(LargePings(host)) for host in site.users.values()]
+        yield [
+            stack.enter_context(EchoStream(host, (ECHO, ECHO_PORT), LARGE))
+            for host in site.users.values()
+        ]
 
 
 def narrow_under_download(site: MtuSite, folder: Path, narrow: Callable[[int], None]) -> None:

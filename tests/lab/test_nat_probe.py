@@ -152,8 +152,7 @@ class Scene:
         """A public host, with more addresses on its interface."""
         server = self.lab.public_host(name, addresses[0])
         for address in addresses[1:]:
-            server.namespace.ip(f"addr add {address}/32 dev {server.interface}")
-            server.router.namespace.ip(f"route add {address}/32 dev {server.router_end}")
+            server.add_address(address)
         return server
 
     def start_intermediate(self, name: str, stun: Mapping[str, object], *addresses: str) -> None:

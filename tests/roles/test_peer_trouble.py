@@ -23,14 +23,16 @@ from tests.roles.test_peer_sessions import (
 )
 from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
-from ztna.core.messages import ProtocolError
+from ztna.core.identity import Role
+from ztna.core.messages import Hello, ProtocolError
 from ztna.core.ports import Address
 from ztna.net.session import Session
 from ztna.roles import agent_peers
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_peers import AgentPeers
 from ztna.roles.connector_peers import KEPT
-from ztna.roles.peer_link import PEER_SETTINGS, PeerLink, new_link
+from ztna.roles.handover import LINGER
+from ztna.roles.peer_link import PEER_SETTINGS, VERSION, PeerLink, new_link
 
 WEB = ConnectorService("web", ("10.2.0.30", 9999), WEB_IP)
 NOBODY = "00" * 8  # a channel that the relay does not know
@@ -119,10 +121,8 @@ def every_rival(monkeypatch: pytest.MonkeyPatch) -> list[Session]:
     return begun
 
 
-async def test_one_agent_begins_few_sessions(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each costs the connector a signature, and lines in its log."""
+def every_peer(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AgentPeers, Peer]]:
+    """The connectors that agents know, in order, with what knows them."""
     kept: list[tuple[AgentPeers, Peer]] = []
     original = AgentPeers._keep_session
 
@@ -131,6 +131,14 @@ async def test_one_agent_begins_few_sessions(
         await original(peers, peer)
 
     monkeypatch.setattr(AgentPeers, "_keep_session", keep)
+    return kept
+
+
+async def test_one_agent_begins_few_sessions(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs the connector a signature, and lines in its log."""
+    kept = every_peer(monkeypatch)
     async with deployment() as (_, agent), UserHost.open(agent) as user:
         with trio.fail_after(30):
             assert await ask(user) == b"hello"
@@ -143,6 +151,28 @@ async def test_one_agent_begins_few_sessions(
         await trio.sleep(30)
         with trio.fail_after(30):
             assert await ask(user) == b"hello"
+
+
+async def test_one_older_session_is_kept(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under way on it still arrives; those before it end at once."""
+    kept = every_peer(monkeypatch)
+    async with deployment() as (_, agent), UserHost.open(agent) as user:
+        with trio.fail_after(30):
+            assert await ask(user) == b"hello"
+        ((peers, peer),) = kept
+        sessions = [peers._connect(peer) for _ in range(4)]
+        for session in sessions:
+            await session.wait_verified()
+        for session in sessions:
+            hello = Hello((VERSION,), (), Role.AGENT, session.max_datagram_data)
+            new_link(session).send(hello)
+            await trio.sleep(0.03)
+        await trio.sleep(0.05)
+        assert [session.closed for session in sessions] == [True, True, False, False]
+        await trio.sleep(LINGER + 0.5)
+        assert sessions[2].closed
 
 
 @asynccontextmanager

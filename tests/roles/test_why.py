@@ -23,6 +23,7 @@ from ztna.core.identity import Identity
 from ztna.core.policy import PolicyRule
 from ztna.errors import RefusedError, UsageError
 from ztna.nat.link import LinkSpec
+from ztna.net.knock import Knocked, KnockResult
 from ztna.roles.agent_view import AgentView
 
 POLICY = [
@@ -162,6 +163,27 @@ async def test_udp_blocked_and_tls_too(autojump_clock: MockClock) -> None:
         answer = await why(agent)
         assert_broken(answer, "intermediate", "intermediate unreachable: 198.51.100.10 answers")
         assert "neither on UDP port 4433, nor on TCP port 443" in answer["found"]
+
+
+async def test_the_word_of_a_closed_port_comes_late(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine says it seldom, and a network in memory never; who refuses TCP is asked again."""
+    said = [Knocked(KnockResult.SILENT), Knocked(KnockResult.CLOSED)]
+
+    async def knock(_: World, *__: object) -> Knocked:
+        await trio.sleep(1)
+        return said.pop(0)
+
+    monkeypatch.setattr(World, "knock", knock)
+    async with open_world(POLICY) as world:
+        tcp = MemoryTcp()
+        agent = await open_blocked(world, tcp)
+        tcp.refuses = True
+        await trio.sleep(10)
+        answer = await why(agent)
+        assert_broken(answer, "intermediate", "unreachable: nothing listens on UDP port 4433")
+        assert not said
 
 
 async def test_own_certificate_expired(autojump_clock: MockClock) -> None:

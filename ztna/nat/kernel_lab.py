@@ -159,6 +159,11 @@ class Host:
             ) from error
         return KernelUdpPort(udp, self)
 
+    def add_address(self, address: str) -> None:
+        """Give the host's interface one more IPv4 address, to which the router knows the way."""
+        self.namespace.ip(f"addr add {address}/32 dev {self.interface}")
+        self.router.namespace.ip(f"route add {address}/32 dev {self.router_end}")
+
     def popen(self, *args: str | Path, **options: object) -> subprocess.Popen[str]:
         """Start a program on this host; see Namespace.popen."""
         return self.namespace.popen(*args, **options)

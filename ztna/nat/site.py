@@ -134,9 +134,8 @@ class Site:
     def use_two_addresses(self) -> None:
         """Have the intermediate, once it is started, tell clients by its two IP addresses apart
         whose NATs map by address alone (RFC 5780 section 4.3)."""
-        host, file = self.intermediate, self.files.intermediate
-        host.namespace.ip(f"addr add {INTERMEDIATE_TOO}/32 dev {host.interface}")
-        host.router.namespace.ip(f"route add {INTERMEDIATE_TOO}/32 dev {host.router_end}")
+        self.intermediate.add_address(INTERMEDIATE_TOO)
+        file = self.files.intermediate
         fields = json.loads(file.read_text())
         file.write_text(json.dumps({**fields, "stun": {"alternate_ip": INTERMEDIATE_TOO}}))
 
