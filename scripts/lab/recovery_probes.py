@@ -7,6 +7,7 @@ taken when the answer arrives, so they do not depend on how busy the machine is.
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import re
 import socket
@@ -26,6 +27,8 @@ _STEP = 0.05  # s
 _STEP_BYTES = 10_000
 # A small buffer shows a pause of the sender at once.
 _BUFFER = 32_768
+# s; our choice: for the last download after the last run.
+LAST_PATIENCE = 120.0
 _ANSWER = re.compile(r"^\[(\d+\.\d+)\] \d+ bytes from ", re.MULTILINE)
 
 
@@ -103,6 +106,7 @@ class Download:
     whole: int = 0
     _hurry: threading.Event = attrs.field(factory=threading.Event)
     _stopped: threading.Event = attrs.field(factory=threading.Event)
+    _give_up_at: float = math.inf
     _thread: threading.Thread = attrs.field(init=False)
 
     def __enter__(self) -> "Download":
@@ -117,6 +121,7 @@ class Download:
 
     def finish(self) -> None:
         """Read the rest at full speed, and compare the checksum."""
+        self._give_up_at = time.monotonic() + LAST_PATIENCE
         self._hurry.set()
         self._thread.join()
 
@@ -142,8 +147,8 @@ class Download:
                 time.sleep(0.2)
             if self._stopped.is_set():
                 return
-            # A last one is tried a few times, then it is the scenario's failure.
-            if self._hurry.is_set() and (self.whole or len(self.broken) > 100):
+            # A last one is tried for a while, then it is the scenario's failure.
+            if self._hurry.is_set() and (self.whole or time.monotonic() > self._give_up_at):
                 return
 
     def _fetch(self) -> None:

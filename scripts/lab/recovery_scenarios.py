@@ -115,12 +115,12 @@ def interface_down(site: RecoverySite) -> Back:
 
 def change_address(site: RecoverySite) -> Back:
     """The agent gets another address behind the same NAT."""
-    old, new = site.agent_address, _OTHER_ADDRESS[site.agent_address]
+    old, new = site.agent.address, _OTHER_ADDRESS[site.agent.address]
     route = site.home.outside.run("ip", "route", "show", f"{old}/32").stdout.split()
     end = route[route.index("dev") + 1]
     site.home.inside.namespace.ip(f"route replace {new}/32 dev {end}", f"route del {old}/32")
     site.agent.namespace.ip(f"addr add {new}/32 dev eth0", f"addr del {old}/32 dev eth0")
-    site.agent_address = new
+    site.agent.address = new  # a cable that is pulled later takes the way to it along
     return Back()
 
 

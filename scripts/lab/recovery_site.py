@@ -64,7 +64,6 @@ class RecoverySite(RunningRoles):
 
     home: Gateway
     second: Host
-    agent_address: str = "10.1.0.2"
 
 
 def build(lab: KernelLab, folder: Path, file_bytes: int = FILE_BYTES) -> RecoverySite:
