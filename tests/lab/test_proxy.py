@@ -4,6 +4,7 @@ processes, of which some have the proxy from their environment."""
 
 import contextlib
 import json
+import secrets
 import shutil
 import sys
 import tempfile
@@ -198,15 +199,12 @@ def reason_against_squid() -> str | None:
 @attrs.define(eq=False)
 class Squid:
     """On a gateway, as Debian configures it: CONNECT to port 443 and no other. folder: for its
-    user. name: of its shared memory, which is one for the whole machine."""
+    user. name: of its shared memory, which is one for the whole machine: letters and figures."""
 
     gateway: Gateway
     folder: Path
+    name: str = attrs.field(factory=lambda: f"ztnasquid{secrets.token_hex(4)}")
     starts: int = 0
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     def start(self) -> LoggedProcess:
         file, self.starts = self.folder / "squid.conf", self.starts + 1
@@ -230,7 +228,7 @@ class Squid:
 
 @contextlib.contextmanager
 def open_squid(gateway: Gateway) -> Iterator[Squid]:
-    with tempfile.TemporaryDirectory(prefix="ztnasquid") as folder:
+    with tempfile.TemporaryDirectory(prefix="ztna-squid-") as folder:
         Path(folder).chmod(0o777)
         squid = Squid(gateway, Path(folder))
         try:

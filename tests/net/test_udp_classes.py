@@ -2,6 +2,8 @@
 
 import itertools
 import socket
+import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
@@ -24,6 +26,7 @@ from ztna.net.udp_classes import (
     strangers_program,
 )
 from ztna.net.udp_inlets import ALLOWANCE_BURST, ALLOWANCE_RATE, STALE, Allowance
+from ztna.net.udp_socket import SO_TIMESTAMPNS
 
 PEER, ANYBODY = FIXED.make(Given.TO_PEERS), FIXED.make(Given.TO_ANYBODY)
 UNKNOWN = bytes(8)
@@ -92,6 +95,24 @@ def sender_to(port: SocketUdpPort) -> Iterator[socket.socket]:
 def counts(port: SocketUdpPort) -> dict[Class, int]:
     statistics = port.statistics()
     return {each: statistics[f"{each.name.lower()}_packets"] for each in Class}
+
+
+@contextmanager
+def stamped_by_the_kernel() -> Iterator[None]:
+    """Within, every packet has the time at which it came. After the machine's first socket has
+    asked for stamps, the kernel's other threads are a while in seeing to it, and a packet that
+    came before has the time at which it was read (`__sock_recv_timestamp` of net/socket.c)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        stamp = sent = 0.0
+        while stamp >= sent:
+            sock.sendto(b"stamp this", sock.getsockname())
+            sent = time.clock_gettime(time.CLOCK_REALTIME)
+            _, ((_, _, value),), _, _ = sock.recvmsg(100, 100)
+            seconds, nanoseconds = struct.unpack("@ll", value)
+            stamp = seconds + nanoseconds / 1e9
+        yield
 
 
 async def drain(port: SocketUdpPort) -> list[UdpBatch]:
@@ -198,7 +219,7 @@ async def test_strangers_are_read_no_faster_than_their_allowance() -> None:
 async def test_first_packets_that_waited_for_long_are_not_read(kind: Class) -> None:
     async with open_udp_port("127.0.0.1", 0, sorted_by=FIXED) as port:
         inlets, real = port._inlets, port._inlets.clock
-        with sender_to(port) as sock:
+        with stamped_by_the_kernel(), sender_to(port) as sock:
             for _ in range(20):
                 sock.send(SORTED[kind][0])
             sock.send(short(PEER))
