@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import gc
 import random
 
 import pytest
@@ -38,10 +39,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--virtual-minutes",
         type=int,
-        default=400,
+        default=300,
         metavar="N",
         help="how long tests/nat/test_flapping.py lasts on the virtual clock",
     )
+
+
+def pytest_collection_finish() -> None:
+    """All modules and tests are there to stay: no collection looks at them again. They are several
+    times what any test makes, and a long one has hundreds of collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

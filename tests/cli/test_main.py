@@ -156,3 +156,14 @@ def test_real_process_ends_with_a_message_and_no_trace(tmp_path: Path) -> None:
     assert done.stderr.startswith("ztna: error: 3 problems in the configuration:\n")
     assert f"{file}:1: $.tun: 5 is wrong; expected an object" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_who_asks_a_role_does_not_load_what_the_role_is_made_of() -> None:
+    """That takes a second, and a person waits."""
+    program = "import sys, ztna.cli.seen; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in result.stdout.split()}
+    assert "ztna" in loaded
+    assert not loaded & {"aioquic", "service_identity"}

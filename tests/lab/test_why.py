@@ -29,6 +29,7 @@ CLOSED_PORT, HUNG_PORT = 9, 7000
 # s: for a program to start on a machine that has much else to do; nothing is judged by it.
 PATIENCE = 60.0
 NAMES = ("web", "refusing", "hanging", "orphan")
+pytestmark = pytest.mark.kernel
 HANG = f"""
 import socket, sys, time
 listener = socket.create_server((sys.argv[1], {HUNG_PORT}))

@@ -243,7 +243,7 @@ def quiet() -> Iterator[None]:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("low_caps", "quiet")
 async def test_nothing_grows_in_a_day(autojump_clock: MockClock) -> None:
-    """About six seconds of CPU a virtual hour."""
+    """About five seconds of CPU a virtual hour."""
     async with open_world(POLICY) as world:
         world.dialer.datagrams[UDP_BACKEND] = lambda datagram: [datagram]
         world.dialer.streams[TCP_BACKEND] = serve_echo

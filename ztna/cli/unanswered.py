@@ -7,9 +7,9 @@ from ztna.config.load import load_config
 from ztna.config.model import AgentConfig
 from ztna.core.diagnosis import Diagnosis, Stage, StageName, StageState, broken, ok
 from ztna.core.identity import Role
+from ztna.core.wire import SERVICE_DOMAIN
 from ztna.errors import ConfigError, IdentityError
 from ztna.pki import load_credentials
-from ztna.roles.agent_seen import DOMAIN
 
 
 def diagnose(service: str, file: Path, nobody: str) -> Diagnosis:
@@ -29,7 +29,7 @@ def diagnose(service: str, file: Path, nobody: str) -> Diagnosis:
 def _name(service: str, config: AgentConfig) -> Stage:
     name = StageName.NAME
     for each in config.services:
-        if service in {each.id, each.id + DOMAIN, str(each.virtual_ip)}:
+        if service in {each.id, each.id + SERVICE_DOMAIN, str(each.virtual_ip)}:
             return ok(name, f"{each.id} is in the agent's file")
     if config.policy_key is not None and not config.services:
         return Stage(name, StageState.NOT_TOLD, "its services come from the signed policy")

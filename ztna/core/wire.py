@@ -78,6 +78,11 @@ class ServiceMessage:
     reason: int = 0
 
 
+# Our choice; ICANN reserved the name "internal" for private use (board, 29 July 2024).
+SERVICE_DOMAIN = ".ztna.internal"
+"""What may follow a service's id where a host name is asked for."""
+
+
 def valid_service_id(text: str) -> bool:
     """Whether text may name a service in our configuration files."""
     return _OWN_SERVICE_ID.fullmatch(text) is not None

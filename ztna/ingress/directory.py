@@ -11,9 +11,8 @@ import attrs
 
 from ztna.core.addresses import packed_pair
 from ztna.core.routes import ServiceRoute
+from ztna.core.wire import SERVICE_DOMAIN
 from ztna.ingress.host import Target
-
-DOMAIN = ".ztna.internal"
 
 
 @attrs.define
@@ -48,7 +47,7 @@ class Directory:
 
     def _find_name(self, name: str, port: int) -> Target | None:
         name = name.removesuffix(".")
-        if name.lower().endswith(DOMAIN):
-            name = name[: -len(DOMAIN)]
+        if name.lower().endswith(SERVICE_DOMAIN):
+            name = name[: -len(SERVICE_DOMAIN)]
         service = self._by_name.get(name) or self._by_name.get(name.lower())
         return None if service is None else Target(service.id, service.virtual_ip.packed, port)

@@ -210,7 +210,6 @@ class MemoryUdpPort:
         """Wait for at least one batch; return all that have arrived."""
         await trio.lowlevel.checkpoint()
         while True:
-            arrived = self.host.arrived
             next_at = self.host.deliver(trio.current_time())
             if self._closed:
                 raise trio.ClosedResourceError("this UDP port was closed")
@@ -221,8 +220,7 @@ class MemoryUdpPort:
                 for batch in batches:
                     self._count("received", batch)
                 return batches
-            with trio.move_on_at(next_at):
-                await arrived.wait()
+            await self.host.wait(self, next_at)
 
     async def send(self, batches: Sequence[UdpBatch]) -> None:
         """Send all; a network in memory never makes its sender wait."""
@@ -284,7 +282,7 @@ class MemoryHost:
     address: str
     ports: dict[int, MemoryUdpPort] = attrs.field(factory=dict, repr=False)
     inbound: dict["MemoryHost", Link] = attrs.field(factory=dict, repr=False)
-    arrived: trio.Event = attrs.field(factory=trio.Event, repr=False)
+    _waiting: dict[object, trio.CancelScope] = attrs.field(factory=dict, repr=False)
     _next_port: int = _FIRST_EPHEMERAL_PORT
 
     def open_udp_port(self, number: int = 0) -> MemoryUdpPort:
@@ -309,20 +307,45 @@ class MemoryHost:
 
     def deliver(self, now: float) -> float:
         """Put what is due into the ports' inboxes; return when the next packet is (seconds),
-        infinity for never. Whoever waits for that must wait for `arrived` as well."""
+        infinity for never."""
         next_at = math.inf
         for source, link in self.inbound.items():
-            for batch in link.batches_to_send(now):
-                self.network.arrive(source, self, batch)
             timer = link.get_timer()
-            if timer is not None:
-                next_at = min(next_at, timer)
+            if timer is not None and timer <= now:
+                for batch in link.batches_to_send(now):
+                    self.network.arrive(source, self, batch)
+                timer = link.get_timer()
+            if timer is not None and timer < next_at:
+                next_at = timer
         return next_at
+
+    async def wait(self, waiter: object, until: float) -> None:
+        """Sleep until then, or until the first that is expected for this port, or `wake`; to be
+        called without a checkpoint after `deliver`. A host without ports has any one waiter."""
+        with trio.CancelScope(deadline=until) as scope:
+            self._waiting[waiter] = scope
+            try:
+                await trio.sleep_forever()
+            finally:
+                if self._waiting.get(waiter) is scope:
+                    del self._waiting[waiter]
+
+    def expect(self, number: int, link: Link) -> None:
+        """Something may have been put on a link for a port: who waits for that wakes when it is
+        due and not before, which would be a task's turn for each packet."""
+        due = link.get_timer()
+        if due is None:
+            return
+        port = self.ports.get(number)
+        scopes = self._waiting.values() if port is None else [self._waiting.get(port)]
+        for scope in scopes:
+            if scope is not None and due < scope.deadline:
+                scope.deadline = due
 
     def wake(self) -> None:
         """Let all who wait for packets look again."""
-        arrived, self.arrived = self.arrived, trio.Event()
-        arrived.set()
+        for scope in self._waiting.values():
+            scope.cancel()
 
 
 @attrs.define(eq=False)
@@ -379,10 +402,11 @@ class MemoryNetwork:
         elif frozenset((source, destination)) in self._blocked:
             self._counters["blocked"] += 1
         else:
-            self.link(source, destination).receive_batches([batch], now)
+            link = self.link(source, destination)
+            link.receive_batches([batch], now)
             if not destination.ports:
                 destination.deliver(now)  # what is due finds nobody; no port will come for it
-            destination.wake()
+            destination.expect(batch.destination[1], link)
 
     def arrive(self, source: MemoryHost, destination: MemoryHost, batch: WireBatch) -> None:
         """Hand a batch that has crossed its link to the port that it is for."""

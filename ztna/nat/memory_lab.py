@@ -122,8 +122,9 @@ class MemoryRouter(MemoryNetwork):
         if not source.crosses(batch):
             self._counters["unplugged"] += 1
             return
-        self.link(source, self.hub).receive_batches([batch], now)
-        self.hub.wake()
+        link = self.link(source, self.hub)
+        link.receive_batches([batch], now)
+        self.hub.expect(batch.destination[1], link)
 
     def arrive(self, source: MemoryHost, destination: MemoryHost, batch: WireBatch) -> None:
         """Take what has crossed a link, at the router or at the member."""
@@ -147,8 +148,9 @@ class MemoryRouter(MemoryNetwork):
         elif self._too_large(batch):
             self._counters["too_large"] += 1
         else:
-            self.link(self.hub, member).receive_batches([batch], trio.current_time())
-            member.wake()
+            link = self.link(self.hub, member)
+            link.receive_batches([batch], trio.current_time())
+            member.expect(batch.destination[1], link)
 
     def add(self, host: MemoryLabHost, address: str) -> None:
         """Attach a host of another router under this address."""
@@ -232,11 +234,7 @@ class MemoryGateway:
 async def deliver_for_ever(host: MemoryHost) -> None:
     """Take what arrives at a member that has no ports, when it is due."""
     while True:
-        # Armed before draining, so that no packet is missed.
-        arrived = host.arrived
-        next_at = host.deliver(trio.current_time())
-        with trio.move_on_at(next_at):
-            await arrived.wait()
+        await host.wait(host, host.deliver(trio.current_time()))
 
 
 @attrs.define(eq=False)

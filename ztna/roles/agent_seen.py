@@ -16,6 +16,7 @@ from ztna.core.encapsulation import ServiceLabel
 from ztna.core.identity import Identity
 from ztna.core.ports import IpPacket
 from ztna.core.routes import RouteTable
+from ztna.core.wire import SERVICE_DOMAIN
 from ztna.net.knock import Knock, knock
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_peers import AgentPeers
@@ -28,7 +29,6 @@ from ztna.roles.peer_link import PeerLink
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.ways import DIRECT, NONE, Way, way_of
 
-DOMAIN = ".ztna.internal"
 CheckRoute = Callable[[ipaddress.IPv4Address, ipaddress.IPv4Address], str]
 """What stands in the way of the host's packets to an address, in words; empty if nothing. The
 first is the service's, the second our own tunnel address."""
@@ -154,8 +154,8 @@ class Seen:
 
 
 def find_service(seen: Seen, name: str) -> AgentService | None:
-    """By id, by name under `DOMAIN`, or by virtual address."""
+    """By id, by name under `SERVICE_DOMAIN`, or by virtual address."""
     for service in seen.agent.granted.services:
-        if name in {service.id, service.id + DOMAIN, str(service.virtual_ip)}:
+        if name in {service.id, service.id + SERVICE_DOMAIN, str(service.virtual_ip)}:
             return service
     return None
