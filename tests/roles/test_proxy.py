@@ -131,6 +131,20 @@ async def test_a_proxy_that_leaves_the_first_attempt_without_an_answer(
         assert len(tcp.proxy.heads) == 1
 
 
+async def test_the_network_changes_before_a_slow_proxy_answers(autojump_clock: MockClock) -> None:
+    """The answer would come to an address that the machine has no more."""
+    async with open_office(delay=29.0) as (world, tcp, host):
+        await trio.sleep(5)
+        assert not host.configured.is_set()
+        tcp.proxy.delay = 0.0
+        for changed in world.network_changed:
+            changed()
+        with trio.fail_after(2.5):
+            await host.configured.wait()
+        assert over_tls(world) == {"laptop"}
+        assert len(tcp.proxy.heads) == 2
+
+
 async def test_udp_that_works_before_a_slow_proxy_answers(autojump_clock: MockClock) -> None:
     async with open_office(delay=29.0) as (world, _, host):
         await trio.sleep(12)

@@ -46,12 +46,12 @@ class StreamDialer:
     proxy: Proxy | None = None
     _refusal: ProxyError | None = attrs.field(default=None, init=False)
     _refused_until: float = attrs.field(default=0.0, init=False)
-    _asked: list[float] = attrs.field(factory=list, init=False)
+    _asked: dict[trio.CancelScope, float] = attrs.field(factory=dict, init=False)
 
     @property
     def waiting(self) -> float:
         """For how many seconds the proxy has left us without an answer; 0 if it was not asked."""
-        return trio.current_time() - self._asked[0] if self._asked else 0.0
+        return trio.current_time() - min(self._asked.values()) if self._asked else 0.0
 
     async def open(self, address: Address) -> trio.abc.Stream:
         """A connection without TLS, through the proxy if there is one. Raises UnreachableError;
@@ -61,16 +61,19 @@ class StreamDialer:
         if self._refusal is not None and trio.current_time() < self._refused_until:
             await trio.lowlevel.checkpoint()
             raise ProxyError(self._refusal.found, self._refusal.todo, lasting=True)
-        begun = trio.current_time()
-        self._asked.append(begun)
+        asking = trio.CancelScope()
+        begun = self._asked[asking] = trio.current_time()
         try:
-            stream = await connect_through(self.proxy, address, self.connect)
+            with asking:
+                stream = await connect_through(self.proxy, address, self.connect)
         except ProxyError as error:
             self._refusal = error if error.lasting else None
             self._refused_until = trio.current_time() + REFUSED_PAUSE
             raise
         finally:
-            self._asked.remove(begun)
+            del self._asked[asking]
+        if asking.cancelled_caught:
+            raise UnreachableError("the network changed before the proxy had answered")
         self._refusal = None
         took = trio.current_time() - begun
         if took >= SLOW:
@@ -78,8 +81,11 @@ class StreamDialer:
         return stream
 
     def network_changed(self) -> None:
-        """The proxy is asked again, whatever it has said."""
+        """The proxy is asked again, whatever it has said, or has not said yet: its answer would come
+        to an address that may not be ours any more, and is waited for for long."""
         self._refusal = None
+        for asking in self._asked:
+            asking.cancel()
 
     async def dial(
         self,
