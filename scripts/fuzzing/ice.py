@@ -23,7 +23,6 @@ from ztna.core.stun.messages import (
     build_stun_message,
     parse_stun_untrusted,
 )
-from ztna.errors import RemoteProtocolError
 from ztna.roles.gathering import Gatherer, Question
 
 _SIGNATURES = {
@@ -47,36 +46,33 @@ def _agent(*, controlling: bool) -> IceAgent:
 
 
 def ice_checks() -> Parser:
-    """Messages that are signed as the peer's would be, whatever they say."""
-    agents = [_agent(controlling=controlling) for controlling in (True, False)]
+    """Messages that are signed as the peer's would be, whatever they say; the controlling agent and
+    the controlled one have them in turn."""
+    agents = itertools.cycle([_agent(controlling=controlling) for controlling in (True, False)])
     times = itertools.count()
 
     def parse(data: bytes) -> None:
-        now = 1 + next(times) * 0.01
-        for agent in agents:
-            assert agent.punching is not None
-            keys = agent.punching.keys
-            stun_owner_untrusted(data)
-            sent = agent.packets_to_send(now)
-            agent.receive_packet_untrusted(data, 0, CLIENT, now)
-            try:
-                message = parse_stun_untrusted(data)
-            except RemoteProtocolError:
-                continue
-            answer = message.message_class is not MessageClass.REQUEST
-            given = [a for a in message.attributes if a.kind not in _SIGNATURES]
-            name = stun.Username(f"{keys.own.ufrag}:{keys.peer.ufrag}")
-            asked = [each for each in sent if each.batch.data[:2] == b"\0\1"]
-            number = bytes(asked[0].batch.data[8:20]) if asked and answer else data[8:20]
-            signed = StunMessage(message.message_class, number, (name, *given), message.method)
-            key = (keys.peer if answer else keys.own).password.encode()
-            source = asked[0].batch.address if asked and answer else CLIENT
-            agent.receive_packet_untrusted(build_stun_message(signed, key), 0, source, now)
-            agent.handle_timer(now)
-            while agent.next_event() is not None:
-                pass
-            assert len(agent.punching.pairs) <= MAX_PAIRS
-            assert agent.statistics()["paths"] <= MAX_PATHS
+        agent, now = next(agents), 1 + next(times) * 0.01
+        assert agent.punching is not None
+        keys = agent.punching.keys
+        stun_owner_untrusted(data)
+        sent = agent.packets_to_send(now)
+        agent.receive_packet_untrusted(data, 0, CLIENT, now)
+        message = parse_stun_untrusted(data)
+        answer = message.message_class is not MessageClass.REQUEST
+        given = [a for a in message.attributes if a.kind not in _SIGNATURES]
+        name = stun.Username(f"{keys.own.ufrag}:{keys.peer.ufrag}")
+        asked = [each for each in sent if each.batch.data[:2] == b"\0\1"]
+        number = bytes(asked[0].batch.data[8:20]) if asked and answer else data[8:20]
+        signed = StunMessage(message.message_class, number, (name, *given), message.method)
+        key = (keys.peer if answer else keys.own).password.encode()
+        source = asked[0].batch.address if asked and answer else CLIENT
+        agent.receive_packet_untrusted(build_stun_message(signed, key), 0, source, now)
+        agent.handle_timer(now)
+        while agent.next_event() is not None:
+            pass
+        assert len(agent.punching.pairs) <= MAX_PAIRS
+        assert agent.statistics()["paths"] <= MAX_PATHS
 
     return parse
 

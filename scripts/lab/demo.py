@@ -94,7 +94,7 @@ def _play(lab: KernelLab, folder: Path, *, keep: bool) -> None:
     _say("A private CA, then a key and certificate for each node. The CA stays out of the network.")
     deployment = Deployment(folder, RELAY)
     deployment.create_authority()
-    print("  ztna pki init, request, issue: spiffe://.../{intermediate,connector,agent}/... made")
+    print("  as ztna pki init, request, issue do: spiffe://.../{intermediate,connector,agent}/...")
     capture = folder / "relay.pcap"
     with site.intermediate.capture(capture):
         web = _start(site, deployment, folder)

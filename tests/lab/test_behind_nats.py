@@ -108,12 +108,11 @@ def _start(
     deployment: Deployment, relays: Mapping[int, Host], hosts: Mapping[str, Host], files: Path
 ) -> Mapping[str, LoggedProcess]:
     deployment.create_authority()
-    ips = ("--ip", RELAY, "--ip", RELAY6)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         issued = {
             name: pool.submit(deployment.issue, node.role, name) for name, node in NODES.items()
         }
-        relay = deployment.issue("intermediate", "relay", *ips)
+        relay = deployment.issue("intermediate", "relay", RELAY, RELAY6)
         identities = {name: future.result() for name, future in issued.items()}
     policy = [
         {"who": f"{node.role}/{name}", _right(node): list(node.services)}

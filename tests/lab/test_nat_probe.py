@@ -162,7 +162,7 @@ class Scene:
             name,
             {
                 "port": PORT,
-                "identity": self.deployment.issue("intermediate", name, "--ip", addresses[0]),
+                "identity": self.deployment.issue("intermediate", name, addresses[0]),
                 "stun": stun,
             },
         )

@@ -1,11 +1,14 @@
 """A whole deployment of ztna as an operator makes it: CA, certificates, files, running processes.
 
 `ztna.nat.site` builds a network and runs this on it; `ztna lab`, the demo, the benchmark and the
-tests in `tests/lab` use it. Only ztna's command line is called, never a role's own modules, so all
-of them judge what a user gets. Everything lies below one folder; processes run wherever the given
-host or namespace is, and write one log file each.
+tests in `tests/lab` use it. Keys and certificates are made by the functions of `ztna pki`, which is
+all that is not called by ztna's command line (a process each would be a third of a laboratory's
+start); so all of them judge what a user gets. Everything lies below one folder; processes run
+wherever the given host or namespace is, and write one log file each.
 """
 
+import datetime
+import ipaddress
 import json
 import subprocess
 import sys
@@ -15,9 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 import attrs
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from ztna.authority import Authority, create_authority, make_request, read_request_untrusted
+from ztna.core.identity import Identity, Role
 from ztna.errors import ZtnaError
 from ztna.nat.filewatch import watched
+from ztna.pki import certificate_pem, private_key_pem, write_new, write_public
 
 # This very installation, wherever its script lies. Without the current folder on the path: a
 # user's files there are no modules of ours.
@@ -155,18 +162,27 @@ class Deployment:
 
     def create_authority(self) -> None:
         """Make the CA."""
-        self.ztna("pki", "init", self.authority, "--trust-domain", TRUST_DOMAIN)
+        create_authority(self.authority, TRUST_DOMAIN, datetime.datetime.now(datetime.UTC))
 
-    def issue(self, role: str, name: str, *options: str) -> Mapping[str, str]:
-        """Make key and certificate of a node; return the `identity` part of its file."""
-        root = self.authority / "ca.crt"
+    def issue(self, role: str, name: str, *addresses: str) -> Mapping[str, str]:
+        """Make key, request and certificate of a node, for an intermediate with its IP addresses;
+        return the `identity` part of its file."""
         place = self.node(role, name)
-        self.ztna("pki", "request", role, name, "--ca", root, "--out", place, *options)
-        self.ztna("pki", "issue", "--ca", self.authority, "--csr", place / f"{role}.csr")
+        files = {kind: place / f"{role}.{kind}" for kind in ("key", "csr", "crt")}
+        identity = Identity(TRUST_DOMAIN, Role(role), name)
+        ips = [ipaddress.ip_address(each) for each in addresses]
+        key, csr = make_request(identity, ips=ips)
+        write_new(files["key"], private_key_pem(key), mode=0o600)
+        write_public(files["csr"], csr.public_bytes(Encoding.PEM))
+        asked = read_request_untrusted(files["csr"].read_bytes())
+        certificate = Authority.load(self.authority).issue(
+            asked, datetime.datetime.now(datetime.UTC)
+        )
+        write_public(files["crt"], certificate_pem(certificate))
         return {
-            "cert": str(place / f"{role}.crt"),
-            "key": str(place / f"{role}.key"),
-            "ca": str(root),
+            "cert": str(files["crt"]),
+            "key": str(files["key"]),
+            "ca": str(self.authority / "ca.crt"),
         }
 
     def node(self, role: str, name: str) -> Path:
@@ -182,7 +198,7 @@ class Deployment:
             "port": self.port,
             "tcp": {},
             "external_ip": self.intermediate_address,
-            "identity": self.issue("intermediate", "relay", "--ip", self.intermediate_address),
+            "identity": self.issue("intermediate", "relay", self.intermediate_address),
             "policy": policy,
         }
 

@@ -208,12 +208,15 @@ class MemoryUdpPort:
 
     async def receive(self) -> list[UdpBatch]:
         """Wait for at least one batch; return all that have arrived."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
         while True:
             next_at = self.host.deliver(trio.current_time())
             if self._closed:
                 raise trio.ClosedResourceError("this UDP port was closed")
             if self._inbox:
+                if not waited:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
                 batches = list(self._inbox)
                 self._inbox.clear()
                 self._inbox_bytes = 0
@@ -221,6 +224,7 @@ class MemoryUdpPort:
                     self._count("received", batch)
                 return batches
             await self.host.wait(self, next_at)
+            waited = True
 
     async def send(self, batches: Sequence[UdpBatch]) -> None:
         """Send all; a network in memory never makes its sender wait."""

@@ -81,8 +81,8 @@ class StreamDialer:
         return stream
 
     def network_changed(self) -> None:
-        """The proxy is asked again, whatever it has said, or has not said yet: its answer would come
-        to an address that may not be ours any more, and is waited for for long."""
+        """The proxy is asked again, whatever it has said, or has not said yet: its answer would
+        come to an address that may not be ours any more, and is waited for for long."""
         self._refusal = None
         for asking in self._asked:
             asking.cancel()

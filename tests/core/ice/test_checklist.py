@@ -30,6 +30,20 @@ def times(found: CheckList) -> list[tuple[float, int]]:
     return log
 
 
+def test_there_are_words_for_a_pair_at_any_time() -> None:
+    found, (pair, other) = pairs(2)
+    assert pair.words == "not checked yet"
+    assert found.next_check(0.0) is pair
+    assert pair.words == "no answer to 1 check yet"
+    assert found.next_check(0.05) is other
+    assert found.next_check(0.1) is pair
+    assert pair.words == "no answer to 2 checks yet"
+    pair.succeed(0.0123)
+    assert pair.words == "answers in 12.3 ms"
+    other.fail("private")
+    assert other.words == "private"
+
+
 def test_backoff() -> None:
     found, (pair,) = pairs(1)
     assert [at for at, _ in times(found)] == [0, 0.1, 0.3, 0.7, 1.5, 3.1, 4.7]

@@ -100,8 +100,24 @@ class Pair:
         if self.sends == 0:
             self.fail("waited for the peer's checks to come in, which they did not")
             return
-        checks = "1 check" if self.sends == 1 else f"{self.sends} checks"
-        self.fail(f"no answer to {checks} in {now - self._since:.1f} s")
+        self.fail(f"no answer to {self._checks} in {now - self._since:.1f} s")
+
+    @property
+    def words(self) -> str:
+        """What became of it until now, for people: never empty."""
+        match self.state:
+            case PairState.WAITING:
+                return "not checked yet"
+            case PairState.IN_PROGRESS:
+                return f"no answer to {self._checks} yet"
+            case PairState.SUCCEEDED:
+                return f"answers in {self.rtt * 1000:.1f} ms"
+            case _:
+                return self.reason
+
+    @property
+    def _checks(self) -> str:
+        return "1 check" if self.sends == 1 else f"{self.sends} checks"
 
     @property
     def open(self) -> bool:

@@ -266,7 +266,7 @@ class Punching:
         ordered = sorted(self.pairs, key=lambda pair: pair.state is not PairState.SUCCEEDED)
         return tuple(
             PairEntry(
-                pair.kind.value, format_address(pair.address), pair.state.value, pair.reason[:300]
+                pair.kind.value, format_address(pair.address), pair.state.value, pair.words[:300]
             )
             for pair in ordered[:MAX_PAIRS_TOLD]
         )
