@@ -1,9 +1,9 @@
 """A whole deployment of ztna as an operator makes it: CA, certificates, files, running processes.
 
 `ztna.nat.site` builds a network and runs this on it; `ztna lab`, the demo, the benchmark and the
-tests in `tests/lab` use it. Keys and certificates are made by the functions of `ztna pki`, which is
-all that is not called by ztna's command line (a process each would be a third of a laboratory's
-start); so all of them judge what a user gets. Everything lies below one folder; processes run
+tests in `tests/lab` use it. Keys and certificates are made by the functions of `ztna pki`, as
+seven processes would take two seconds; all else by ztna's command line, never by a role's own
+modules, so all of them judge what a user gets. Everything lies below one folder; processes run
 wherever the given host or namespace is, and write one log file each.
 """
 
