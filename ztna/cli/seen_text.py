@@ -218,7 +218,6 @@ def _tried(story: Line, peer: str = "connector") -> Iterator[str]:
         yield f"NAT here: {story['nat_here']}; at the {peer}: {there}"
     for title, pairs in (("from here", story["pairs"]), ("from there", story["peer_pairs"])):
         for pair in pairs:
-            # Older connectors say nothing of a pair that has not failed.
             reason = f": {pair['reason']}" if pair["reason"] else ""
             yield f"  {title} to {pair['kind']} {pair['remote']}: {pair['state']}{reason}"
 
