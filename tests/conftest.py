@@ -45,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`scripts/test` looks for tests that are marked `kernel` in files that have this word."""
+    for path in {item.path for item in items if item.get_closest_marker("kernel")}:
+        if "kernel" not in path.read_text():
+            raise pytest.UsageError(f"{path} has tests of the kernel and not this word: add it")
+
+
 def pytest_collection_finish() -> None:
     """All modules and tests are there to stay: no collection looks at them again. They are several
     times what any test makes, and a long one has hundreds of collections."""
