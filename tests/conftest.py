@@ -27,8 +27,8 @@ _LOGS = structlog.get_config()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--task-order N: other orders of trio's tasks than those of every day. --virtual-minutes N:
-    longer runs."""
+    """--task-order N: other orders of trio's tasks than those of every day. --virtual-minutes N,
+    --virtual-hours N: longer runs."""
     parser.addoption(
         "--task-order",
         type=int,
@@ -42,6 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         metavar="N",
         help="how long tests/nat/test_flapping.py lasts on the virtual clock",
+    )
+    parser.addoption(
+        "--virtual-hours",
+        type=int,
+        default=16,
+        metavar="N",
+        help="how long tests/roles/test_long_run.py lasts on the virtual clock",
     )
 
 
