@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--virtual-hours",
         type=int,
-        default=16,
+        default=18,
         metavar="N",
         help="how long tests/roles/test_long_run.py lasts on the virtual clock",
     )

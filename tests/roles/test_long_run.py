@@ -1,5 +1,6 @@
 """A day of churn in two minutes: nothing that is kept grows from one hour to the next. By default
-only two thirds of a day; `--virtual-hours 24` is the whole.
+only 18 hours, of which the two parts have two hours in each quarter: a session that is left by
+chance in one hour is no growth. `--virtual-hours 24` is the whole.
 
 Each hour of the virtual clock sees the same kinds of events, in another order and with other times
 between them: users' flows of all kinds, also abandoned ones, roles killed and stopped and started

@@ -230,13 +230,21 @@ def test_text_of_an_empty_registry() -> None:
 
 
 def test_registering_again_replaces_and_unregistering_forgets() -> None:
+    def first() -> dict[str, object]:
+        return {"n": 1}
+
+    def later() -> dict[str, object]:
+        return {"n": 3}
+
     registry = StatisticsRegistry()
-    registry.register("b", lambda: {"n": 1})
+    registry.register("b", first)
     registry.register("a", lambda: {"n": 2})
-    registry.register("b", lambda: {"n": 3})
+    registry.register("b", later)
     assert list(registry.read().items()) == [("a", {"n": 2}), ("b", {"n": 3})]
-    registry.unregister("b")
-    registry.unregister("b")
+    registry.unregister("b", first)
+    assert registry.format_text() == "a.n  2\nb.n  3"
+    registry.unregister("b", later)
+    registry.unregister("b", later)
     assert registry.format_text() == "a.n  2"
 
 

@@ -245,6 +245,7 @@ class _Agent:
             self.tun.send_nowait(coalesce(accepted))
 
     def session_down(self, link: ControlLink) -> None:
+        statistics_registry().unregister("session", link.statistics)
         if self.link is link:
             self.link = None
             if self.peers is None:

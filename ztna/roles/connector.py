@@ -243,6 +243,7 @@ class _Connector:
             self.peers.receive_signal_untrusted(link, message)
 
     def session_down(self, link: ControlLink) -> None:
+        statistics_registry().unregister("session", link.statistics)
         self.peers.control_down(link)
         if self.link is link:
             self.link = None

@@ -47,9 +47,10 @@ class StatisticsRegistry:
         """Show what source returns under name; a source of the same name is replaced."""
         self._sources[name] = source
 
-    def unregister(self, name: str) -> None:
-        """Forget a source; it need not be there."""
-        self._sources.pop(name, None)
+    def unregister(self, name: str, source: StatisticsSource) -> None:
+        """Forget a source, unless another one has its name by now."""
+        if self._sources.get(name) == source:
+            del self._sources[name]
 
     def read(self) -> dict[str, dict[str, object]]:
         """Ask all sources, sorted by name."""
