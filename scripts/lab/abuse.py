@@ -24,6 +24,9 @@ from ztna.nat.kernel_lab import Host, KernelLab
 FLOOD = ROOT / "scripts/lab/flood.py"
 FORGED = "198.18.0.0/15"  # RFC 2544: nobody's; answers go nowhere
 FILE_BYTES = 16 << 20
+# Echoes behind those that are counted, 2 s of them: for the answer to its last one, ping waits no
+# longer than an interval, whatever is given as -W (iputils, `ping_common.c`).
+AFTER = 20
 
 
 @attrs.frozen
@@ -78,8 +81,9 @@ def measure(site: RecoverySite, flood: Flood | None, seconds: float) -> Report:
     registered = _registrations(site)
     received, transmitted = _bytes(flood.sender) if flood else (0, 0)
     count = int(seconds / 0.1)
+    echoes = str(count + AFTER)
     ping = site.agent.popen(
-        *("ping", "-n", "-i", "0.1", "-c", str(count), "-W", "2", ECHO), stdout=subprocess.PIPE
+        *("ping", "-n", "-i", "0.1", "-c", echoes, ECHO), stdout=subprocess.PIPE
     )
     sender = None
     if flood is not None:
@@ -93,7 +97,8 @@ def measure(site: RecoverySite, flood: Flood | None, seconds: float) -> Report:
         downloads, broken = downloads + good, broken + (not good)
     took = time.monotonic() - start
     said = json.loads(sender.communicate(timeout=60)[0]) if sender else {"datagrams": 0, "bytes": 0}
-    times = [float(each) for each in re.findall(r"time=([\d.]+)", ping.communicate(timeout=60)[0])]
+    answers = re.findall(r"icmp_seq=(\d+) .*time=([\d.]+)", ping.communicate(timeout=60)[0])
+    times = [*{int(n): float(each) for n, each in answers if int(n) <= count}.values()]
     ratio = None
     if flood is not None and flood.spoof is None:
         now = _bytes(flood.sender)
