@@ -134,15 +134,24 @@ def every_peer(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AgentPeers, Peer]]
     return kept
 
 
-async def test_one_agent_begins_few_sessions(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each costs the connector a signature, and lines in its log."""
+@asynccontextmanager
+async def served_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[AgentPeers, Peer, UserHost]]:
+    """A user who has had an answer by a peer session, with what holds that."""
     kept = every_peer(monkeypatch)
     async with deployment() as (_, agent), UserHost.open(agent) as user:
         with trio.fail_after(30):
             assert await ask(user) == b"hello"
         ((peers, peer),) = kept
+        yield peers, peer, user
+
+
+async def test_one_agent_begins_few_sessions(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs the connector a signature, and lines in its log."""
+    async with served_user(monkeypatch) as (peers, peer, user):
         sessions = [peers._connect(peer) for _ in range(60)]
         await trio.sleep(5)
         assert 29 <= sum(session.verified for session in sessions) <= 35
@@ -157,11 +166,7 @@ async def test_one_older_session_is_kept(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is under way on it still arrives; those before it end at once."""
-    kept = every_peer(monkeypatch)
-    async with deployment() as (_, agent), UserHost.open(agent) as user:
-        with trio.fail_after(30):
-            assert await ask(user) == b"hello"
-        ((peers, peer),) = kept
+    async with served_user(monkeypatch) as (peers, peer, _):
         sessions = [peers._connect(peer) for _ in range(4)]
         for session in sessions:
             await session.wait_verified()

@@ -17,7 +17,7 @@ from ztna.core.ice.events import (
     RelayToo,
     SizeChanged,
 )
-from ztna.core.ice.exchange import Credentials
+from ztna.core.ice.exchange import Credentials, PortBatch
 from ztna.core.ice.messages import (
     CandidateAnswer,
     CandidateEntry,
@@ -407,8 +407,8 @@ def test_nomination_is_repeated() -> None:
     both = couple()
     dropped: list[float] = []
 
-    def lose(packet: object) -> bool:
-        data = bytes(packet.batch.data)  # type: ignore[attr-defined]
+    def lose(packet: PortBatch) -> bool:
+        data = bytes(packet.batch.data)
         nominates = b"\x00\x25\x00\x00" in data[20:80]
         if nominates and len(dropped) < 3:
             dropped.append(both.now)

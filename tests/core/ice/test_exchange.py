@@ -1,6 +1,7 @@
 """Checks as bytes: what is signed how, what is believed, and what a hostile sender gets."""
 
 import random
+from collections.abc import Callable
 
 import attrs
 import pytest
@@ -198,8 +199,8 @@ def test_sha1_is_answered_by_sha1(ends: Ends) -> None:
         ),
     ],
 )
-def test_what_gets_no_answer(why: str, make: object, ends: Ends) -> None:
-    data = make(ends.bob_keys)  # type: ignore[operator]
+def test_what_gets_no_answer(why: str, make: Callable[[Keys], bytes], ends: Ends) -> None:
+    data = make(ends.bob_keys)
     assert ends.bob.receive_untrusted(data, 0, MALLORY, 0.0) is None
     assert ends.bob.packets_to_send() == []
     assert ends.bob.statistics()[f"drop_{why}"] == 1
