@@ -189,6 +189,17 @@ def test_default_file_is_used_if_it_is_there(started: list[Any], tmp_path: Path)
     assert len(started[0].policy) == 3
 
 
+def test_a_variable_names_the_file_and_the_option_wins(
+    started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(INTERMEDIATE, "mine.json")
+    monkeypatch.setenv("ZTNA_CONFIG", "mine.json")
+    assert invoke("intermediate", *IDENTITY).exit_code == 0
+    assert len(started[0].policy) == 3
+    gone = invoke("intermediate", "--config", "gone.json")
+    assert "gone.json: there is no such file" in gone.stderr
+
+
 def test_without_file_and_options_it_says_what_to_do(started: list[Any]) -> None:
     result = invoke("agent")
     assert result.exit_code == 3

@@ -25,6 +25,7 @@ pytestmark = [
 
 ZTNA_LAB = (sys.executable, "-P", "-m", "ztna", "lab")
 ASK = 'echo "pid $PPID"; curl -sS --max-time 5 "$ZTNA_LAB_WEB"; exit 7'
+STATUS = f"{sys.executable} -P -m ztna status | head -1"
 DEADLINE = 60.0  # s; a lab is ready after some six, or more on a busy machine
 
 
@@ -60,11 +61,12 @@ def assert_nothing_left(process: subprocess.Popen[str], folder: Path) -> None:
 
 def test_run_passes_output_and_exit_code_on(tmp_path: Path) -> None:
     nats = ("--agent-nat", "symmetric", "--connector-nat", "port-restricted", "--loss", "1%")
-    with start(tmp_path, "run", *nats, "--", "sh", "-c", ASK) as process:
+    with start(tmp_path, "run", *nats, "--", "sh", "-c", f"{STATUS}; {ASK}") as process:
         output, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 7, errors
     assert "Hello from a web server behind the connector's NAT.\n" in output
     assert f"pid {process.pid}\n" in output
+    assert "/agent/laptop, tunnel address" in output, errors
     assert "agent behind symmetric, connector behind port-restricted" in errors
     assert_nothing_left(process, tmp_path)
 
@@ -112,6 +114,9 @@ def test_shell_enters_a_kept_lab(tmp_path: Path) -> None:
         for line in iter(keeper.stderr.readline, ""):
             if "until Ctrl-C" in line:
                 break
+        with start(tmp_path, "shell", "connector", stdin=subprocess.PIPE) as inside:
+            output, errors = inside.communicate(f"{STATUS}\n", timeout=DEADLINE)
+        assert "/connector/office, certificate until" in output, errors
         script = 'echo "$ZTNA_LAB_ECHO"; ip -br address; exit 3\n'
         with start(tmp_path, "shell", "apps", stdin=subprocess.PIPE) as inside:
             output, errors = inside.communicate(script, timeout=DEADLINE)

@@ -165,6 +165,7 @@ def run(
       ZTNA_LAB_AGENT_ADDRESS, ...  the machines' own addresses: AGENT, CONNECTOR,
                                    INTERMEDIATE, APPS
       ZTNA_LAB_FOLDER              the nodes' files and logs
+      ZTNA_CONFIG                  this machine's node, for `ztna status`, `why` and others
 
     Example: ztna lab run --agent-nat symmetric --loss 2% -- sh -c 'curl $ZTNA_LAB_WEB'
     """
@@ -175,7 +176,7 @@ def run(
     with _started(agent_nat, connector_nat, link) as site:
         code = 0
         if command:
-            code = run_in_foreground(site.agent, command, site.environment)
+            code = run_in_foreground(site.agent, command, site.environment_of("agent"))
         if keep:
             # The end of Ctrl-C is not an error here.
             with contextlib.suppress(KeyboardInterrupt):
@@ -209,7 +210,7 @@ def shell(
     with _started(agent_nat, connector_nat, link) as site:
         machine = site.hosts[host]
         _say(f"{host}, {machine.address}; the lab goes when this shell ends")
-        code = run_in_foreground(machine, [shell_program()], site.environment)
+        code = run_in_foreground(machine, [shell_program()], site.environment_of(host))
     get_current_context().exit(code)
 
 

@@ -142,7 +142,7 @@ class RunningLab:
 
     pid: int
     namespaces: Mapping[str, str]
-    environment: Mapping[str, str]
+    environments: Mapping[str, Mapping[str, str]]
 
     def enter(self, host: str, words: Sequence[str]) -> int:
         """Run a program on one of its hosts; return the exit code."""
@@ -154,7 +154,7 @@ class RunningLab:
         # With a handler, not SIG_IGN, which the program would inherit.
         with _handled(signal.SIGINT, lambda *_: None):
             code = subprocess.run(
-                command, env={**os.environ, **self.environment}, check=False
+                command, env={**os.environ, **self.environments[host]}, check=False
             ).returncode
         return 128 - code if code < 0 else code
 
@@ -176,7 +176,7 @@ def announce(site: Site, folder: Path) -> None:
     state = {
         "pid": os.getpid(),
         "namespaces": namespaces,
-        "environment": dict(site.environment),
+        "environments": {name: dict(site.environment_of(name)) for name in site.hosts},
     }
     unfinished = folder / f"{_STATE}.new"
     unfinished.write_text(json.dumps(state, indent=1))

@@ -20,6 +20,7 @@ from ztna.cli.main import INTERRUPTED, verbose_option, verbosity
 from ztna.config.document import read_document
 from ztna.config.load import Override, load_config
 from ztna.config.model import (
+    CONFIG_VARIABLE,
     DEFAULT_P2P_PORT,
     DEFAULT_PORT,
     AgentConfig,
@@ -75,9 +76,16 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-def _file_option(name: str, purpose: str) -> Callable[[F], F]:
+def _file_option(name: str, purpose: str, variable: str | None = None) -> Callable[[F], F]:
     kind = click.Path(dir_okay=False, path_type=Path)
-    return click.option(f"--{name}", type=kind, metavar="FILE", help=purpose)
+    return click.option(
+        f"--{name}",
+        type=kind,
+        metavar="FILE",
+        envvar=variable,
+        show_envvar=variable is not None,
+        help=purpose,
+    )
 
 
 _identity_options = _options(
@@ -122,7 +130,8 @@ _server_options = _options(
 
 
 def _config_option(role: Role) -> Callable[[F], F]:
-    return _file_option("config", f"Configuration file.  [default: {default_file(role)}]")
+    purpose = f"Configuration file.  [default: {default_file(role)}]"
+    return _file_option("config", purpose, CONFIG_VARIABLE)
 
 
 @click.group()

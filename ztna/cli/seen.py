@@ -15,7 +15,7 @@ from ztna.cli import seen_text, unanswered
 from ztna.cli.main import verbose_option
 from ztna.cli.node_socket import find_socket
 from ztna.cli.text import printable
-from ztna.config.model import default_file
+from ztna.config.model import CONFIG_VARIABLE, default_file
 from ztna.core.identity import Role
 from ztna.errors import SystemSetupError, UnreachableError, ZtnaError
 
@@ -45,6 +45,8 @@ def _options(command: F) -> F:
             "--config",
             type=file,
             metavar="FILE",
+            envvar=CONFIG_VARIABLE,
+            show_envvar=True,
             help=f"The node's configuration, which says where its socket is.  "
             f"[default: {default_file(Role.AGENT)}]",
         ),

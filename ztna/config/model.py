@@ -376,6 +376,10 @@ CLASSES: Mapping[Role, type[AnyConfig]] = {
 DESCRIBED: Described = {PolicyRule: PolicyRuleKeys}
 
 
+# Names the configuration file of `ztna run` and of what asks a node; `--config` wins over it.
+CONFIG_VARIABLE = "ZTNA_CONFIG"
+
+
 def default_file(role: Role) -> Path:
     """Where a role's configuration stands unless told otherwise."""
     return SYSTEM_FOLDER / f"{role}.json"

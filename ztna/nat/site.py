@@ -20,6 +20,7 @@ from pathlib import Path
 
 import attrs
 
+from ztna.config.model import CONFIG_VARIABLE
 from ztna.errors import SystemSetupError, UsageError
 from ztna.nat.applications import ECHO_PORT, HTTP_PORT
 from ztna.nat.deployment import CONFIGURED, READY, REGISTERED, Deployment, LoggedProcess, start
@@ -113,15 +114,23 @@ class Site:
         """All hosts by the names that people use."""
         return {name: getattr(self, name) for name in HOSTS}
 
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What a program on one of the hosts may want to know, for its environment."""
+    def environment_of(self, name: str) -> Mapping[str, str]:
+        """What a program on this one of the hosts may want to know, for its environment. `ztna
+        status` and its like find the node that runs there."""
         variables = {f"{name}_address": host.address for name, host in self.hosts.items()}
         variables["web"] = f"http://{WEB_IP}/"
         variables["echo"] = f"{ECHO_IP}:{ECHO_PORT}"
         variables["intermediate"] = f"{INTERMEDIATE}:{self.files.deployment.port}"
         variables["folder"] = str(self.files.deployment.folder)
-        return {f"ZTNA_LAB_{name.upper()}": value for name, value in variables.items()}
+        environment = {f"ZTNA_LAB_{key.upper()}": value for key, value in variables.items()}
+        if (file := self._node_file(name)) is not None:
+            environment[CONFIG_VARIABLE] = str(file)
+        return environment
+
+    def _node_file(self, name: str) -> Path | None:
+        if name == "connector":
+            return self.files.deployment.node(name, CONNECTOR_NAME) / f"{name}.json"
+        return {"agent": self.files.agent, "intermediate": self.files.intermediate}.get(name)
 
     def start(self) -> None:
         """Start all and wait until a user could go to work. Raises NotReadyError."""

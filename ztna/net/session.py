@@ -51,10 +51,10 @@ _PEER_STREAMS = 4
 # Pieces of data on such streams that are borne in a session: what four windows hold. aioquic keeps
 # a word for every stream that ever was.
 _OTHER_STREAM_DATA = 1024
-# Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
 # Our choice, below the 25 ms that a peer expects by default (RFC 9000 section 18.2): an ACK costs
 # each side as much as 50 packets of a batch, and ten batches may come in that time.
 _ACK_DELAY = 0.005
+# Our choice: a timer that is due again at once is looked at after 1 ms, aioquic's granularity.
 _MIN_WAIT = 0.001
 # Our choice: seconds for which one `keep_awake` holds, far less than a session counts as in use.
 _AWAKE_FOR = 0.5
