@@ -26,6 +26,7 @@ from ztna.roles.local import (
     Request,
     Send,
     may_ask,
+    name_of,
     open_status_socket,
     parse_request,
     socket_path,
@@ -67,6 +68,26 @@ async def ask(path: Path, line: bytes) -> list[dict[str, Any]]:
             while piece := await stream.receive_some(65_536):
                 data += piece
     return [json.loads(each) for each in data.splitlines()]
+
+
+async def test_a_long_path(tmp_path: Path) -> None:
+    """Longer than a socket's address has room for; a dead node's is replaced there, too."""
+    path = tmp_path / ("long" * 40) / "agent.sock"
+    path.parent.mkdir()
+    before = os.listdir("/proc/self/fd")
+    for _ in range(2):
+        async with served(path):
+            with name_of(path) as name:
+                assert await ask(Path(name), request("twice")) == [{"number": 1}, {"number": 2}]
+            async with open_status_socket(path, answer) as second:
+                assert not second
+        socket_of_a_dead_node(path)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def socket_of_a_dead_node(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead, name_of(path) as name:
+        dead.bind(name)
 
 
 def request(ask_: str) -> bytes:

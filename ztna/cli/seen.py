@@ -18,6 +18,7 @@ from ztna.cli.text import printable
 from ztna.config.model import CONFIG_VARIABLE, default_file
 from ztna.core.identity import Role
 from ztna.errors import SystemSetupError, UnreachableError, ZtnaError
+from ztna.roles.local import name_of
 
 # Our choice: longer than any look at a service takes, several of them one after the other.
 _ANSWER_TIME = 60.0
@@ -243,7 +244,8 @@ def _read_line(readline: Callable[[int], bytes], path: Path) -> bytes:
 
 def _connect(connection: socket.socket, path: Path) -> None:
     try:
-        connection.connect(str(path))
+        with name_of(path) as name:
+            connection.connect(name)
     except PermissionError as error:
         raise SystemSetupError(
             f"{path}: only root, the node's own user and its group may ask; run this as one of "

@@ -13,8 +13,8 @@ import pwd
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -37,6 +37,8 @@ PAUSE = 1.0
 MODE = 0o660
 RUNTIME_FOLDER = Path("/run/ztna")
 SYSTEM_STATE = Path("/var/lib/ztna")
+_LONGEST_NAME = 103  # bytes; what macOS has room for
+_DESCRIPTORS = Path("/proc/self/fd")  # Linux's, proc(5)
 
 Serve = Callable[["Answer"], Awaitable[None]]
 """Answers requests by a function until cancelled."""
@@ -60,6 +62,20 @@ def socket_path(role: Role, state_dir: Path) -> Path:
     if Path(runtime).is_absolute() and state_dir == home_state / "ztna":
         return Path(runtime) / "ztna" / f"{role}.sock"
     return state_dir / f"{role}.sock"
+
+
+@contextmanager
+def name_of(path: Path) -> Iterator[str]:
+    """A name for the path in a socket's address, which has room for 107 bytes on Linux (unix(7)):
+    a longer one is named by its folder's descriptor, while the block lasts."""
+    if len(os.fsencode(path)) <= _LONGEST_NAME or not _DESCRIPTORS.is_dir():
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"{_DESCRIPTORS}/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def status_server(given: Path | None, role: Role, state_dir: Path) -> Serve:
@@ -110,7 +126,8 @@ def _listen(path: Path) -> tuple[socket.socket, int]:
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         fresh.unlink(missing_ok=True)
-        opened.bind(str(fresh))
+        with name_of(fresh) as name:
+            opened.bind(name)
         # Nobody can connect before it listens, and by then the mode is what it shall be.
         fresh.chmod(MODE)
         opened.listen(MAX_CLIENTS)
@@ -132,9 +149,9 @@ def _alive(path: Path) -> bool:
         return False
     if not stat.S_ISSOCK(mode):
         raise UsageError("something that is no socket is there; take it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, name_of(path) as name:
         probe.setblocking(False)
-        return probe.connect_ex(str(path)) in {0, errno.EAGAIN}  # its backlog is full, so it lives
+        return probe.connect_ex(name) in {0, errno.EAGAIN}  # its backlog is full, so it lives
 
 
 @attrs.define(eq=False)
