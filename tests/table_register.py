@@ -7,7 +7,7 @@ words: why the network cannot fill the table. A table that is new needs a line h
 BATCH = "of the batch at hand, and gone with it: a receive is bounded by its calls"
 FLOWS = "ztna.core.flow_shares:MAX_FLOWS"
 OUTBOUND = "ztna.core.outbound:MAX_TCP"
-SESSIONS = "ztna.net.endpoint:EndpointSettings.sessions"
+SESSIONS = "ztna.net.endpoint_settings:EndpointSettings.sessions"
 ALL_FRAGMENTED = "ztna.core.packet.fragments:MAX_ALL_PACKETS"
 OWN_FILE = "from this node's own file, or for its own requests"
 EVENTS = "drained by the driver after every call, which one batch or timer fills"
@@ -133,23 +133,25 @@ TABLES = {
     "ztna.net.endpoint:Endpoint._due": SESSIONS,
     "ztna.net.peer_path:PathTable._by_address": f"{AGENTS} {CONNECTORS}",
     "ztna.net.peer_path:PathTable._by_channel": "one of each path",
-    "ztna.net.session:Session._inbox": "ztna.net.session_queues:SessionSettings.inbox_bytes",
+    "ztna.net.session:Session._inbox": "ztna.net.session_settings:SessionSettings.inbox_bytes",
     "ztna.net.session_queues:SessionQueues._outgoing": (
-        "ztna.net.session_queues:SessionSettings.outgoing_datagrams"
+        "ztna.net.session_settings:SessionSettings.outgoing_datagrams"
     ),
     "ztna.net.session_queues:SessionQueues._incoming": (
-        "ztna.net.session_queues:SessionSettings.incoming_datagrams"
+        "ztna.net.session_settings:SessionSettings.incoming_datagrams"
     ),
     "ztna.net.session_queues:SessionQueues._control_out": (
-        "ztna.net.session_queues:SessionSettings.control_backlog"
+        "ztna.net.session_settings:SessionSettings.control_backlog"
     ),
     "ztna.net.session_queues:SessionQueues._control_in": (
-        "ztna.net.session_queues:SessionSettings.control_backlog"
+        "ztna.net.session_settings:SessionSettings.control_backlog"
     ),
     "ztna.net.session_mtu:SessionMtu._answers": "probes that this node sent",
     "ztna.net.session_queues:SessionQueues._questions": OWN_FILE,
     "ztna.net.session_table:SessionTable.by_id": SESSIONS,
-    "ztna.net.session_table:SessionTable.half_open": "ztna.net.endpoint:EndpointSettings.half_open",
+    "ztna.net.session_table:SessionTable.half_open": (
+        "ztna.net.endpoint_settings:EndpointSettings.half_open"
+    ),
     "ztna.net.session_table:SessionTable.outbound": "sessions that this node began",
     "ztna.net.session_table:SessionTable._ids": SESSIONS,
     "ztna.net.stream_listener:StreamListener._half_open": "ztna.net.stream_listener:MAX_HALF_OPEN",

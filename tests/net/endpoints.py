@@ -11,8 +11,10 @@ import trio
 from tests.net.certificates import SERVER_NAME, Deployment, make_deployment
 from ztna.core.identity import Role
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork
-from ztna.net.endpoint import Endpoint, EndpointSettings
-from ztna.net.session import Session, SessionSettings
+from ztna.net.endpoint import Endpoint
+from ztna.net.endpoint_settings import EndpointSettings
+from ztna.net.session import Session
+from ztna.net.session_settings import SessionSettings
 from ztna.pki import Credentials
 
 CLIENT_ROLES = frozenset({Role.AGENT, Role.CONNECTOR})

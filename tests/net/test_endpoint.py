@@ -26,8 +26,9 @@ from ztna.core.identity import Role
 from ztna.errors import LocalProtocolError, SessionClosedError
 from ztna.nat.link import LinkSpec
 from ztna.net.closing import CloseCode
-from ztna.net.endpoint import Endpoint, EndpointSettings
-from ztna.net.session import SessionSettings
+from ztna.net.endpoint import Endpoint
+from ztna.net.endpoint_settings import EndpointSettings
+from ztna.net.session_settings import SessionSettings
 from ztna.net.udp import open_udp_port
 
 

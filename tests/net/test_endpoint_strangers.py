@@ -24,7 +24,7 @@ from tests.net.endpoints import (
 from ztna.core.ports import UdpBatch
 from ztna.nat.link import MemoryUdpPort, WireBatch
 from ztna.net.closing import CloseCode
-from ztna.net.endpoint import EndpointSettings
+from ztna.net.endpoint_settings import EndpointSettings
 from ztna.net.strangers import RateGate
 
 

@@ -23,8 +23,9 @@ from ztna.core.ports import UdpBatch
 from ztna.errors import SessionClosedError, SystemSetupError
 from ztna.nat.link import LinkSpec, MemoryNetwork
 from ztna.net.demux import LongHeader, initial_token_untrusted
-from ztna.net.endpoint import Endpoint, EndpointSettings
-from ztna.net.session import SessionSettings
+from ztna.net.endpoint import Endpoint
+from ztna.net.endpoint_settings import EndpointSettings
+from ztna.net.session_settings import SessionSettings
 from ztna.net.stateless_reset import SMALLEST, TOKEN_SIZE, ResetKey, is_reset, load_reset_key
 
 KEY = ResetKey(bytes(32))

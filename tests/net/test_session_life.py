@@ -12,7 +12,7 @@ from ztna.core.ports import UdpBatch
 from ztna.errors import LocalProtocolError, SessionClosedError
 from ztna.nat.link import LinkSpec
 from ztna.net.closing import CloseCode
-from ztna.net.session import SessionSettings
+from ztna.net.session_settings import SessionSettings
 
 
 async def test_handshake_shows_both_who_the_other_is(autojump_clock: MockClock) -> None:

@@ -6,7 +6,8 @@ from trio.testing import MockClock
 
 from tests.net.endpoints import open_pair, receive_count
 from ztna.nat.link import LinkSpec
-from ztna.net.session import Session, SessionSettings
+from ztna.net.session import Session
+from ztna.net.session_settings import SessionSettings
 
 DELAY = 0.01
 

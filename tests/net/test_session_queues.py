@@ -8,7 +8,7 @@ from tests.net.endpoints import open_pair, receive_count
 from ztna.core.ports import UdpBatch
 from ztna.errors import SessionClosedError
 from ztna.net.closing import CloseCode
-from ztna.net.session import SessionSettings
+from ztna.net.session_settings import SessionSettings
 
 
 async def test_too_large_datagram_is_refused_and_later_ones_flow(

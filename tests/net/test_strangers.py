@@ -7,7 +7,7 @@ from tests.net.endpoints import SERVER_ADDRESS, Pair, open_pair
 from tests.net.test_endpoint_strangers import first_initial, long_header, throw
 from ztna.nat.link import WireBatch
 from ztna.net.closing import CloseCode
-from ztna.net.endpoint import EndpointSettings
+from ztna.net.endpoint_settings import EndpointSettings
 from ztna.net.strangers import (
     ALL_GREETINGS_BURST,
     ALL_HANDSHAKES_BURST,

@@ -42,9 +42,10 @@ from ztna.net.demux import (
     segments,
     uniform_connection_id,
 )
+from ztna.net.endpoint_settings import EndpointSettings
 from ztna.net.peer_path import PathTable, PeerPath, RoutedPort
 from ztna.net.session import Session
-from ztna.net.session_queues import SessionSettings
+from ztna.net.session_settings import SessionSettings
 from ztna.net.session_table import SessionTable
 from ztna.net.stateless_reset import ResetKey
 from ztna.net.strangers import Doorkeeper, Listener, ProvenIds, RateGate
@@ -58,24 +59,6 @@ that it came to."""
 
 RelayHandler = Callable[[bytes, UdpBatch, float], UdpBatch | None]
 """Takes a buffer of raw relayed packets of one channel at a time (s); gives what to send on."""
-
-
-@attrs.frozen
-class EndpointSettings:
-    """Bounds of an endpoint; all are our choice.
-
-    half_open: clients whose handshake is not complete. retry_from: so many of these, and new
-    ones must first prove their address (RFC 9000 section 8.1.2). sessions: all together.
-    accept_queue: verified sessions that nobody has taken from `listen` yet. resets: stateless
-    resets a second. goodbye: seconds for the last words.
-    """
-
-    half_open: int = 1024
-    retry_from: int = 64
-    resets: float = 200.0
-    sessions: int = 16_384
-    accept_queue: int = 256
-    goodbye: float = 1.0
 
 
 _COUNTERS = (

@@ -38,10 +38,10 @@ from ztna.net.datagram_sender import DatagramSender
 from ztna.net.fastpath import FastPath
 from ztna.net.session_mtu import SessionMtu, headers_to
 from ztna.net.session_owner import SessionOwner
-from ztna.net.session_queues import PathChange, SessionQueues, SessionSettings
+from ztna.net.session_queues import PathChange, SessionQueues
 from ztna.net.stateless_reset import is_reset
 
-__all__ = ["CloseCode", "CloseInfo", "Session", "SessionOwner", "SessionSettings"]
+__all__ = ["CloseCode", "CloseInfo", "Session", "SessionOwner"]
 
 log = structlog.get_logger()
 

@@ -18,7 +18,7 @@ from ztna.errors import RemoteProtocolError
 from ztna.net.demux import QUIC_VERSION_1, LongHeader, initial_token_untrusted
 from ztna.net.keyed_ids import OUR_IDS, Given
 from ztna.net.session import Session
-from ztna.net.session_queues import SessionSettings
+from ztna.net.session_settings import SessionSettings
 from ztna.net.stateless_reset import SMALLEST, ResetKey
 from ztna.pki import Credentials
 

@@ -38,7 +38,7 @@ from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.keyed_ids import OUR_IDS, Given
 from ztna.net.session import Session
-from ztna.net.session_queues import SessionSettings
+from ztna.net.session_settings import SessionSettings
 from ztna.net.stateless_reset import ResetKey, load_reset_key
 from ztna.net.stream_listener import StreamEntrance, StreamListener
 from ztna.net.stream_port import open_stream_port

@@ -21,7 +21,7 @@ from ztna.errors import RemoteProtocolError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 from ztna.net.session_mtu import headers_through
-from ztna.net.session_queues import SessionSettings
+from ztna.net.session_settings import SessionSettings
 from ztna.roles.health import HealthAsks
 
 log = structlog.get_logger(__name__)
