@@ -10,6 +10,7 @@ import math
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 import attrs
 import structlog
@@ -30,7 +31,8 @@ _LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
 async def reset_stream(stream: trio.abc.HalfCloseableStream) -> None:
     """Close a stream so that the other side sees a reset, not an orderly end."""
     if isinstance(stream, trio.SocketStream):
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT_AT_ALL)
+        with suppress(OSError):  # macOS refuses it where the other side has reset already
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT_AT_ALL)
     await trio.aclose_forcefully(stream)
 
 

@@ -312,6 +312,7 @@ class MemoryDatagrams:
     coming: trio.MemoryReceiveChannel[list[tuple[bytes, Any]]]
     sent: list[tuple[bytes, Any]] = attrs.Factory(list)
     dropped: int = 0
+    unanswerable: int = 0
 
     async def receive(self) -> list[tuple[bytes, Any]]:
         return await self.coming.receive()
@@ -378,4 +379,9 @@ async def test_udp_before_there_is_an_address_is_lost(autojump_clock: MockClock)
         forward, local = udp_forward(scene)
         local.arrived.send_nowait([(b"1", "a")])
         await trio.sleep(1)
-        assert forward.statistics() == {"associations": 0, "local_dropped": 0, "no_association": 1}
+        assert forward.statistics() == {
+            "associations": 0,
+            "local_dropped": 0,
+            "from_port_zero": 0,
+            "no_association": 1,
+        }

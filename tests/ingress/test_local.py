@@ -281,10 +281,35 @@ async def test_taken_and_impossible_addresses_are_named() -> None:
         await open_datagrams(("203.0.113.9", 1))
 
 
-async def test_datagrams_that_have_no_room_are_counted() -> None:
+async def test_datagrams_that_cannot_be_sent_are_counted() -> None:
+    """Too large, to nobody, and behind the end: the session that brought them goes on."""
     local = await open_datagrams(("127.0.0.1", 0))
-    local.send_nowait([bytes(65_508)], ("127.0.0.1", 9))
+    local.send_nowait([bytes(65_508), b"x"], local.local_address)
     assert local.dropped == 1
-    with pytest.raises(OSError, match="Invalid argument"):
-        local.send_nowait([b"x"], ("127.0.0.1", 0))
+    local.send_nowait([b"x"], ("127.0.0.1", 0))  # EINVAL
+    local.send_nowait([b"x"], ("192.0.2.1", 9))  # EINVAL or ENETUNREACH: loopback leads nowhere
+    assert local.dropped == 3
     local.close()
+    local.send_nowait([b"x"], ("127.0.0.1", 9))  # EBADF
+    assert local.dropped == 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets need root")
+async def test_datagrams_from_port_zero_are_dropped() -> None:
+    """Nobody can be sent an answer there; once an attempt to ended the agent."""
+    async with open_machine() as machine:
+        machine.dialer.datagrams[ECHO_BACKEND] = lambda datagram: [datagram]
+        local = await open_datagrams(("127.0.0.1", 0))
+        forward = UdpForward(machine.host, lambda: ECHO, local)
+        machine.nursery.start_soon(forward.run)
+        host, number = local.local_address
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as raw:
+            raw.sendto(struct.pack("!HHHH", 0, number, 8 + 4, 0) + b"ping", (host, 0))
+        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            await udp.sendto(b"ping", (host, number))
+            assert await udp.recv(100) == b"ping"
+        assert forward.statistics() == {
+            "associations": 1,
+            "local_dropped": 0,
+            "from_port_zero": 1,
+        }

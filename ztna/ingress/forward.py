@@ -70,8 +70,12 @@ class UdpForward:
 
     def statistics(self) -> dict[str, int]:
         """Associations now, and what was dropped."""
-        dropped = self.local.dropped
-        return {"associations": len(self._flows), "local_dropped": dropped, **self.counts}
+        return {
+            "associations": len(self._flows),
+            "local_dropped": self.local.dropped,
+            "from_port_zero": self.local.unanswerable,
+            **self.counts,
+        }
 
     def _send(self, peer: Any, payloads: list[bytes]) -> None:
         flow = self._flows.get(peer) or self._open(peer)

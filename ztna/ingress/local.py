@@ -28,8 +28,6 @@ _MAX_BATCH = 64
 _MAX_DATAGRAM = 65_535
 # Our choice: a burst of a hundred full-size datagrams; the kernel may cut it (net.core.rmem_max).
 _BUFFER = 1 << 20
-# Datagrams that the local program's kernel or socket had no room for, or that it does not want.
-_LOST = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.EMSGSIZE, errno.ECONNREFUSED, errno.EPERM})
 
 Stream = trio.abc.HalfCloseableStream
 
@@ -106,10 +104,15 @@ class LocalConnections:
 
 @attrs.define(eq=False)
 class LocalDatagrams:
-    """A bound, non-blocking UDP socket. peer: an address as the socket gives it."""
+    """A bound, non-blocking UDP socket. peer: an address as the socket gives it.
+
+    dropped: datagrams to a local program that could not be sent. unanswerable: those from port 0,
+    to which nothing can be sent (RFC 768: whoever sets it expects no answer).
+    """
 
     _socket: socket.socket
     dropped: int = 0
+    unanswerable: int = 0
 
     @property
     def local_address(self) -> Address:
@@ -122,25 +125,29 @@ class LocalDatagrams:
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             datagrams: list[tuple[bytes, Any]] = []
-            while len(datagrams) < _MAX_BATCH:
+            for _ in range(_MAX_BATCH):
                 try:
-                    datagrams.append(self._socket.recvfrom(_MAX_DATAGRAM))
+                    payload, peer = self._socket.recvfrom(_MAX_DATAGRAM)
                 except BlockingIOError:
                     break
                 except ConnectionRefusedError:
                     # A peer to which an answer went has closed; it says nothing about others.
                     continue
+                if peer[1]:
+                    datagrams.append((payload, peer))
+                else:
+                    self.unanswerable += 1
             if datagrams:
                 return datagrams
 
     def send_nowait(self, payloads: Sequence[Buffer], peer: Any) -> None:
-        """Send without waiting; what has no room is dropped and counted."""
+        """Send without waiting. What the kernel does not take is dropped and counted, for whatever
+        reason: no room, no route at this moment, a socket that was closed meanwhile. Who calls is
+        the pump of the agent's sessions, which no local program may disturb."""
         for payload in payloads:
             try:
                 self._socket.sendto(payload, peer)
-            except OSError as error:
-                if error.errno not in _LOST:
-                    raise
+            except OSError:
                 self.dropped += 1
 
     def close(self) -> None:
