@@ -50,7 +50,7 @@ class Splice:
     ended: Reset | TimedOut | None = None
     heard_at: float = -math.inf
     _over: bool = False
-    _cut: bool = False
+    _heard_all: bool = False
     _changed: trio.Event = attrs.Factory(trio.Event)
     _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
@@ -64,15 +64,16 @@ class Splice:
         changed.set()
 
     def close(self) -> None:
-        """The connection left its table."""
+        """The connection left its table: in order, only when both ends had finished, and then the
+        stream still gets what it has not taken yet. Otherwise somebody gave the connection up."""
         self.wake()
         self._over = True
-        if self.ended is not None:
+        if self.ended is not None or not self._heard_all:
             self._scope.cancel()
 
     def cut(self) -> None:
         """The connection has failed inside: touch it no more, and reset the stream."""
-        self._cut = self._over = True
+        self._over = True
         self._scope.cancel()
         self._changed.set()
 
@@ -81,19 +82,21 @@ class Splice:
         await self._changed.wait()
 
     async def run(self, stream: trio.abc.HalfCloseableStream) -> None:
-        """Move bytes until the end, then close the stream; reset it where the connection broke."""
+        """Move bytes until the end, then close the stream; reset it where that is not the end of
+        both directions, whatever the reason: a transfer that was cut off must not look whole."""
+        done = False
         with self._scope:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._connection_to_stream, stream)
                     nursery.start_soon(self._stream_to_connection, stream)
+                done = True
             except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                 log.debug("connection broken", by_peer=self.ended is not None)
                 self.abort()
             finally:
-                # RFC 9293 section 3.10.5: what the peer aborted, the stream's end sees aborted.
-                broken = self.ended is not None or self._cut
-                await (reset_stream if broken else trio.aclose_forcefully)(stream)
+                # RFC 9293 section 3.10.5: what was aborted on one side is so on the other.
+                await (trio.aclose_forcefully if done else reset_stream)(stream)
 
     def abort(self) -> None:
         """Give up the connection, with RST where the peer needs one."""
@@ -127,6 +130,7 @@ class Splice:
                 continue
             data = await stream.receive_some(min(space, CHUNK))
             if not data:
+                self._heard_all = True
                 connection.write_eof()
                 self.touch()
                 return

@@ -1,0 +1,142 @@
+"""The bridge between userspace connections and streams: how an end, of whatever kind, goes through.
+
+With the kernel's sockets where only they tell a reset from an orderly end.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from tests.backend.bench import BACKEND, SERVICE_IP, Bench, open_bench, open_memory_bench
+from tests.core.tcp.support import Script, peer
+from tests.roles.user_host import UserTcp
+from ztna.backend.sockets import SocketDialer
+from ztna.core.tcp.state import Reset
+from ztna.splice import Splice
+
+Stream = trio.abc.HalfCloseableStream
+
+
+@attrs.define
+class Through:
+    """A user's connection, and the socket on which the application has accepted it."""
+
+    bench: Bench
+    user: UserTcp
+    application: trio.SocketStream
+
+
+@asynccontextmanager
+async def open_through() -> AsyncIterator[Through]:
+    """One connection through a terminator to a socket of the kernel."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, open_bench(SocketDialer(), listener.socket.getsockname()) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        async with await listener.accept() as application:
+            yield Through(bench, user, application)
+
+
+async def read_to_the_end(stream: trio.SocketStream) -> tuple[bytes, bool]:
+    """All that a socket gives, and whether it ended in order."""
+    received = b""
+    try:
+        async for data in stream:
+            received += data
+    except trio.BrokenResourceError as error:
+        return received, not isinstance(error.__cause__, ConnectionResetError)
+    return received, True
+
+
+# --- a transfer that is cut off does not look whole ------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["the user resets", "withdrawn", "the connector stops"])
+async def test_upload_that_is_cut_off_ends_in_a_reset(how: str) -> None:
+    async with open_through() as through:
+        await through.user.send_all(b"the first half")
+        assert await through.application.receive_some() == b"the first half"
+        if how == "the user resets":
+            through.user.abort()
+        elif how == "withdrawn":
+            through.bench.terminator.set_services({}, {})
+        else:
+            through.bench.nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True), trio.fail_after(30):
+            end = await read_to_the_end(through.application)
+    assert end == (b"", False)  # out here, where no cancellation takes its place
+
+
+async def test_upload_that_is_cut_off_behind_the_whole_answer() -> None:
+    """The application has finished, the user has not: it is still a reset."""
+    async with open_through() as through:
+        await through.application.send_eof()
+        assert await through.user.receive_some() == b""
+        await through.user.send_all(b"the first half")
+        assert await through.application.receive_some() == b"the first half"
+        through.bench.terminator.set_services({}, {})
+        assert await read_to_the_end(through.application) == (b"", False)
+
+
+async def test_both_ends_in_order_stay_in_order() -> None:
+    async with open_through() as through:
+        await through.user.send_all(b"question")
+        through.user.send_eof()
+        assert await read_to_the_end(through.application) == (b"question", True)
+        await through.application.send_all(b"answer")
+        await through.application.send_eof()
+        assert await through.user.receive_all() == b"answer"
+        await trio.testing.wait_all_tasks_blocked()
+        assert await read_to_the_end(through.application) == (b"", True)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "given up"])
+async def test_download_of_a_local_program_that_is_cut_off(how: str) -> None:
+    """An agent without a tunnel interface stops; or its tunnel address has changed."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        program = await trio.open_tcp_stream(*listener.socket.getsockname())
+        script = Script.established()
+        splice = Splice(script.core, lambda: None)
+        async with program, trio.open_nursery() as nursery:
+            nursery.start_soon(splice.run, await listener.accept())
+            script.receive(peer(0, 1, 1, b"half of it"))
+            splice.wake()
+            assert await program.receive_some() == b"half of it"
+            if how == "cancelled":
+                nursery.cancel_scope.cancel()
+            else:
+                script.core.abort(script.now)
+                splice.close()
+            with trio.CancelScope(shield=True), trio.fail_after(30):
+                end = await read_to_the_end(program)
+    assert end == (b"", False)
+
+
+# --- nothing outlives its connection ---------------------------------------------------------
+
+
+async def test_silent_application_of_a_half_closed_connection(autojump_clock: MockClock) -> None:
+    """When the service is withdrawn, nobody waits for its answer any more."""
+
+    async def silent(stream: Stream) -> None:
+        assert await stream.receive_some() == b"question"
+        assert await stream.receive_some() == b""
+        await trio.sleep_forever()
+
+    async with open_memory_bench(streams={BACKEND: silent}) as bench:
+        before = trio.lowlevel.current_statistics().tasks_living
+        user = await bench.user.connect(SERVICE_IP)
+        await user.send_all(b"question")
+        user.send_eof()
+        await trio.sleep(1)
+        bench.terminator.set_services({}, {})
+        assert isinstance(await user.wait_ended(), Reset)
+        await trio.sleep(1)
+        assert bench.flows == 0
+        # The application itself.
+        assert trio.lowlevel.current_statistics().tasks_living == before + 1
