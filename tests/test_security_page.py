@@ -14,7 +14,7 @@ from tests.table_register import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/security.md").read_text()
-LIMITS = re.findall(r"\| ([0-9,]+) \| `(ztna\.[\w.]+:[\w.]+)` \| `tests/", PAGE)
+LIMITS = re.findall(r"\| ([0-9,.]+) \| `(ztna\.[\w.]+:[\w.]+)` \| `tests/", PAGE)
 TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PAGE)))
 _COUNTERS = re.compile(r"\._?(counts|counters|dropped)$")
 

@@ -11,7 +11,7 @@ from tests.backend.bench import BACKEND, SERVICE_IP, open_bench, open_memory_ben
 from tests.roles.memory import BackendResetsError, MemoryDialer
 from ztna.backend.sockets import SocketDialer
 from ztna.backend.tcp import CONNECT_DEADLINE
-from ztna.backend.terminator import LOG_BURST, LOG_RATE
+from ztna.backend.terminator import LOG_BURST, LOG_RATE, REFUSAL_LOG_BURST
 from ztna.core.flow import TcpFlow
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
@@ -216,6 +216,31 @@ async def test_bugs_without_end_do_not_fill_the_log(autojump_clock: MockClock) -
             bench.terminator.settle()
         assert len(logs) == 10
         assert bench.terminator.table.statistics()["drop_internal_error"] == 50
+
+
+async def test_refusals_without_end_do_not_fill_the_log(autojump_clock: MockClock) -> None:
+    async with open_memory_bench() as bench:
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(50):
+                with pytest.raises(ConnectionRefusedError):
+                    await bench.user.connect(SERVICE_IP)
+        assert {line["event"] for line in logs} == {"backend refuses"}
+        suppressed = bench.terminator.statistics()["log_lines_suppressed"]
+        assert REFUSAL_LOG_BURST <= len(logs) == 50 - suppressed <= REFUSAL_LOG_BURST + 1
+
+
+async def test_connects_without_an_answer_do_not_fill_the_log(autojump_clock: MockClock) -> None:
+    async with open_memory_bench(hangs={BACKEND}) as bench:
+        with structlog.testing.capture_logs() as logs:
+
+            async def connect() -> None:
+                with pytest.raises(ConnectionRefusedError):
+                    await bench.user.connect(SERVICE_IP)
+
+            async with trio.open_nursery() as users:
+                for _ in range(50):
+                    users.start_soon(connect)
+        assert [line["event"] for line in logs] == ["backend does not answer"] * 20
 
 
 async def test_packets_behind_the_end_of_the_terminator(autojump_clock: MockClock) -> None:

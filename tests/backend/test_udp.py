@@ -5,12 +5,14 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
+import structlog.testing
 import trio
 from trio.testing import MockClock
 
 from tests.backend.bench import BACKEND, SERVICE_IP, open_bench, open_memory_bench
 from tests.roles.memory import MemoryDialer
 from ztna.backend.sockets import Datagram, DatagramSocket, SocketDialer
+from ztna.backend.terminator import REFUSAL_LOG_BURST, REFUSAL_LOG_RATE
 from ztna.core.addresses import twin
 from ztna.core.packet.icmp import Unreachable
 from ztna.core.packet.ip import ICMP
@@ -65,6 +67,21 @@ async def test_refusal_is_port_unreachable(autojump_clock: MockClock) -> None:
             bench.user.send_udp(SERVICE_IP, b"x")
             (answer,) = await bench.user.take()
             assert answer[28:] == b"x"
+
+
+async def test_refusals_without_end_do_not_fill_the_log(autojump_clock: MockClock) -> None:
+    """Each datagram to an application that is down is a flow, and is refused."""
+    assert (REFUSAL_LOG_RATE, REFUSAL_LOG_BURST) == (0.2, 20.0)
+    async with open_memory_bench() as bench:
+        with structlog.testing.capture_logs() as logs:
+            for number in range(200):
+                bench.user.send_udp(SERVICE_IP, b"x", source_port=5000 + number)
+            await bench.user.take(200)
+            await trio.sleep(10.5)
+            bench.user.send_udp(SERVICE_IP, b"x")
+            await bench.user.take()
+        assert [line["event"] for line in logs] == ["backend refuses datagrams"] * 21
+        assert bench.terminator.statistics()["log_lines_suppressed"] == 180
 
 
 async def test_refusal_of_a_later_datagram(autojump_clock: MockClock) -> None:

@@ -1,7 +1,7 @@
 """Rates, on explicit times."""
 
 from ztna.core.addresses import VirtualKind, virtual_address
-from ztna.core.limits import MAX_SOURCES, SourceLimiter, TokenBucket
+from ztna.core.limits import MAX_SOURCES, RateGate, SourceLimiter, TokenBucket
 
 
 def test_bucket() -> None:
@@ -17,6 +17,13 @@ def test_cost() -> None:
     assert bucket.take(5.0, 100.0)
     assert not bucket.take(5.9, 10.0)
     assert bucket.take(6.0, 10.0)
+
+
+def test_gate_counts_what_it_holds_back() -> None:
+    gate = RateGate()
+    assert [gate.allow(100.0) for _ in range(25)].count(True) == 20
+    assert gate.suppressed == 5
+    assert [gate.allow(101.0) for _ in range(25)].count(True) == 5
 
 
 def test_forged_sources_fill_no_table_and_pass_no_total() -> None:

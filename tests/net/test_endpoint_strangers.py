@@ -25,7 +25,6 @@ from ztna.core.ports import UdpBatch
 from ztna.nat.link import MemoryUdpPort, WireBatch
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint_settings import EndpointSettings
-from ztna.net.strangers import RateGate
 
 
 def stranger(pair: Pair) -> MemoryUdpPort:
@@ -170,13 +169,6 @@ async def test_a_client_that_gives_up_was_not_refused(autojump_clock: MockClock)
         assert (counters["sessions_abandoned"], counters["sessions_refused"]) == (1, 0)
         assert counters["half_open"] == 0
     assert [line for line in logs if line["event"] == "client refused"] == []
-
-
-def test_log_gate() -> None:
-    gate = RateGate()
-    assert [gate.allow(100.0) for _ in range(25)].count(True) == 20
-    assert gate.suppressed == 5
-    assert [gate.allow(101.0) for _ in range(25)].count(True) == 5
 
 
 async def test_replayed_first_packet_makes_one_half_open_session(

@@ -28,12 +28,13 @@ from ztna.core.rendezvous import Rendezvous
 from ztna.nat.link import MemoryNetwork, WireBatch
 from ztna.net.closing import CloseCode, CloseInfo
 from ztna.roles.address_book import AddressBook
-from ztna.roles.client_dialogue import ANSWER_LOG_LIMIT, MALFORMED_LOG_LIMIT
 from ztna.roles.served import (
     ARRIVAL_BURST,
     CONTROL_BURST,
     DIALOGUE_BURST,
     FRAME_BURST,
+    LINE_BURST,
+    LINE_RATE,
     MAX_ARRIVALS,
     Intermediate,
 )
@@ -83,14 +84,25 @@ async def test_few_control_messages_at_a_time_are_served(autojump_clock: MockClo
 
 
 async def test_last_words_cannot_fill_the_log(autojump_clock: MockClock) -> None:
+    """Nor can any other message, and a new session is no new beginning."""
+    assert (LINE_RATE, LINE_BURST) == (0.5, 300.0)
     with structlog.testing.capture_logs() as logs:
-        async with open_scene() as scene, open_mallory(scene) as mallory:
-            for number in range(30):
-                kind = ("Goodbye", "ProtocolError")[number % 2]
-                mallory.session.send_control(frame({"type": kind, "reason": "again"}))
-            await trio.sleep(1)
-            assert not mallory.session.closed
-    assert sum(entry.get("reason") == "again" for entry in logs) == MALFORMED_LOG_LIMIT
+        async with open_scene() as scene:
+            for _ in range(7):
+                async with open_mallory(scene) as mallory:
+                    for number in range(60):
+                        kind = ("Goodbye", "ProtocolError")[number % 2]
+                        mallory.session.send_control(frame({"type": kind, "reason": "again"}))
+                    await trio.sleep(0.5)
+                    assert not mallory.session.closed
+                    mallory.session.close(CloseCode.GOODBYE, "")
+                    await trio.sleep(0.5)
+            suppressed = scene.intermediate.statistics()["log_lines_suppressed"]
+    words = sum(entry.get("reason") == "again" for entry in logs)
+    assert LINE_BURST <= words <= LINE_BURST + LINE_RATE * 10
+    assert words + suppressed == 7 * 60
+    gone = [entry for entry in logs if entry["event"] == "client gone"]
+    assert sum(entry.get("lines_suppressed", 0) for entry in gone) == suppressed
 
 
 async def test_control_bytes_without_end(autojump_clock: MockClock) -> None:
@@ -142,7 +154,7 @@ async def test_registrations_without_end(autojump_clock: MockClock) -> None:
         assert len(served.refused) <= 256
         assert not mallory.session.closed
         lines = [line for line in logs if line.get("client") == "agent/mallory"]
-        assert len(lines) <= ANSWER_LOG_LIMIT + MALFORMED_LOG_LIMIT
+        assert len(lines) <= LINE_BURST + LINE_RATE * 10
         statistics = scene.intermediate.statistics()["sessions"]
         assert isinstance(statistics, dict)
         assert statistics["agent/mallory"]["drop_dialogue_rate"] == served.dialogue_dropped

@@ -32,7 +32,7 @@ from ztna.nat.link import WireBatch
 from ztna.net.endpoint import Endpoint
 from ztna.pki import Credentials
 from ztna.roles.agent_peers import MAX_PEERS
-from ztna.roles.connector_peers import MAX_AGENTS
+from ztna.roles.connector_peers import LINE_BURST, LINE_RATE, MAX_AGENTS
 from ztna.roles.tree import statistics_registry
 
 POLICY = [
@@ -308,6 +308,41 @@ async def test_the_connector_keeps_a_bounded_number_of_agents(autojump_clock: Mo
             await trio.sleep(5)
         given = [entry for entry in logs if entry["event"] == "relay channel"]
         assert len(given) == MAX_AGENTS - 1, "one was there before"
+
+
+async def test_an_agent_cannot_fill_the_connectors_log(autojump_clock: MockClock) -> None:
+    """By moving, by asking for now this and now that, or by sessions without end."""
+    assert (LINE_RATE, LINE_BURST) == (0.2, 40.0)
+    async with open_world(POLICY) as world:
+        world.dialer.datagrams[BACKEND] = lambda datagram: [datagram]
+        await world.start_intermediate()
+        agent = await world.start_agent([WANTED])
+        await world.start_connector([ECHO])  # last, so that "peers" of the statistics is its own
+        async with UserHost.open(agent) as user:
+            assert await ask(user) == b"hello"
+        assert world.intermediate is not None
+        (connector, client) = sorted(
+            (served.client for served in world.intermediate.served.values()),
+            key=lambda each: each.is_agent,
+        )
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(20):
+                world.intermediate.rendezvous.moved(client, trio.current_time())
+                world.intermediate.introduce()
+                await trio.sleep(0.1)
+            assert logs == []
+            for number in range(100):
+                session, peer = f"{number:016x}", str(client.identity.uri)
+                services = ("echo", "web")[: 1 + number % 2]
+                message = RelayChannel(session, session, peer, services)
+                world.intermediate.rendezvous._events.append((connector, message))
+                world.intermediate.introduce()
+                await trio.sleep(0.1)
+        given = [entry for entry in logs if entry["event"] == "relay channel"]
+        assert 30 <= len(given) <= 42
+        side = figures("peers")["agent/laptop"]
+        assert isinstance(side, dict)
+        assert side["session_lines_suppressed"] == 99 - len(given)
 
 
 async def test_the_agent_keeps_a_bounded_number_of_connectors(autojump_clock: MockClock) -> None:

@@ -13,6 +13,7 @@ import trio
 from ztna.backend.sockets import Dialer
 from ztna.core.flow import TcpFlow
 from ztna.core.flows import FlowTable
+from ztna.core.limits import RateGate
 from ztna.core.ports import Address
 from ztna.splice import Splice
 
@@ -28,6 +29,7 @@ class SpliceOwner(Protocol):
 
     table: FlowTable
     dialer: Dialer
+    refusals: RateGate
 
     def touch(self, flow: TcpFlow) -> None:
         """The connection was acted upon."""
@@ -81,9 +83,10 @@ class TcpSplice:
             with trio.move_on_after(CONNECT_DEADLINE):
                 stream = await self.owner.dialer.open_stream(self.backend)
         except OSError as error:
-            log.warning("backend refuses", backend=self.backend, error=str(error))
+            if self.owner.refusals.allow(trio.current_time()):
+                log.warning("backend refuses", backend=self.backend, error=str(error))
         else:
-            if stream is None:
+            if stream is None and self.owner.refusals.allow(trio.current_time()):
                 log.warning("backend does not answer", backend=self.backend)
         finally:
             self.owner.table.connect_finished(self.flow)

@@ -24,7 +24,7 @@ from ztna.core.flow import (
     TcpFlow,
 )
 from ztna.core.flows import FlowTable
-from ztna.core.limits import TokenBucket
+from ztna.core.limits import RateGate
 from ztna.core.ports import Address, IpPacket
 from ztna.errors import CONTAINED
 
@@ -32,22 +32,27 @@ log = structlog.get_logger(__name__)
 
 # Our choice: traces of bugs that users' packets reach, a second and at once.
 LOG_RATE, LOG_BURST = 1.0, 10.0
+# Our choice: lines that users cause by packets to applications that refuse them or do not answer.
+# They say who is down, so that one in five seconds is enough.
+REFUSAL_LOG_RATE, REFUSAL_LOG_BURST = 0.2, 20.0
 
 
 @attrs.define(eq=False)
 class Terminator:
     """All flows of a connector and their backends.
 
-    backends: where each service's application listens, by service id.
+    backends: where each service's application listens, by service id. refusals: lines in the log
+    about backends. traces: about bugs.
     """
 
     table: FlowTable
     backends: Mapping[str, Address]
     dialer: Dialer = attrs.Factory(SocketDialer)
+    refusals: RateGate = attrs.Factory(lambda: RateGate(REFUSAL_LOG_RATE, REFUSAL_LOG_BURST))
+    traces: RateGate = attrs.Factory(lambda: RateGate(LOG_RATE, LOG_BURST))
     _drivers: dict[Flow, TcpSplice | UdpForward] = attrs.Factory(dict)
     _heard: dict[Address, float] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
-    _log_bucket: TokenBucket = attrs.Factory(lambda: TokenBucket(LOG_RATE, LOG_BURST))
     _timer_changed: trio.Event = attrs.Factory(trio.Event)
     _output: trio.Event = attrs.Factory(trio.Event)
 
@@ -89,6 +94,11 @@ class Terminator:
             if isinstance(driver, TcpSplice) and driver.backend == backend
         ]
         return max([self._heard.get(backend, -math.inf), *running])
+
+    def statistics(self) -> dict[str, int]:
+        """The table's, and lines that were not written to the log."""
+        suppressed = self.refusals.suppressed + self.traces.suppressed
+        return {**self.table.statistics(), "log_lines_suppressed": suppressed}
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]]) -> None:
         """Take a batch of users' packets, each with the id of its service."""
@@ -153,7 +163,7 @@ class Terminator:
 
     def _give_up(self, flow: TcpFlow | None, error: Exception) -> None:
         """A bug that a user's packets can reach must not end the others, nor the connector."""
-        if self._log_bucket.take(trio.current_time()):
+        if self.traces.allow(trio.current_time()):
             key = None if flow is None else flow.key
             log.error("internal error in a flow", flow=key, exc_info=error)
         driver = None if flow is None else self._drivers.pop(flow, None)
@@ -165,7 +175,8 @@ class Terminator:
             await driver.run()
         except* CONTAINED:
             # A bug that one flow can reach must not end the others, nor the connector.
-            log.exception("internal error in a flow", backend=driver.backend)
+            if self.traces.allow(trio.current_time()):
+                log.exception("internal error in a flow", backend=driver.backend)
             self._drivers.pop(driver.flow, None)
             self._abort(driver.flow)
         finally:

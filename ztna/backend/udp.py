@@ -10,6 +10,7 @@ import trio
 from ztna.backend.sockets import DatagramSocket, Dialer
 from ztna.core.flow import UdpFlow
 from ztna.core.flows import FlowTable
+from ztna.core.limits import RateGate
 from ztna.core.packet.icmp import Unreachable
 from ztna.core.ports import Address
 
@@ -23,6 +24,7 @@ class ForwardOwner(Protocol):
 
     table: FlowTable
     dialer: Dialer
+    refusals: RateGate
 
     def settle(self) -> None:
         """The table was acted upon."""
@@ -76,7 +78,8 @@ class UdpForward:
 
     def _refuse(self, error: OSError) -> None:
         """Tell the user, and forget the flow: the next datagram tries again."""
-        log.info("backend refuses datagrams", backend=self.backend, error=str(error))
+        if self.owner.refusals.allow(trio.current_time()):
+            log.info("backend refuses datagrams", backend=self.backend, error=str(error))
         if not self.flow.closed:
             reason = Unreachable.HOST if error.errno in _UNREACHABLE else Unreachable.PORT
             self.owner.table.refuse_flow(self.flow, trio.current_time(), reason)

@@ -1,9 +1,9 @@
 """Rates: how often something may happen, in the long run and at once, for one source or for all.
 
-`TokenBucket.take` where one counter is enough (a session's control frames, lines in the log);
-`KeyedLimiter.allow` where each of several has its own; `SourceLimiter.allow` where strangers'
-addresses tell who asks. What is over a rate is the caller's
-to drop and to count.
+`TokenBucket.take` where one counter is enough (a session's control frames), `RateGate.allow` where
+what is over is counted besides (lines in the log); `KeyedLimiter.allow` where each of several has
+its own; `SourceLimiter.allow` where strangers' addresses tell who asks. What is over a rate is the
+caller's to drop.
 """
 
 import collections
@@ -18,6 +18,9 @@ MAX_SOURCES = 4096
 # Our choice: bounds what a flood from forged addresses, each new to us, can make us do.
 TOTAL_RATE = 5000.0
 TOTAL_BURST = 5000.0
+# Our choice: lines a second that strangers can cause in the log.
+LOG_RATE = 5.0
+LOG_BURST = 20.0
 
 
 @attrs.define
@@ -41,6 +44,27 @@ class TokenBucket:
             return False
         self._level -= cost
         return True
+
+
+@attrs.define
+class RateGate:
+    """Lets through what others can cause, at a bounded rate; counts the rest.
+
+    rate: a second. burst: at once, after a pause.
+    """
+
+    rate: float = LOG_RATE
+    burst: float = LOG_BURST
+    suppressed: int = 0
+    _bucket: TokenBucket = attrs.field(
+        default=attrs.Factory(lambda self: TokenBucket(self.rate, self.burst), takes_self=True)
+    )
+
+    def allow(self, now: float) -> bool:
+        """Whether to do it at this time (seconds)."""
+        allowed = self._bucket.take(now)
+        self.suppressed += not allowed
+        return allowed
 
 
 @attrs.define

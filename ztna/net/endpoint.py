@@ -21,6 +21,7 @@ from aioquic.quic.packet import QuicErrorCode
 from ztna.core.addresses import format_address, is_virtual
 from ztna.core.channels import RAW, uniform_channel
 from ztna.core.identity import Role
+from ztna.core.limits import RateGate
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 from ztna.net.aioquic_private.connection_ids import random_token
@@ -48,7 +49,7 @@ from ztna.net.session import Session
 from ztna.net.session_settings import SessionSettings
 from ztna.net.session_table import SessionTable
 from ztna.net.stateless_reset import ResetKey
-from ztna.net.strangers import Doorkeeper, Listener, ProvenIds, RateGate
+from ztna.net.strangers import Doorkeeper, Listener, ProvenIds
 from ztna.pki import Credentials
 
 log = structlog.get_logger()

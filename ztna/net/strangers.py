@@ -12,7 +12,7 @@ from aioquic.quic.packet import encode_quic_retry, encode_quic_version_negotiati
 from aioquic.quic.retry import QuicRetryTokenHandler
 
 from ztna.core.identity import Role
-from ztna.core.limits import SourceLimiter, TokenBucket
+from ztna.core.limits import RateGate, SourceLimiter, TokenBucket
 from ztna.core.ports import Address, UdpBatch
 from ztna.errors import RemoteProtocolError
 from ztna.net.demux import QUIC_VERSION_1, LongHeader, initial_token_untrusted
@@ -39,30 +39,6 @@ GREETING_RATE = 100.0
 GREETING_BURST = 512.0
 ALL_GREETINGS_RATE = 2000.0
 ALL_GREETINGS_BURST = 4000.0
-# Our choice: lines a second that strangers can cause in the log.
-_LOG_RATE = 5.0
-_LOG_BURST = 20.0
-
-
-@attrs.define
-class RateGate:
-    """Lets through what strangers can cause, at a bounded rate; counts the rest.
-
-    rate: a second. burst: at once, after a pause.
-    """
-
-    rate: float = _LOG_RATE
-    burst: float = _LOG_BURST
-    suppressed: int = 0
-    _bucket: TokenBucket = attrs.field(
-        default=attrs.Factory(lambda self: TokenBucket(self.rate, self.burst), takes_self=True)
-    )
-
-    def allow(self, now: float) -> bool:
-        """Whether to do it at this time (seconds)."""
-        allowed = self._bucket.take(now)
-        self.suppressed += not allowed
-        return allowed
 
 
 @attrs.frozen

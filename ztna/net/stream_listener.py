@@ -18,7 +18,7 @@ import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.identity import Role
-from ztna.core.limits import SourceLimiter, TokenBucket, source_key
+from ztna.core.limits import RateGate, SourceLimiter, TokenBucket, source_key
 from ztna.core.ports import Address
 from ztna.errors import IdentityError, RefusedError
 from ztna.net.strangers import (
@@ -26,7 +26,6 @@ from ztna.net.strangers import (
     ALL_HANDSHAKES_RATE,
     HANDSHAKE_BURST,
     HANDSHAKE_RATE,
-    RateGate,
 )
 from ztna.net.stream_port import StreamPort
 from ztna.net.tls import PeerSide, VerifiedPeer

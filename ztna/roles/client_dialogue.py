@@ -36,10 +36,6 @@ from ztna.roles.served import Intermediate, Served, send_policy, send_service_ma
 
 log = structlog.get_logger(__name__)
 
-# Our choice: lines that one session can cause in the log by malformed messages
-# or last words, and by asking.
-MALFORMED_LOG_LIMIT = 5
-ANSWER_LOG_LIMIT = 1000
 # What is carried without `plain_relay`: what the relay of peers needs, whole or in fragments.
 _NOT_PLAIN = wire.RELAY_KINDS | {wire.FRAGMENT}
 
@@ -67,8 +63,7 @@ async def read_control(intermediate: Intermediate, served: Served) -> None:
                 case Withdraw():
                     _receive_withdraw(intermediate, served, message)
                 case Goodbye() | ProtocolError():
-                    served.last_words += 1
-                    if served.last_words <= MALFORMED_LOG_LIMIT:
+                    if intermediate.may_log(served, now):
                         _log_last_words(message)
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} is not for a server")
@@ -130,7 +125,8 @@ def _receive_withdraw(intermediate: Intermediate, served: Served, message: Withd
         served.unauthorised.discard(service_id)
     reconcile(intermediate, served.client, list(message.services))
     if served.client.speaks_control:
-        log.info("withdrawn by the client", services=len(message.services))
+        if intermediate.may_log(served, trio.current_time()):
+            log.info("withdrawn by the client", services=len(message.services))
         send_service_map(served)
 
 
@@ -185,8 +181,7 @@ def _receive_dialogue(
             if message.kind not in {wire.AGENT_WANTS, wire.CONNECTOR_PROVIDES}:
                 raise RemoteProtocolError(f"0x{message.kind:02x} is not for a server")
         except RemoteProtocolError as error:
-            served.malformed += 1
-            if served.malformed <= MALFORMED_LOG_LIMIT:
+            if intermediate.may_log(served, now):
                 log.warning(
                     "malformed message dropped", client=str(client.identity), error=str(error)
                 )
@@ -219,8 +214,7 @@ def _answer(intermediate: Intermediate, served: Served, message: ServiceMessage)
     else:
         reason = f"{client.identity} cannot ask that: it is no {_other(client.identity.role)}"
         answer = Registration(message.service_id, 0, Refusal.NOT_AUTHORISED, reason)
-    served.answered += 1
-    if served.answered <= ANSWER_LOG_LIMIT:
+    if intermediate.may_log(served, trio.current_time()):
         name, who = answer.service_id[:80], str(client.identity)
         if answer.refusal is None:
             log.info("registered", client=who, service=name, rule=answer.reason)

@@ -168,7 +168,7 @@ async def run_connector(
         connector = _Connector(terminator, peers, config, credentials.identity, policy)
         connector.grant_services()
         if config.plain_relay:
-            registry.register("flows", terminator.table.statistics)
+            registry.register("flows", terminator.statistics)
             await nursery.start(terminator.run)
             nursery.start_soon(connector.send_answers)
         keeper = ControlKeeper(

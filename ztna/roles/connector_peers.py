@@ -21,6 +21,7 @@ from ztna.core.addresses import source_and_destination
 from ztna.core.error_groups import words_of
 from ztna.core.flow import OfferedService
 from ztna.core.identity import Identity, Role
+from ztna.core.limits import RateGate
 from ztna.core.messages import (
     Accepted,
     ChannelClosed,
@@ -61,6 +62,9 @@ KEPT = 180.0
 LAST_WORDS = 0.1
 # Seconds, our choice: how long the socket may hold up an end.
 SEND_PATIENCE = 0.5
+# Lines a second that one agent can cause in the log by its sessions and channels, and at once; our
+# choice: one that roams causes four each time.
+LINE_RATE, LINE_BURST = 0.2, 40.0
 
 Offers = Mapping[str, OfferedService]
 Backends = Mapping[str, Address]
@@ -73,7 +77,7 @@ class AgentSide:
     granted: services by the intermediate's word. addresses: tunnel addresses that the agent's
     packets may come from, packed. link: its session, while there is one. retired: the one before.
     host: where the intermediate sees it. told_by: the control session that announced it last.
-    left_at: when it was found to be neither here nor expected, s.
+    left_at: when it was found to be neither here nor expected, s. lines: what it causes in the log.
     """
 
     identity: Identity
@@ -90,6 +94,11 @@ class AgentSide:
     left_at: float = math.inf
     health: HealthDesk = attrs.Factory(HealthDesk)
     wrong_source: int = 0
+    lines: RateGate = attrs.Factory(lambda: RateGate(LINE_RATE, LINE_BURST))
+
+    def may_log(self) -> bool:
+        """Whether one more line about this agent is no flood."""
+        return self.lines.allow(trio.current_time())
 
 
 @attrs.define(eq=False)
@@ -173,9 +182,10 @@ class ConnectorPeers:
             str(side.identity): {
                 **(side.link.statistics() if side.link is not None else {}),
                 **side.path.counters,
-                **side.terminator.table.statistics(),
+                **side.terminator.statistics(),
                 "drop_wrong_source": side.wrong_source,
                 "drop_health": side.health.refused,
+                "session_lines_suppressed": side.lines.suppressed,
             }
             for side in self.agents
         }
@@ -201,25 +211,30 @@ class ConnectorPeers:
         for other in self.agents:
             if other.session_id == message.session:
                 other.session_id = ""  # of an intermediate before; it gets another
+        services = frozenset(message.services)
+        news = side.path.channel is None or services != side.granted
         side.session_id, side.told_by = message.session, self.control
         side.host = message.observed or ""
         if self.puncher is not None:
             self.puncher.peer_seen_at(side.path, side.host)
-        side.granted = frozenset(message.services)
+        side.granted = services
         side.addresses = _packed_untrusted(message.tunnel_address, message.tunnel_address6)
         moved = self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
         if moved and side.link is not None:
             side.link.relay_changed(relay)
         self.inner.channel_given()
         self._settle(side)
-        log.info("relay channel", peer=str(identity), services=sorted(side.granted)[:16])
+        if news and side.may_log():  # else the agent has only moved
+            log.info("relay channel", peer=str(identity), services=sorted(services)[:16])
 
     def _receive_closed(self, message: ChannelClosed) -> None:
         for side in self.agents:
             if side.session_id != message.session:
                 continue
             self.endpoint.paths.set_relay(side.path, None, None)
-            log.info("relay channel closed", peer=str(side.identity), reason=message.reason[:200])
+            if side.may_log():
+                who, why = str(side.identity), message.reason[:200]
+                log.info("relay channel closed", peer=who, reason=why)
             if message.withdrawn:
                 side.granted = frozenset()
                 self._settle(side)
@@ -324,16 +339,19 @@ class ConnectorPeers:
             pass
         except* RemoteProtocolError as group:
             words = words_of(group)
-            log.warning("the agent breaks the protocol", agent=str(identity), error=words)
+            if side.may_log():
+                log.warning("the agent breaks the protocol", agent=str(identity), error=words)
         except* CONTAINED:
             # A bug that one agent can reach must not end the sessions of the others.
-            log.exception("internal error in a peer session", agent=str(identity))
+            if side.may_log():
+                log.exception("internal error in a peer session", agent=str(identity))
             session.close(CloseCode.GOODBYE, "internal error of the connector")
         finally:
             if side.link is link:
                 side.link = None
         closed = await session.wait_closed()
-        log.info("peer session ended", agent=str(identity), reason=closed.reason)
+        if side.may_log():
+            log.info("peer session ended", agent=str(identity), reason=closed.reason)
 
     def _receive_untrusted(
         self, side: AgentSide, link: PeerLink, nursery: trio.Nursery, message: Message
@@ -368,7 +386,8 @@ class ConnectorPeers:
         self._settle(side)
         if not link.services:
             link.send(_service_map(link))
-        log.info("peer session up", agent=str(side.identity), services=len(link.services))
+        if side.may_log():
+            log.info("peer session up", agent=str(side.identity), services=len(link.services))
         link.said_hello.set()
 
     def _receive_datagrams(self, side: AgentSide, link: PeerLink, messages: list[bytes]) -> None:

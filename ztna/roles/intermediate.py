@@ -291,7 +291,8 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
             intermediate.inner.forget(client.key)
             intermediate.introduce()
         closed = await session.wait_closed()
-        log.info("client gone", reason=closed.reason, by_peer=closed.by_peer)
+        unlogged = {"lines_suppressed": served.unlogged} if served.unlogged else {}
+        log.info("client gone", reason=closed.reason, by_peer=closed.by_peer, **unlogged)
 
 
 def _words(group: BaseException) -> str:

@@ -8,7 +8,7 @@ import trio
 from ztna.core.addresses import format_address
 from ztna.core.identity import Identity
 from ztna.core.inner_channels import ForSessions, InnerChannels
-from ztna.core.limits import TokenBucket
+from ztna.core.limits import KeyedLimiter, TokenBucket
 from ztna.core.messages import Policy, ServiceMap, ServiceNumber, encode_message
 from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address, UdpBatch, UdpPort
@@ -31,7 +31,10 @@ CONTROL_RATE, CONTROL_BURST = float(16 << 10), float(256 << 10)
 # Sessions that one identity may begin, each worth two lines in the log: a client that doubts its
 # path begins one a second at most.
 ARRIVAL_RATE, ARRIVAL_BURST = 1.0, 30.0
-# Identities whose arrivals are remembered; as many as there may be sessions.
+# Lines that one identity's messages may cause in the log, over all its sessions, beside those two.
+# The burst holds one for each of the 256 services that it may ask for.
+LINE_RATE, LINE_BURST = 0.5, 300.0
+# Identities whose arrivals and lines are remembered; as many as there may be sessions.
 MAX_ARRIVALS = 16_384
 
 
@@ -46,6 +49,7 @@ class Served:
     refused: reasons, by service, that wait for the client's Hello: a 0x10 often overtakes it.
     unauthorised: services that the policy refused, to be judged again when it changes.
     policy_sent: the signed policy that it was told last.
+    unlogged: lines that its messages would have caused in the log, beyond their rate.
     """
 
     client: Client
@@ -53,9 +57,7 @@ class Served:
     refused: dict[str, str] = attrs.Factory(dict)
     unauthorised: set[str] = attrs.Factory(set)
     policy_sent: SignedDocument | None = None
-    malformed: int = 0
-    last_words: int = 0
-    answered: int = 0
+    unlogged: int = 0
     dialogue_dropped: int = 0
     plain_refused: int = 0
     dialogue: TokenBucket = attrs.Factory(lambda: TokenBucket(DIALOGUE_RATE, DIALOGUE_BURST))
@@ -85,8 +87,12 @@ class Intermediate:
     streams: StreamPort | None = None
     refused_arrivals: int = 0
     relay_port_full: int = 0
+    unlogged: int = 0
     plain_relay: bool = False
     _arrivals: OrderedDict[Identity, TokenBucket] = attrs.Factory(OrderedDict)
+    _lines: KeyedLimiter = attrs.Factory(
+        lambda: KeyedLimiter(LINE_RATE, LINE_BURST, max_keys=MAX_ARRIVALS)
+    )
     # Set when the rendezvous may have another timer.
     introduced: trio.Event = attrs.Factory(trio.Event)
 
@@ -132,6 +138,14 @@ class Intermediate:
         self.refused_arrivals += not admitted
         return admitted
 
+    def may_log(self, served: Served, now: float) -> bool:
+        """Whether a message of this client's gets a line in the log at `now` (s). Counted by
+        identity: a new session is no new beginning."""
+        allowed = self._lines.allow(str(served.client.identity).encode(), now)
+        served.unlogged += not allowed
+        self.unlogged += not allowed
+        return allowed
+
     def observed(self, session: Session) -> Address:
         """Where a session's client is: its address of UDP, or of the TLS stream below."""
         stream = None if self.streams is None else self.streams.stream(session.remote_address)
@@ -150,6 +164,7 @@ class Intermediate:
                 **served.session.statistics(),
                 "drop_dialogue_rate": served.dialogue_dropped,
                 "drop_plain_relay": served.plain_refused,
+                "log_lines_suppressed": served.unlogged,
             }
             for served in self.served.values()
         }
@@ -160,6 +175,7 @@ class Intermediate:
             **self.inner.statistics(),
             "drop_relay_port_full": self.relay_port_full,
             "refused_arrivals": self.refused_arrivals,
+            "log_lines_suppressed": self.unlogged,
             "sessions": sessions,
         }
 
