@@ -19,8 +19,7 @@ from tests.roles.signed import ECHO_BACKEND, KEYS, LAPTOP, make_policy, signed
 from tests.roles.signed import HOME as SIGNED_HOME
 from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
-from ztna.core.channels import Leg
-from ztna.core.identity import Identity, Role
+from ztna.core.identity import Role
 from ztna.core.messages import RelayChannel, Unavailable
 from ztna.core.packet.ip import UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
@@ -129,16 +128,9 @@ def lie(monkeypatch: pytest.MonkeyPatch, to_agents: Lies, to_connectors: Lies) -
     """Let intermediates say something else than what they do."""
     original = Rendezvous._tell
 
-    def tell(
-        rendezvous: Rendezvous,
-        pair: _Pair,
-        client: Client,
-        leg: Leg,
-        peer: Identity,
-        addresses: tuple[str, ...],
-    ) -> None:
+    def tell(rendezvous: Rendezvous, pair: _Pair, client: Client) -> None:
         before = len(rendezvous._events)
-        original(rendezvous, pair, client, leg, peer, addresses)
+        original(rendezvous, pair, client)
         if len(rendezvous._events) > before:
             _, message = rendezvous._events.pop()
             assert isinstance(message, RelayChannel)

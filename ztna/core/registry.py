@@ -110,6 +110,10 @@ class Registry:
         """All connected clients."""
         return list(self._clients.values())
 
+    def has(self, client: Client) -> bool:
+        """Whether this is its identity's newest session, and not over."""
+        return self._clients.get(client.identity) is client
+
     def add(self, client: Client) -> Client | None:
         """Take in a client; return the one of the same identity that it replaces."""
         replaced = self._clients.get(client.identity)
@@ -125,7 +129,7 @@ class Registry:
 
     def remove(self, client: Client) -> None:
         """Forget a client that is gone; those it served get another connector when they send."""
-        if not self._has(client):
+        if not self.has(client):
             return
         del self._clients[client.identity]
         self._disclaim(client)
@@ -141,7 +145,7 @@ class Registry:
         """Give a client without an address the first one that it uses and nobody owns (seed)."""
         if client.speaks_control or client.addresses or address in self._by_address:
             return False
-        if not self._has(client):
+        if not self.has(client):
             return False
         if self.reserved.get(address, client.identity) != client.identity:
             return False
@@ -161,7 +165,7 @@ class Registry:
         may take another. Raises LocalProtocolError if the client is gone, or one that was given
         an address already has it.
         """
-        if not self._has(client):
+        if not self.has(client):
             raise LocalProtocolError(f"{client.identity} is not connected by this session")
         others = {self._by_address.get(address, client) for address in addresses} - {client}
         for owner in others:
@@ -176,7 +180,7 @@ class Registry:
         """Answer a client that wants (agent) or provides (connector) a service."""
         if not 1 <= len(service_id.encode()) <= MAX_SERVICE_ID:
             return Registration(service_id, 0, Refusal.MALFORMED, "malformed service id")
-        if not self._has(client):
+        if not self.has(client):
             # What a replaced session had still in its queue must not come to life again.
             words = f"{client.identity} has a newer session"
             return Registration(service_id, 0, Refusal.NOT_AUTHORISED, words)
@@ -274,9 +278,6 @@ class Registry:
             "services_provided": len(self._providers),
             "service_numbers": len(self._numbers),
         }
-
-    def _has(self, client: Client) -> bool:
-        return self._clients.get(client.identity) is client
 
     def _disclaim(self, client: Client) -> None:
         for address in client.addresses:

@@ -5,7 +5,8 @@ control session. From these wishes and the registry follows what there is to be:
 for each pair of an agent and the connector that serves it, with the services that it is to carry.
 `reconcile` compares with what was told, and says the difference to both ends: `RelayChannel`,
 `ChannelClosed` or `Unavailable`. It is called after everything that may change the answer, and
-changes nothing when nothing did.
+changes nothing when nothing did. What waits, for a registration or for an agent to say what it
+wants, goes on for as long as the policy allows it, and no longer.
 
 Signalling belongs to (agent, session id): an id that an agent names stands for its own session
 alone, and an id that any other session has is not taken for it.
@@ -30,6 +31,7 @@ from ztna.errors import LimitError
 PATIENCE = 3.0
 # Our choice: connectors that one agent has peer sessions with; more than services makes no sense.
 MAX_KNOWN = MAX_SERVICES
+_NOTHING_LEFT = "no service is left that it may carry"
 
 
 @attrs.define(eq=False)
@@ -73,11 +75,15 @@ class Rendezvous:
 
     def open(self, agent: Client, message: OpenSession, now: float) -> None:
         """An agent says what it wants, instead of what it wanted before."""
+        if not self.registry.has(agent):
+            return  # still in the queue of a session that another has replaced
         known = message.sessions[:MAX_KNOWN]
+        before = self._wishes.get(agent)
         self._wishes[agent] = _Wishes(
             tuple(dict.fromkeys(message.services))[:MAX_SERVICES],
             {each.peer: each.session for each in known},
-            now + PATIENCE,
+            # Once for each control session: who asks again and again waits no longer.
+            now + PATIENCE if before is None else before.until,
         )
         # Who asks again is told again: it may have forgotten.
         for pair in self._pairs.get(agent.identity, {}).values():
@@ -93,7 +99,8 @@ class Rendezvous:
 
     def reconcile_all(self, now: float) -> None:
         """Rights have changed."""
-        for agent in list(self._wishes):
+        silent = {pair.agent for of_agent in self._pairs.values() for pair in of_agent.values()}
+        for agent in [*self._wishes, *(silent - self._wishes.keys())]:
             self.reconcile(agent, now)
 
     def replaced(self, old: Client, new: Client) -> None:
@@ -141,6 +148,7 @@ class Rendezvous:
         """Bring an agent's peer sessions in line with its wishes, rights and connectors."""
         wishes = self._wishes.get(agent)
         if wishes is None:
+            self._judge(agent)
             return
         waits = now < wishes.until < float("inf")
         wanted: dict[Client, list[str]] = {}
@@ -157,16 +165,35 @@ class Rendezvous:
             elif found is None:
                 # Who served it is about to come back: what there is goes on.
                 for pair in pairs.values():
-                    if service_id in pair.services:
+                    if service_id in pair.services and self._allows(pair, service_id):
                         wanted.setdefault(pair.connector, []).append(service_id)
             else:
                 wanted.setdefault(found, []).append(service_id)
                 wishes.told.pop(service_id, None)
         for pair in list(pairs.values()):
             if pair.connector not in wanted:
-                self._close(pair, "no service is left that it may carry", withdrawn=True)
+                self._close(pair, _NOTHING_LEFT, withdrawn=True)
         for connector, services in wanted.items():
             self._grant(agent, connector, tuple(services), wishes)
+
+    def _judge(self, agent: Client) -> None:
+        """What a newer session took over goes on until it says what it wants, where it may."""
+        for pair in list(self._pairs.get(agent.identity, {}).values()):
+            allowed = tuple(each for each in pair.services if self._allows(pair, each))
+            if not allowed:
+                self._close(pair, _NOTHING_LEFT, withdrawn=True)
+            elif allowed != pair.services:
+                # The agent is told when it asks.
+                pair.services = allowed
+                self._tell(pair, pair.connector)
+
+    def _allows(self, pair: _Pair, service_id: str) -> bool:
+        """Whether the policy lets a pair carry a service, registered or not."""
+        judge = self.registry.policy
+        return (
+            judge.may_reach(pair.agent.identity, service_id).allowed
+            and judge.may_provide(pair.connector.identity, service_id).allowed
+        )
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables."""
@@ -213,17 +240,19 @@ class Rendezvous:
             pair = _Pair(session, agent, connector, *legs)
             self._pairs.setdefault(agent.identity, {})[connector.identity] = pair
         pair.services = services
-        self._tell(pair, agent, pair.agent_leg, connector.identity, ())
-        self._tell(pair, connector, pair.connector_leg, agent.identity, _addresses(agent))
+        self._tell(pair, agent)
+        self._tell(pair, connector)
 
-    def _tell(
-        self, pair: _Pair, client: Client, leg: Leg, peer: Identity, addresses: tuple[str, ...]
-    ) -> None:
+    def _tell(self, pair: _Pair, client: Client) -> None:
         # Who has not said Hello yet is told when it has.
         if client.speaks_control and pair.told.get(client.key) != pair.services:
             pair.told[client.key] = pair.services
-            channel = leg.channel.hex()
-            other = pair.connector if client is pair.agent else pair.agent
+            if client is pair.agent:
+                other, leg = pair.connector, pair.agent_leg
+            else:
+                other, leg = pair.agent, pair.connector_leg
+            channel, peer = leg.channel.hex(), other.identity
+            addresses = () if other is pair.connector else _addresses(other)
             address = self.channels.address_of(other.key)
             observed = None if address is None or is_virtual(address) else address[0]
             four, six = (*addresses, None, None)[:2]

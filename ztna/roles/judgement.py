@@ -3,8 +3,8 @@
 Certificates first: a session, or a TLS stream below one, whose certificate is now denied, expired
 or of a CA that is no longer trusted closes. Then rights: services that the policy no longer grants
 are withdrawn, and the client is told (0x13 and `Denied`); those that it was refused before and may
-now have, it gets. All happens between two packets, and a client whose rights are the same notices
-nothing.
+now have, it gets. Peer sessions end with the rights to them. All happens between two packets, and a
+client whose rights are the same notices nothing.
 """
 
 import datetime
@@ -57,10 +57,13 @@ def apply_policy(
 
 
 def judge_all(intermediate: Intermediate) -> None:
-    """Another policy is in force, or none any more: tell all clients, and judge their services."""
+    """Another policy is in force, or none any more: tell all clients, and judge their services and
+    their peer sessions."""
     for served in list(intermediate.served.values()):
         send_policy(intermediate, served)
         _judge_services(intermediate, served)
+    intermediate.rendezvous.reconcile_all(trio.current_time())
+    intermediate.introduce()
 
 
 def apply_files(
@@ -87,12 +90,8 @@ def apply_files(
             )
         except PeerRefusedError as error:
             _expel(intermediate, served, str(error))
-        else:
-            send_policy(intermediate, served)
-            _judge_services(intermediate, served)
+    judge_all(intermediate)
     _judge_streams(intermediate, nursery, new, now)
-    intermediate.rendezvous.reconcile_all(trio.current_time())
-    intermediate.introduce()
 
 
 def _judge_streams(
