@@ -81,6 +81,12 @@ def test_whole_chunks_are_not_copied() -> None:
     assert buffer.slice(1, 10_001) is chunk
 
 
+def first_run(positions: list[int]) -> tuple[int, int] | None:
+    """The first positions without a gap (start, end)."""
+    run = [at for index, at in enumerate(positions) if at == positions[0] + index]
+    return (run[0], run[-1] + 1) if run else None
+
+
 @given(
     st.lists(st.tuples(st.integers(10, 400), st.integers(1, 120)), max_size=25),
     st.integers(0, 60),
@@ -91,7 +97,9 @@ def test_reassembly(pieces: list[tuple[int, int]], early: int, position: int) ->
     model: dict[int, int] = {}
     for start, size in pieces:
         data = text(start, size)
-        assert queue.insert(start, data)
+        assert queue.insert(start, data) == first_run(
+            sorted(set(model) & {*range(start, start + size)})
+        )
         model.update(zip(range(start, start + size), data, strict=True))
         assert queue.size == len(model)
         ranges = sorted(queue.recent())
@@ -115,10 +123,12 @@ def test_reassembly(pieces: list[tuple[int, int]], early: int, position: int) ->
 
 def test_ranges_are_bounded_but_grow() -> None:
     queue = ReassemblyQueue()
-    assert all(queue.insert(2 * index, b"x") for index in range(MAX_RANGES))
-    assert not queue.insert(2 * MAX_RANGES, b"x")
-    assert queue.insert(1, b"y")
-    assert queue.insert(2 * MAX_RANGES, b"x")
+    for index in range(MAX_RANGES + 1):
+        queue.insert(2 * index, b"x")
+    assert (len(queue), queue.end) == (MAX_RANGES, 2 * MAX_RANGES - 1)
+    queue.insert(1, b"y")
+    queue.insert(2 * MAX_RANGES, b"x")
+    assert (len(queue), queue.end) == (MAX_RANGES, 2 * MAX_RANGES + 1)
 
 
 def test_take_skips_whole_chunks() -> None:

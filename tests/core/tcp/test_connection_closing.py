@@ -3,6 +3,7 @@
 import pytest
 
 from tests.core.tcp.support import F, Script, peer, plain
+from ztna.core.tcp.buffers import MAX_RANGES
 from ztna.core.tcp.state import (
     Closed,
     PeerFinished,
@@ -103,9 +104,63 @@ def test_fin_out_of_order_waits() -> None:
     assert script.core.at_eof
 
 
+def selective() -> Script:
+    return Script.established(plain(sack=True), sack_permitted=True)
+
+
+def test_fin_out_of_order_is_acknowledged_and_sacked() -> None:
+    """RFC 5681 section 4.2: at once. It takes a number, so its SACK block does. As Linux."""
+    script = selective()
+    assert script.receive(peer(F.FIN, 1001, 1)) == ["A 1+0 ack 1 sack 1001-1002"]
+    assert script.receive(peer(F.FIN, 1001, 1)) == ["A 1+0 ack 1 sack 1001-1002 sack 1001-1002"]
+    assert script.receive(peer(0, 1, 1, bytes(600))) == ["A 1+0 ack 601 sack 1001-1002"]
+    assert script.events() == [Readable()]
+    assert script.receive(peer(0, 601, 1, bytes(400))) == ["A 1+0 ack 1002"]
+    assert script.events() == [PeerFinished()]
+    assert script.read() == bytes(1000)
+    assert script.core.at_eof
+    assert script.core.statistics()["bytes_received"] == 1000
+
+
+def test_fin_with_data_out_of_order_is_one_block() -> None:
+    script = selective()
+    assert script.receive(peer(F.FIN, 1001, 1, b"z" * 500)) == ["A 1+0 ack 1 sack 1001-1502"]
+    # Again: RFC 2883 section 4, the duplicate in front of the block that holds it.
+    assert script.receive(peer(F.FIN, 1001, 1, b"z" * 500)) == [
+        "A 1+0 ack 1 sack 1001-1502 sack 1001-1502"
+    ]
+    # What comes behind it is a lie, a FIN at another place as well.
+    assert script.receive(peer(0, 1502, 1, b"more")) == ["A 1+0 ack 1 sack 1001-1502"]
+    assert script.receive(peer(F.FIN, 1400, 1)) == ["A 1+0 ack 1 sack 1001-1502"]
+    assert script.receive(peer(0, 1, 1, b"y" * 1000)) == ["A 1+0 ack 1502"]
+    assert script.read() == b"y" * 1000 + b"z" * 500
+    assert script.core.at_eof
+
+
+def test_fin_out_of_order_without_sack_is_a_duplicate_ack() -> None:
+    script = Script.established()
+    assert script.receive(peer(F.FIN, 1001, 1)) == ["A 1+0 ack 1"]
+    batch = (peer(0, 501, 1, bytes(500)), peer(F.FIN, 1001, 1))
+    assert script.receive(*batch) == ["A 1+0 ack 1"] * 2
+    assert script.receive(peer(F.FIN, 60_002, 1)) == ["A 1+0 ack 1"]
+    assert script.receive(peer(0, 1, 1, bytes(500))) == ["A 1+0 ack 1002"]
+
+
+def test_fin_behind_too_many_holes_comes_again() -> None:
+    script = selective()
+    for index in range(MAX_RANGES):
+        script.receive(peer(0, 3 + 2 * index, 1, b"x"))
+    at = 3 + 2 * MAX_RANGES
+    (answer,) = script.receive(peer(F.FIN, at, 1))
+    assert f"-{at + 1}" not in answer
+    script.receive(peer(0, 1, 1, bytes(at - 1)))
+    assert script.state() is TcpState.ESTABLISHED
+    assert script.receive(peer(F.FIN, at, 1)) == [f"A 1+0 ack {at + 1}"]
+
+
 def test_fin_in_front_of_data_is_not_believed() -> None:
     script = Script.established()
-    script.receive(peer(0, 4, 1, b"def"), peer(F.FIN, 3, 1))
+    assert script.receive(peer(0, 4, 1, b"def"), peer(F.FIN, 3, 1)) == ["A 1+0 ack 1"] * 2
     assert script.receive(peer(0, 1, 1, b"abc")) == ["A 1+0 ack 7"]
     assert script.state() is TcpState.ESTABLISHED
     assert script.receive(peer(F.FIN, 7, 1)) == ["A 1+0 ack 8"]
@@ -154,6 +209,34 @@ def test_abort_sends_reset_and_forgets() -> None:
     assert script.core.get_timer() is None
     script.core.handle_timer(2.0)
     assert script.receive(peer(0, 1, 101, b"late")) == []
+
+
+def unsent_in(state: TcpState, **options: object) -> Script:
+    script = Script.established(plain(**options))
+    if state is TcpState.LAST_ACK:
+        script.receive(peer(F.FIN, 1, 1))
+    script.core.write(bytes(50_000), 0)
+    script.core.write_eof()
+    script.sent()
+    if state is TcpState.CLOSING:
+        script.receive(peer(F.FIN, 1, 1))
+    assert script.state() is state
+    script.events()
+    return script
+
+
+@pytest.mark.parametrize("state", [TcpState.CLOSING, TcpState.LAST_ACK])
+def test_giving_up_with_data_unsent_sends_reset(state: TcpState) -> None:
+    """The peer has finished and waits for ours: nothing else tells it. As Linux."""
+    script = unsent_in(state)
+    script.core.abort(0)
+    assert script.sent() == ["RA 10001+0 ack 2"]
+    assert script.events() == [Closed()]
+    script = unsent_in(state, user_timeout=5.0)
+    while (timer := script.core.get_timer()) is not None:
+        lines = script.at(timer)
+    assert lines == ["RA 10001+0 ack 2"]
+    assert script.events() == [TimedOut("the peer did not acknowledge sent data")]
 
 
 def test_abort_without_a_reset() -> None:

@@ -110,12 +110,18 @@ def test_sack_tells_what_is_there() -> None:
         "A 2+0 ack 1 sack 5001-5002 sack 3001-4001 sack 1001-2001",
     ]
     # A duplicate is told by DSACK (RFC 2883).
-    assert script.receive(peer(0, 1001, 1, b"b" * 1000))[0].startswith("A 2+0 ack 1 sack")
-    assert script.receive(peer(0, 1, 2, b"a" * 1000)) == [
-        "A 2+0 ack 2001 sack 5001-5002 sack 3001-4001"
+    assert script.receive(peer(0, 1001, 1, b"b" * 1000)) == [
+        "A 2+0 ack 1 sack 1001-2001 sack 1001-2001 sack 5001-5002 sack 3001-4001"
+    ]
+    # A part of one, and behind it another change: the block that holds the duplicate is second.
+    assert script.receive(peer(0, 3501, 1, b"d" * 1000), peer(0, 5002, 1, b"g")) == [
+        "A 2+0 ack 1 sack 3501-4001 sack 3001-4501 sack 5001-5003 sack 1001-2001"
     ]
     assert script.receive(peer(0, 1, 2, b"a" * 1000)) == [
-        "A 2+0 ack 2001 sack 1-1001 sack 5001-5002 sack 3001-4001"
+        "A 2+0 ack 2001 sack 5001-5003 sack 3001-4501"
+    ]
+    assert script.receive(peer(0, 1, 2, b"a" * 1000)) == [
+        "A 2+0 ack 2001 sack 1-1001 sack 5001-5003 sack 3001-4501"
     ]
 
 

@@ -234,6 +234,18 @@ def test_simultaneous_open() -> None:
     assert script.write(b"hello") == ["PA 1+5 ack 1"]
 
 
+def test_window_of_a_crossing_syn_ack_is_not_scaled() -> None:
+    """RFC 7323 section 2.2: that of no segment with SYN is."""
+    script = Script.active(full())
+    script.sent()
+    script.receive(peer(F.SYN, 0, mss=1000, scale=7, window=2000))
+    script.receive(peer(F.SYN, 0, 1, mss=1000, scale=7, window=2000))
+    assert script.state() is TcpState.ESTABLISHED
+    assert script.write(bytes(5000)) == ["A 1+2000 ack 1"]
+    script.receive(peer(0, 1, 2001, window=100))
+    assert script.core._block.sender.window == 12_800
+
+
 def test_active_open_gives_up() -> None:
     script = Script.active()
     script.sent()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.core.tcp.support import F, Script, peer, plain
 from ztna.core.tcp.buffers import MAX_RANGES
 from ztna.core.tcp.segment import TcpSegment
-from ztna.core.tcp.state import Reset, TcpState
+from ztna.core.tcp.state import Closed, Reset, TcpState
 
 
 def syn_received() -> Script:
@@ -77,7 +77,8 @@ def next_position(script: Script) -> int:
 @pytest.mark.parametrize("state", STATES)
 def test_reset_in_every_state(state: TcpState) -> None:
     """RFC 5961 section 3.2: exactly at RCV.NXT it resets, in the window it is challenged,
-    outside of it nothing happens."""
+    outside of it nothing happens. Once both sides have finished it is no break (RFC 9293 section
+    3.10.7.4)."""
     script = STATES[state]()
     assert script.state() is state
     script.events()
@@ -89,8 +90,38 @@ def test_reset_in_every_state(state: TcpState) -> None:
     assert script.state() is state
     assert script.receive(peer(F.RST, at)) == []
     assert script.state() is TcpState.CLOSED
-    assert script.events() == [Reset()]
+    both_finished = state in {TcpState.CLOSING, TcpState.LAST_ACK, TcpState.TIME_WAIT}
+    assert script.events() == [Closed() if both_finished else Reset()]
     assert script.core.get_timer() is None
+
+
+@pytest.mark.parametrize("finish_first", [True, False])
+def test_reset_while_data_of_ours_is_not_acknowledged(*, finish_first: bool) -> None:
+    """In CLOSING and LAST-ACK as well: not all of ours has arrived."""
+    script = Script.established()
+    if finish_first:
+        script.core.write(bytes(20_000), 0)
+        script.core.write_eof()
+    script.receive(peer(F.FIN, 1, 1, b"last"))
+    if not finish_first:
+        script.core.write(bytes(20_000), 0)
+        script.core.write_eof()
+    script.sent()
+    assert script.state() is (TcpState.CLOSING if finish_first else TcpState.LAST_ACK)
+    script.receive(peer(0, 6, 20_000))
+    script.events()
+    script.receive(peer(F.RST, 6))
+    assert script.events() == [Reset()]
+
+
+def test_what_was_acknowledged_is_still_there_after_a_reset_in_time_wait() -> None:
+    script = fin_wait_2()
+    script.receive(peer(F.PSH, 1, 2, b"all of it"), peer(F.FIN, 10, 2))
+    script.events()
+    assert script.receive(peer(F.RST, 11)) == []
+    assert script.events() == [Closed()]
+    assert script.read() == b"all of it"
+    assert script.core.at_eof
 
 
 @pytest.mark.parametrize("state", [state for state in STATES if state is not TcpState.SYN_RECEIVED])

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.core.tcp.support import Script, peer, plain
+from ztna.core.tcp.state import TcpState
 
 RTT = 0.1
 
@@ -44,6 +45,43 @@ def test_tail_loss_probe_with_the_last_segment() -> None:
     assert script.at(timer) == ["PA 3001+500 ack 1"]
     script.now += RTT
     assert script.receive(peer(0, 1, 1, sack=((3001, 3501),)))[0].startswith("A 1+")
+    assert script.core.statistics()["timeouts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "last"),
+    [(0, "FA 1+0 ack 1"), (1000, "FPA 1+1000 ack 1"), (3000, "FPA 2001+1000 ack 1")],
+)
+def test_fin_goes_with_the_segment_before_it(size: int, last: str) -> None:
+    """It takes a sequence number, and no room in its segment."""
+    script = Script.passive(plain(sack=True), sack_permitted=True)
+    script.core.establish(0)
+    script.segments()
+    script.now = RTT
+    script.receive(peer(0, 1, 1))
+    script.core.write(bytes(size), script.now)
+    script.core.write_eof()
+    assert len(script.sent()) == 1
+    assert script.at(script.core.get_timer() or 0) == [last]
+
+
+def test_sack_of_the_fin_shows_the_loss_before_it() -> None:
+    script = Script.passive(plain(sack=True), sack_permitted=True)
+    script.core.establish(0)
+    script.segments()
+    script.now = RTT
+    script.receive(peer(0, 1, 1))
+    script.core.write(bytes(2500), script.now)
+    script.core.write_eof()
+    assert script.sent() == ["FPA 1+2500 ack 1"]
+    script.now += RTT
+    assert script.receive(peer(0, 1, 1001, sack=((2001, 2502),))) == []
+    (due,) = [script.core.get_timer() or 0]
+    assert due < script.now + RTT
+    assert script.at(due) == ["A 1001+1000 ack 1"]
+    script.now += RTT
+    assert script.receive(peer(0, 1, 2502)) == []
+    assert script.state() is TcpState.FIN_WAIT_2
     assert script.core.statistics()["timeouts"] == 0
 
 

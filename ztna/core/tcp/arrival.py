@@ -101,7 +101,7 @@ def _synchronized(block: ControlBlock, segment: TcpSegment, now: float) -> None:
     block.probes = 0
     if flags & TcpFlags.RST:
         if start == receiver.next:
-            block.close(Reset(), now)
+            block.close(Closed() if block.exchanged else Reset(), now)
         else:
             block.challenge(now)  # RFC 5961 section 3.2
         return
@@ -156,7 +156,9 @@ def _check_ack(block: ControlBlock, segment: TcpSegment, start: int, now: float)
         if not sender.first < first <= sender.next:
             block.reply(TcpSegment(segment.acknowledgment, 0, TcpFlags.RST, 0))
             return False
-        _acknowledge(block, segment, first, start, segment.window << block.peer_scale, now)
+        # RFC 7323 section 2.2: that of a SYN-ACK, in a simultaneous open, is not scaled.
+        scale = 0 if segment.flags & TcpFlags.SYN else block.peer_scale
+        _acknowledge(block, segment, first, start, segment.window << scale, now)
         block.established()
         block.events.append(Established())
         return True

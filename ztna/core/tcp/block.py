@@ -36,6 +36,14 @@ SENDING: Final = (
     TcpState.SYN_SENT,
     TcpState.SYN_RECEIVED,
 )
+_RESETTING: Final = (
+    TcpState.SYN_RECEIVED,
+    TcpState.ESTABLISHED,
+    TcpState.FIN_WAIT_1,
+    TcpState.FIN_WAIT_2,
+    TcpState.CLOSE_WAIT,
+)
+_FINISHING: Final = (TcpState.CLOSING, TcpState.LAST_ACK)
 _KEPT_ALIVE: Final = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT, TcpState.FIN_WAIT_2)
 
 
@@ -126,6 +134,23 @@ class ControlBlock:
         mss = max(min(self.peer_mss, self.config.mss), _LEAST_MSS)
         self.sender.connect(mss - _TIMESTAMP_SIZE * self.timestamps, self.receiver.sack)
         self.state = TcpState.FIN_WAIT_1 if self.sender.finishing else TcpState.ESTABLISHED
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether both streams have ended, and all of ours has arrived but perhaps its FIN. An RST
+        is no break then (RFC 9293 section 3.10.7.4: in CLOSING, LAST-ACK and TIME-WAIT it only
+        closes), and what we have acknowledged is still to be read. Before, in states of these names
+        too, since LAST-ACK begins here with `write_eof`, something of ours was lost."""
+        sender = self.sender
+        return self.receiver.finished and sender.finishing and sender.first >= sender.buffer.end
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the peer has to hear of it when we give up: RFC 9293 section 3.10.5, and, as
+        Linux does, in CLOSING and LAST-ACK while something of ours is not acknowledged."""
+        if self.state in _FINISHING:
+            return self.sender.first < self.sender.end
+        return self.state in _RESETTING
 
     def close(self, event: Closed | Reset | TimedOut, now: float) -> None:
         """The end. What is readable stays so."""

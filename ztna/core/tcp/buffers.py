@@ -158,9 +158,10 @@ class ReassemblyQueue:
         """Behind the last byte; 0 if there is none."""
         return self._ranges[-1].end if self._ranges else 0
 
-    def insert(self, start: int, payload: Payload) -> bool:
-        """Keep payload, at least one byte, at position start; False if it was dropped because
-        it would make one range too many. Of bytes that are there already the old ones stay."""
+    def insert(self, start: int, payload: Payload) -> tuple[int, int] | None:
+        """Keep payload, at least one byte, at position start; drop it where it would make one
+        range too many. Of bytes that are there already the old ones stay: return where the first of
+        them are (start, end)."""
         self._clock += 1
         ranges = self._ranges
         end = start + len(payload)
@@ -168,14 +169,16 @@ class ReassemblyQueue:
         last = bisect_right(ranges, end, lo=first, key=_START)
         if first == last:
             if len(ranges) >= MAX_RANGES:
-                return False
+                return None
             queue = ChunkQueue()
             queue.append(payload)
             ranges.insert(first, Range(start, end, self._clock, queue))
             self.size += len(payload)
-            return True
+            return None
         # ranges[first:last] touch or overlap the payload: grow the first by what lies between.
         into = ranges[first]
+        known = into if into.end > start or last - first == 1 else ranges[first + 1]
+        duplicate = max(start, known.start), min(end, known.end)
         self.size -= sum(item.end - item.start for item in ranges[first:last])
         if start < into.start:
             queue = ChunkQueue()
@@ -194,7 +197,7 @@ class ReassemblyQueue:
         into.touched = self._clock
         self.size += into.end - into.start
         del ranges[first + 1 : last]
-        return True
+        return duplicate if duplicate[0] < duplicate[1] else None
 
     def take(self, position: int) -> tuple[int, list[Payload]]:
         """Take what is in order once everything before position is there: the new position and

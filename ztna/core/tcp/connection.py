@@ -26,15 +26,6 @@ from ztna.errors import LocalProtocolError
 
 _ALL: Final = 1 << 40
 
-# States whose RST is due when the application aborts (RFC 9293 section 3.10.5).
-_RESETTING: Final = (
-    TcpState.SYN_RECEIVED,
-    TcpState.ESTABLISHED,
-    TcpState.FIN_WAIT_1,
-    TcpState.FIN_WAIT_2,
-    TcpState.CLOSE_WAIT,
-)
-
 
 @attrs.define(eq=False, repr=False)
 class TcpConnection:
@@ -159,7 +150,7 @@ class TcpConnection:
 
     def _time_out(self, reason: str, now: float) -> None:
         block = self._block
-        if block.state in _RESETTING:
+        if block.needs_reset:
             block.reply(block.reset())
         block.close(TimedOut(reason), now)
 
@@ -243,7 +234,7 @@ class TcpConnection:
         if block.held:
             self.refuse(now)
             return
-        if block.state in _RESETTING and block.sender.next:
+        if block.needs_reset and block.sender.next:
             block.reply(block.reset())
         block.close(Closed(), now)
 

@@ -25,6 +25,8 @@ _QUICK_ACKS_AGAIN: Final = 8
 _TIMESTAMP_LIFETIME: Final = 24 * 86_400.0
 # RFC 2018 section 3: 4 blocks fit, 3 beside a timestamp.
 _MAX_BLOCKS: Final = 4
+# A FIN that waits behind a hole is kept as this: it takes a sequence number, but is no byte.
+_FIN: Final = b"\0"
 # ACKs of one batch: more blocks than one ACK tells are spread over so many at most; our choice.
 MAX_ACKS_A_BATCH: Final = 8
 
@@ -118,14 +120,28 @@ class Receiver:
             self._in_order(len(payload), segment_size or len(payload), now)
         elif payload:
             self._accept_any(start, payload)
-        # A FIN in front of data that is there already is a lie, and not believed.
-        if finish and self.finish_at is None and max(self.next, self.queue.end) <= end <= self.edge:
-            self.finish_at = end
-        if self.next == self.finish_at:
-            self.next += 1
-            self.ack_now = True
-            self.queue.clear()
+        if finish:
+            self._accept_finish(end, bare=not payload)
         return self.next - before
+
+    def _accept_finish(self, end: int, *, bare: bool) -> None:
+        """The FIN at position end: acknowledged at once, also out of order (RFC 5681 section 4.2).
+        One in front of data that is there already is a lie, and not believed."""
+        self.ack_now = True
+        if end == self.next and not self.queue.size:
+            self.finish_at = end
+            self.next += 1
+            return
+        if bare:
+            self.duplicates_due = min(self.duplicates_due + 1, MAX_ACKS_A_BATCH)
+        if self.finish_at == end:
+            before = self._duplicate
+            self._duplicate = (before[0] if before and before[1] == end else end, end + 1)
+            self.queue.insert(end, _FIN)
+        elif self.finish_at is None and max(self.next, self.queue.end) <= end <= self.edge:
+            self.queue.insert(end, _FIN)
+            if self.queue.end > end:
+                self.finish_at = end
 
     def _accept_any(self, start: int, payload: Payload) -> None:
         """Out of order, overlapping, or beyond the window: trim, keep, and acknowledge at once
@@ -142,13 +158,17 @@ class Receiver:
         if not payload:
             return
         if start > self.next:
-            self.queue.insert(start, payload)
+            known = self.queue.insert(start, payload)
+            self._duplicate = known or self._duplicate
             self.duplicates_due = min(self.duplicates_due + 1, MAX_ACKS_A_BATCH)
             return
         self.ready.append(payload)
         self.next, chunks = self.queue.take(start + len(payload))
+        if self.finished:
+            chunks[-1] = chunks[-1][: -len(_FIN)]
         for chunk in chunks:
-            self.ready.append(chunk)
+            if chunk:
+                self.ready.append(chunk)
 
     def _in_order(self, size: int, segment_size: int, now: float) -> None:
         """RFC 5681 section 4.2, RFC 9293 section 3.8.6.3: an ACK at least every second full
@@ -220,6 +240,8 @@ class Receiver:
         changed = len(self.queue.recent(self._told))
         self._told = self.queue.clock
         if duplicate is not None:
+            # RFC 2883 section 4: behind it the block that holds it, where it lies above the ACK.
+            blocks.sort(key=lambda block: not block[0] <= duplicate[0] < block[1])
             blocks.insert(0, duplicate)
             changed += 1
         folded = [(self.wire(start), self.wire(end)) for start, end in blocks]

@@ -251,8 +251,10 @@ class Sender:
             index = len(self.board.flights) - 1
             flight = self.board.flights[index]
             length = flight.end - flight.start
-            if length > self.mss:
-                self.board.split(index, flight.end - (length % self.mss or self.mss))
+            finish = flight.end > self.buffer.end  # a FIN goes with the segment before it
+            if length - finish > self.mss:
+                last = (length - finish) % self.mss or self.mss
+                self.board.split(index, flight.end - finish - last)
                 index += 1
                 flight = self.board.flights[index]
             self.board.resent(index, flight.end - flight.start, now)
