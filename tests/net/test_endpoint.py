@@ -11,6 +11,7 @@ from tests.net.certificates import (
     bad_client,
     bad_server,
     make_agent,
+    make_deployment,
 )
 from tests.net.endpoints import (
     CLIENT_ROLES,
@@ -144,6 +145,17 @@ async def test_new_credentials_serve_new_sessions(autojump_clock: MockClock) -> 
         assert "expired on" in info.reason
         await trio.sleep(60)
         assert not old.closed
+
+
+async def test_a_handshake_is_judged_by_the_roots_at_its_end(autojump_clock: MockClock) -> None:
+    """It may have begun before a reload has taken a CA away."""
+    async with open_pair() as pair:
+        client = pair.connect()
+        await trio.sleep(0.015)
+        assert pair.server.statistics()["half_open"] == 1
+        pair.server.credentials = make_deployment().intermediate
+        info = await client.wait_closed()
+        assert "not issued by our CA" in info.reason
 
 
 async def test_sessions_are_capped(autojump_clock: MockClock) -> None:

@@ -21,7 +21,7 @@ from tests.net.endpoints import (
 )
 from ztna.core.ports import UdpBatch
 from ztna.errors import SessionClosedError, SystemSetupError
-from ztna.nat.link import LinkSpec, MemoryNetwork
+from ztna.nat.link import LinkSpec, MemoryNetwork, WireBatch
 from ztna.net.demux import LongHeader, initial_token_untrusted
 from ztna.net.endpoint import Endpoint
 from ztna.net.endpoint_settings import EndpointSettings
@@ -127,6 +127,30 @@ async def test_resets_are_bounded(autojump_clock: MockClock) -> None:
         with trio.fail_after(1):
             received = await port.receive()
         assert sum(len(batch.data) for batch in received) < 310 * 49
+
+
+async def test_no_reset_for_a_session_that_is_up(autojump_clock: MockClock) -> None:
+    """Its token would end the session at the client: RFC 9000 section 21.11. Whoever sees a packet
+    knows its connection id."""
+    async with open_pair() as pair:
+        pair.server._doorkeeper.reset_key = KEY
+        seen: list[WireBatch] = []
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        pair.network.captures.append(lambda _now, batch: seen.append(batch))
+        client.send_datagrams([b"\x01with the id of now"])
+        await receive_count(server, 1)
+        connection_id = bytes(seen[0].data[1:9])
+        eve = pair.network.host("10.0.0.9").open_udp_port()
+        for size in range(10, 80):
+            packet = b"\x41" + connection_id + bytes(size - 9)
+            await eve.send([UdpBatch(packet, size, SERVER_ADDRESS)])
+        await trio.sleep(1)
+        assert not [batch for batch in seen if batch.destination == eve.local_address]
+        assert pair.server.statistics()["resets_sent"] == 0
+        assert pair.server.statistics()["drop_malformed"] == 19  # below the smallest packet
+        client.send_datagrams([b"\x01still there"])
+        await receive_count(server, 1)
 
 
 async def test_strangers_prove_their_address_under_load(autojump_clock: MockClock) -> None:

@@ -218,6 +218,35 @@ async def test_server_follows_a_client_that_moves(
         assert not client.closed
 
 
+async def test_server_sends_nothing_to_an_address_that_is_not_proven(
+    autojump_clock: MockClock, fast_path: bool
+) -> None:
+    """A client's packet may bear a victim's address: RFC 9000 section 9.3.1."""
+    async with open_pair() as pair:
+        client, server = await pair.connected()
+        await trio.sleep(1)
+        old, victim = server.remote_address, ("10.0.0.99", 7)
+        seen: list[WireBatch] = []
+        pair.network.captures.append(lambda _now, batch: seen.append(batch))
+        pair.network.block(pair.client_host, pair.server_host)
+        client.send_datagrams([b"with another's address"])
+        await trio.sleep(0.001)
+        lie = bytes(seen[0].data)
+        await pair.server.take([UdpBatch(lie, len(lie), victim)])
+        assert await server.receive_datagrams() == [b"with another's address"]
+        server.send_datagrams([b"answer" * 100] * 50)
+        await trio.sleep(1)
+        to_victim = [len(batch.data) for batch in seen if batch.destination == victim]
+        assert sum(to_victim) <= 3 * 1200  # challenges alone, section 8.2.1
+        assert server.remote_address == old
+        pair.network.unblock(pair.client_host, pair.server_host)
+        await trio.sleep(3)
+        server.send_datagrams([b"answer"] * 50)
+        assert (await receive_count(client, 50))[-1] == b"answer"
+        await trio.sleep(60)
+        assert not client.closed
+
+
 async def test_datagrams_flow_in_the_smallest_window(
     autojump_clock: MockClock, fast_path: bool
 ) -> None:

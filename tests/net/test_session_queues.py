@@ -126,6 +126,25 @@ async def test_inbox_is_bounded(autojump_clock: MockClock) -> None:
         assert client.statistics()["inbox_bytes"] == 0
 
 
+async def test_a_stranger_has_few_bytes(autojump_clock: MockClock) -> None:
+    """What it sends before anybody knows it is read up to a bound; who is known has none."""
+    few = SessionSettings(handshake_bytes=20_000)
+    async with open_pair(server_settings=few) as pair:
+        pair.connect()
+        await trio.sleep(0.015)
+        (stranger,) = pair.server.sessions()
+        for _ in range(30):
+            stranger.take_batch(UdpBatch(b"\xc0" * 1200, 1200, stranger.remote_address))
+        counts = stranger.statistics()
+        assert counts["received_bytes"] + counts["inbox_bytes"] <= 20_000
+        assert counts["drop_handshake_bytes"] > 10
+        client, server = await pair.connected()
+        for _ in range(5):
+            client.send_datagrams([b"x" * 1000] * 30)
+            assert len(await receive_count(server, 30)) == 30
+        assert server.statistics()["drop_handshake_bytes"] == 0
+
+
 async def test_end_empties_the_queues(autojump_clock: MockClock) -> None:
     async with open_pair() as pair:
         client, server = await pair.connected()

@@ -395,6 +395,21 @@ async def test_server_answers_from_the_address_that_was_asked(many: int) -> None
             assert answers == [100] * many
 
 
+async def test_a_packet_too_large_leaves_the_address_that_was_asked() -> None:
+    """A probe of the path's MTU fails so."""
+    async with open_udp_port("0.0.0.0", 0, server=True) as server:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(5)
+            client.connect(("127.0.0.7", server.local_address[1]))
+            client.send(b"question")
+            with trio.fail_after(5):
+                (batch,) = await server.receive()
+                await server.send([UdpBatch(bytes(65_530), 65_530, batch.address)])
+                assert server.statistics()["send_too_large"] == 1
+                await server.send([UdpBatch(b"answer", 6, batch.address)])
+            assert await trio.to_thread.run_sync(lambda: client.recv(1000)) == b"answer"
+
+
 async def test_server_forgets_peers_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ztna.net.udp._MAX_LOCAL_ADDRESSES", 3)
     async with open_udp_port("0.0.0.0", 0, server=True) as server:

@@ -295,10 +295,14 @@ class Endpoint:
             case Kind.QUIC_SHORT:
                 connection_id = bytes(batch.data[1 : 1 + CONNECTION_ID_LENGTH])
                 session = self._table.by_id.get(connection_id)
-                if session is not None and len(batch.data) >= MIN_SHORT:
-                    self._hand_over(session, batch)
-                else:
+                if session is None:
                     self._meet_unknown(connection_id, batch, answers)
+                elif len(batch.data) < MIN_SHORT:
+                    # No reset for an id in use: its token would end the session (RFC 9000
+                    # section 21.11).
+                    self._counters["drop_malformed"] += 1
+                else:
+                    self._hand_over(session, batch)
             case Kind.QUIC_LONG:
                 self._sort_long(batch, answers)
             case Kind.RELAYED if (channel := uniform_channel(batch)) is not None:
@@ -408,6 +412,8 @@ class Endpoint:
             ids.original,
             ids.retry,
             clock=self.clock,
+            # A handshake may outlast a reload.
+            trusted=lambda: listener.credentials,
             denied_serials=listener.denied_serials,
             reset_token=random_token if self.reset_key is None else self.reset_key.token,
         )

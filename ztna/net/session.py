@@ -142,11 +142,20 @@ class Session(SessionQueues):
 
     def take_batch(self, batch: UdpBatch) -> None:
         """Queue UDP payloads of this connection for the pump."""
-        if self._inbox_bytes + len(batch.data) > self.settings.inbox_bytes:
+        waiting = self._inbox_bytes + len(batch.data)
+        if waiting > self.settings.inbox_bytes:
             self._counters["drop_inbox_full"] += 1
             return
+        if (
+            self._peer is None
+            and not self.is_client
+            and self._counters["received_bytes"] + waiting > self.settings.handshake_bytes
+        ):
+            # A handshake needs little; what else a stranger sends would only cost us time.
+            self._counters["drop_handshake_bytes"] += 1
+            return
         self._inbox.append(batch)
-        self._inbox_bytes += len(batch.data)
+        self._inbox_bytes = waiting
         self._kick()
 
     def take_reset(self, packet: bytes) -> bool:
@@ -313,7 +322,8 @@ class Session(SessionQueues):
             self._set_closed(CloseInfo(False, QuicErrorCode.NO_ERROR, "no valid first packet"))
             self._finished = True
             return
-        address = connection.get_peer_address()
+        # Not sooner: what we are asked to send would go to whom a lie about it names.
+        address = aioquic_state.proven_address(connection)
         if address is not None and address != self.remote_address:
             log.debug("session_moved", old=self.remote_address, new=address)
             self._set_remote_address(address)

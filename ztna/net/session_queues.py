@@ -36,6 +36,7 @@ _COUNTERS = (
     "drop_outgoing_full",
     "drop_incoming_full",
     "drop_inbox_full",
+    "drop_handshake_bytes",
     "other_streams",
 )
 

@@ -19,6 +19,8 @@ class SessionSettings:
     PING may stay unanswered before the peer is suspected to be dead): seconds.
     silence, used_for: a client asks by PING after so many seconds without hearing anything, for as
     long after the last DATAGRAM; so it learns of a restart although it has nothing to send.
+    handshake_bytes: that a server takes before it knows who the client is, twelve times the longest
+    handshake.
     outgoing_datagrams, incoming_datagrams: messages; incoming_bytes, inbox_bytes (UDP payloads
     that wait for the pump), control_backlog: bytes.
     """
@@ -30,6 +32,7 @@ class SessionSettings:
     silence: float = 1.0
     used_for: float = 120.0
     handshake_timeout: float = 10.0
+    handshake_bytes: int = 256 << 10
     max_udp_payload: int = 1200
     congestion_control: str = TUNNEL
     outgoing_datagrams: int = 1024

@@ -70,6 +70,8 @@ _SEND_DROPS = {
     errno.EIO: "send_invalid",
 }
 _SEND_FAILED = "send_failed"
+# The address that the peer had asked may have gone from this machine.
+_ADDRESS_GONE = {errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH}
 # These are bugs of ours, whatever the network does.
 _BUGS = {errno.EFAULT, errno.ENOTSOCK, errno.EOPNOTSUPP}
 
@@ -250,8 +252,8 @@ class SocketUdpPort:
                 raise trio.ClosedResourceError("this UDP port was closed") from None
             if error.errno is None or error.errno in _BUGS:
                 raise
-            # The address that the peer had asked may have gone from this machine.
-            self._local_addresses.pop(address, None)
+            if error.errno in _ADDRESS_GONE:
+                self._local_addresses.pop(address, None)
             return error.errno
         return 0
 

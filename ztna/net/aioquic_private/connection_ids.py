@@ -13,7 +13,6 @@ from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import (
     NEW_CONNECTION_ID_FRAME_CAPACITY,
-    QuicConnection,
     QuicConnectionId,
     QuicReceiveContext,
 )
@@ -22,6 +21,7 @@ from aioquic.quic.packet import QuicFrameType
 from aioquic.quic.packet_builder import QuicPacketBuilder
 
 from ztna.core.ports import Address
+from ztna.net.aioquic_private.frame_limits import BoundedConnection
 from ztna.net.keyed_ids import OUR_IDS, Given
 
 CONNECTION_ID_NAMES = (
@@ -56,7 +56,7 @@ def random_token(connection_id: bytes) -> bytes:
     return os.urandom(16)
 
 
-class KeyedConnection(QuicConnection):
+class KeyedConnection(BoundedConnection):
     """A connection whose ids are ours. reset_token: gives the token of a server's id."""
 
     def __init__(

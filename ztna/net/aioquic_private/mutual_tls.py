@@ -10,6 +10,7 @@ raises an alert that aioquic turns into a CONNECTION_CLOSE (RFC 9001 section 4.8
 
 import dataclasses
 import datetime
+import functools
 import ssl
 from collections.abc import Callable, Iterable, Set
 
@@ -29,6 +30,7 @@ from ztna.net.aioquic_private.connection_ids import (
     ResetToken,
     random_token,
 )
+from ztna.net.aioquic_private.frame_limits import FRAME_LIMIT_NAMES
 from ztna.net.tls import AlertKind, PeerRefusedError, PeerSide, VerifiedPeer, verify_peer
 from ztna.pki import MALFORMED, Credentials, certificate_pem
 
@@ -75,6 +77,7 @@ _CONNECTION_NAMES = (
     "_state",
     "_streams",
     *CONNECTION_ID_NAMES,
+    *FRAME_LIMIT_NAMES,
 )
 
 
@@ -281,7 +284,8 @@ def client_connection(
     """
     own = _with_tls(configuration, credentials, is_client=True, server_name=server_name)
     side = PeerSide.SERVER
-    judge = _judge(credentials, side, server_name, expected_roles, clock, denied_serials)
+    trusted = functools.partial(_same, credentials)
+    judge = _judge(trusted, side, server_name, expected_roles, clock, denied_serials)
     return MutualQuicConnection(configuration=own, judge=judge)
 
 
@@ -293,24 +297,31 @@ def server_connection(
     retry_source_connection_id: bytes | None = None,
     *,
     clock: Clock = utc_now,
+    trusted: Callable[[], Credentials] | None = None,
     denied_serials: Callable[[], Set[int]] = nothing_denied,
     reset_token: ResetToken = random_token,
 ) -> MutualQuicConnection:
     """A connection from a client of one of these roles. configuration is not changed.
 
+    trusted: gives the credentials whose roots the client is judged by, when it is judged.
     reset_token: gives the stateless reset token of a connection id (RFC 9000 section 10.3).
     """
+    trusted = trusted or functools.partial(_same, credentials)
     return MutualQuicConnection(
         configuration=_with_tls(configuration, credentials, is_client=False, server_name=None),
-        judge=_judge(credentials, PeerSide.CLIENT, None, expected_roles, clock, denied_serials),
+        judge=_judge(trusted, PeerSide.CLIENT, None, expected_roles, clock, denied_serials),
         original_destination_connection_id=original_destination_connection_id,
         retry_source_connection_id=retry_source_connection_id,
         reset_token=reset_token,
     )
 
 
+def _same(credentials: Credentials) -> Credentials:
+    return credentials
+
+
 def _judge(
-    credentials: Credentials,
+    trusted: Callable[[], Credentials],
     side: PeerSide,
     server_name: str | None,
     expected_roles: Iterable[Role],
@@ -323,7 +334,7 @@ def _judge(
         return verify_peer(
             certificate,
             chain,
-            credentials,
+            trusted(),
             side=side,
             server_name=server_name,
             expected_roles=roles,

@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidSignature
 
 from ztna.core.ice.paths import Use
 from ztna.core.mtusearch import LargeLosses
+from ztna.core.ports import Address
 from ztna.net.aioquic_private.congestion import TunnelCongestionControl
 from ztna.pki import MALFORMED
 
@@ -73,6 +74,13 @@ def amplified(connection: QuicConnection) -> bool:
     came from it (RFC 9000 section 8.1). aioquic heeds that, except in its CONNECTION_CLOSE."""
     path = connection._network_paths[0]
     return not path.is_validated and path.bytes_sent > 3 * path.bytes_received
+
+
+def proven_address(connection: QuicConnection) -> Address | None:
+    """Where the peer is; None while its newest address may be a lie: it has not answered a
+    PATH_CHALLENGE there yet (RFC 9000 section 8.2)."""
+    path = connection._network_paths[0] if connection._network_paths else None
+    return path.addr if path is not None and path.is_validated else None
 
 
 def nothing_understood(connection: QuicConnection) -> bool:
