@@ -1,5 +1,6 @@
 """Campaign targets of peer sessions: what the intermediate says of them, and what both ends say."""
 
+import functools
 import ipaddress
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ from ztna.core.tcp.state import TcpConfig
 from ztna.core.wire import AGENT_WANTS
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
+from ztna.net.tls import VerifiedPeer
 from ztna.pki import Credentials
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_peers import AgentPeers
 from ztna.roles.connector_peers import ConnectorPeers
 from ztna.roles.control_client import ControlLink
+from ztna.roles.memory_site import Nodes
 from ztna.roles.peer_link import PeerLink
 
 Parser = Callable[[bytes], object]
@@ -31,13 +34,22 @@ AGENT = Identity("example.net", Role.AGENT, "laptop")
 CONNECTOR = Identity("example.net", Role.CONNECTOR, "home")
 
 
-def far_end() -> Session:
-    """What a session is to who only reads from it: it takes all that it is told."""
+_nodes = functools.cache(Nodes.create)
+
+
+def far_end(credentials: Credentials | None = None) -> Session:
+    """What a session is to who only reads from it: it takes all that it is told.
+
+    credentials: the peer's, if it is asked for them.
+    """
 
     def take(*_: object) -> None:
         pass
 
     end = SimpleNamespace(remote_address=CLIENT, send_control=take, close=take, closed=False)
+    if credentials is not None:
+        shown, ends = credentials.certificate, credentials.certificate.not_valid_after_utc
+        end.peer = VerifiedPeer(credentials.identity, shown.serial_number, ends, (shown,))
     return cast(Session, end)
 
 
@@ -65,7 +77,7 @@ def _endpoint() -> Endpoint:
 
 def _agent() -> AgentPeers:
     nursery = cast(trio.Nursery, _Nursery())
-    peers = AgentPeers(_endpoint(), nursery, cast(Credentials, None), _Handler())
+    peers = AgentPeers(_endpoint(), nursery, _nodes().agent, _Handler())
     peers.control_up(_control_link(), ["web", "db"])
     return peers
 
@@ -81,13 +93,15 @@ def _connector() -> ConnectorPeers:
         table = FlowTable({}, services, lambda _: TcpConfig(mss=1100), _initial_numbers)
         return Terminator(table, {})
 
-    peers = ConnectorPeers(_endpoint(), cast(Any, None), new_terminator)
+    peers = ConnectorPeers(_endpoint(), cast(Any, None), _nodes().connector, new_terminator)
     peers._nursery = cast(trio.Nursery, _Nursery())
     return peers
 
 
 def _link(peer: Identity) -> PeerLink:
-    return PeerLink(far_end(), peer, Encapsulator(1170))
+    nodes = _nodes()
+    shown = nodes.agent if peer.role is Role.AGENT else nodes.connector
+    return PeerLink(far_end(shown), peer, Encapsulator(1170))
 
 
 def _each(receive: Callable[[messages.Message], None]) -> Parser:

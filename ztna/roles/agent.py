@@ -294,10 +294,9 @@ class _Agent:
         for service_id, change in changed_services(old, new).items():
             log.info("service reloaded", service=service_id, change=change)
         self.config = attrs.evolve(self.config, services=new.config.services)
-        apply_to_session(keeper, self.link, old, new)
+        apply_to_session(keeper, old, new)
         if self.peers is not None:
-            self.peers.credentials = new.credentials
-            self.peers.denied_serials = new.denied_serials
+            self.peers.take_files(new.credentials, new.denied_serials)
         self.judge_again(keeper)
 
     async def tun_to_session(self) -> None:

@@ -38,11 +38,13 @@ from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
+from ztna.net.tls import PeerSide
 from ztna.pki import Credentials, connector_dns_name
 from ztna.roles.agent_peer import Peer, PeerHandler
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.inner_relay import InnerRelay
+from ztna.roles.judged_sessions import judge_session
 from ztna.roles.peer_link import (
     PACKET_FEATURES,
     PEER_SETTINGS,
@@ -74,7 +76,7 @@ RIVAL_PAUSE = 1.0
 class AgentPeers:
     """All peer sessions of an agent.
 
-    credentials, denied_serials: may be set while it runs; they count for the next session.
+    credentials, denied_serials: what connectors are judged by; `take_files` exchanges them.
     may_provide: whether a connector may answer for a service, by what this agent knows itself.
     puncher: finds direct paths; without it all goes through the relay.
     """
@@ -152,6 +154,15 @@ class AgentPeers:
         for peer in self._peers.values():
             peer.granted = self._allowed(peer.identity, peer.offered)
         self.handler.peers_changed()
+
+    def take_files(self, credentials: Credentials, denied_serials: frozenset[int]) -> None:
+        """Judge all connectors by other CAs and another deny-list, and those of later sessions; our
+        own certificate, if it is another one, is for those alone."""
+        self.credentials, self.denied_serials = credentials, denied_serials
+        for peer in self._peers.values():
+            for link in (peer.link, peer.retired.link):
+                if link is not None:
+                    self._judge(link.session)
 
     def receive_signal_untrusted(self, link: ControlLink, message: Message) -> None:
         """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
@@ -380,6 +391,9 @@ class AgentPeers:
                 peer.link = None
                 self.handler.peers_changed()
 
+    def _judge(self, session: Session) -> bool:
+        return judge_session(session, self.credentials, self.denied_serials, PeerSide.SERVER)
+
     async def _open(self, peer: Peer, session: Session) -> PeerLink:
         with trio.move_on_after(HANDSHAKE_DEADLINE):
             await session.wait_verified()
@@ -405,6 +419,8 @@ class AgentPeers:
             case Accepted() if not link.up:
                 if message.version != VERSION:
                     raise RemoteProtocolError(f"the peer chose version {message.version}")
+                if not self._judge(link.session):
+                    return  # the files are others since its handshake
                 link.encapsulator.features = agreed_features(message.features)
                 link.up = True
                 peer.link, peer.failure = link, ""

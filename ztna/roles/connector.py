@@ -154,7 +154,7 @@ async def run_connector(
             credentials,
             [Role.AGENT],
             PEER_SETTINGS,
-            denied_serials=lambda: keeper.denied_serials,
+            denied_serials=lambda: peers.denied_serials,
             peers_only=True,
         )
         judge = None if policy is None else policy.may_reach
@@ -162,7 +162,15 @@ async def run_connector(
         if puncher is not None:
             nursery.start_soon(puncher.run)
             registry.register("direct", puncher.statistics)
-        peers = ConnectorPeers(endpoint, sessions, new_terminator, judge, puncher=puncher)
+        peers = ConnectorPeers(
+            endpoint,
+            sessions,
+            credentials,
+            new_terminator,
+            judge,
+            denied_serials,
+            puncher=puncher,
+        )
         registry.register("peers", peers.statistics)
         await nursery.start(peers.run)
         connector = _Connector(terminator, peers, config, credentials.identity, policy)
@@ -290,7 +298,8 @@ class _Connector:
             log.info("service reloaded", service=service_id, change=change)
         self.config = attrs.evolve(self.config, services=new.config.services)
         endpoint.credentials = new.credentials
-        apply_to_session(keeper, self.link, old, new)
+        apply_to_session(keeper, old, new)
+        self.peers.take_files(new.credentials, new.denied_serials)
         self.judge_again(keeper, nursery)
 
     async def _announce(self) -> None:

@@ -40,11 +40,14 @@ from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
+from ztna.net.tls import PeerSide
+from ztna.pki import Credentials
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.handover import Retired
 from ztna.roles.health import HealthDesk
 from ztna.roles.inner_relay import InnerRelay
+from ztna.roles.judged_sessions import judge_session
 from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
 from ztna.roles.punching import Puncher
 
@@ -106,6 +109,7 @@ class ConnectorPeers:
     """All agents of a connector. `run` must run while it is used.
 
     offers, backends: what this connector's file says; set them by `set_services`.
+    credentials, denied_serials: what agents are judged by; `take_files` exchanges them.
     new_terminator: makes one for an agent, without services.
     may_reach: whether an agent may use a service, by what this connector knows itself.
     puncher: finds direct paths; without it all goes through the relay.
@@ -113,8 +117,10 @@ class ConnectorPeers:
 
     endpoint: Endpoint
     sessions: trio.MemoryReceiveChannel[Session]
+    credentials: Credentials
     new_terminator: Callable[[], Terminator]
     may_reach: Callable[[Identity, str], Decision] | None = None
+    denied_serials: frozenset[int] = frozenset()
     offers: Offers = attrs.Factory(dict)
     backends: Backends = attrs.Factory(dict)
     puncher: Puncher | None = None
@@ -176,6 +182,20 @@ class ConnectorPeers:
         for side in self.agents:
             self._settle(side)
 
+    def take_files(self, credentials: Credentials, denied_serials: frozenset[int]) -> None:
+        """Judge all agents by other CAs and another deny-list, and those that come.
+
+        What an agent may have stays: it may come back with another certificate.
+        """
+        self.credentials, self.denied_serials = credentials, denied_serials
+        for side in self.agents:
+            link, retired = side.link, side.retired.link
+            if link is not None and not self._judge(link.session):
+                side.link = None
+                side.terminator.set_services({}, {})  # its flows end; the next session has others
+            if retired is not None and not self._judge(retired.session):
+                side.retired.link = None
+
     def statistics(self) -> Mapping[str, object]:
         """Of each agent, by its name."""
         agents = {
@@ -196,6 +216,9 @@ class ConnectorPeers:
             "inner_relay": self.inner.statistics(),
             **agents,
         }
+
+    def _judge(self, session: Session) -> bool:
+        return judge_session(session, self.credentials, self.denied_serials, PeerSide.CLIENT)
 
     def _linked(self) -> list[tuple[PeerPath, Session]]:
         return [(each.path, each.link.session) for each in self.agents if each.link is not None]
@@ -358,6 +381,8 @@ class ConnectorPeers:
     ) -> None:
         match message:
             case Hello() if not link.up:
+                if not self._judge(link.session):
+                    return  # the files are others since its handshake
                 self._receive_hello_untrusted(side, link, message)
                 nursery.start_soon(self._use, side, link)
             case Health() if link.up:

@@ -7,7 +7,6 @@ begins one as well, when a certificate or the services have changed; and so does
 UDP again. The running session ends when its successor is there, and not before.
 """
 
-import enum
 import functools
 import math
 import random
@@ -34,11 +33,13 @@ from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.session import Session
 from ztna.net.stream_dialer import StreamDialer
+from ztna.net.tls import PeerSide
 from ztna.net.tls_stream import TlsStream
 from ztna.pki import Credentials
 from ztna.roles.control_client import HANDSHAKE_DEADLINE, PacketHandler, run_control_session
+from ztna.roles.judged_sessions import judge_session
 from ztna.roles.resolve import family_of, resolve
-from ztna.roles.session_race import Race, Runner
+from ztna.roles.session_race import Cause, Race, Runner
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import RETRIED, restart_with_backoff, statistics_registry
 from ztna.roles.trouble import Trouble, trouble_of
@@ -58,15 +59,6 @@ FIRST_PAUSE, LAST_PAUSE = 30.0, 300.0
 STEADY_UDP = 60.0
 
 
-class _Cause(enum.Enum):
-    """Why a successor is begun beside a running session."""
-
-    SILENT = "no answer for a second"
-    RENEWING = "certificate or services have changed"
-    STREAM_ENDED = "the TLS connection has ended"
-    UPGRADE = "UDP may work again"
-
-
 @attrs.define(eq=False)
 class ControlKeeper:
     """The control session of one role.
@@ -74,6 +66,7 @@ class ControlKeeper:
     credentials, service_ids, denied_serials: may be set while it runs; they count for the next
     session, which `renew` begins. dialer: opens streams; None for UDP alone.
     trouble: why there is no session now, or what ended the one before; None if nothing did.
+    session: the running one, verified; it may have ended.
     """
 
     endpoint: Endpoint
@@ -86,6 +79,7 @@ class ControlKeeper:
     policy: SignedPolicy | None = None
     dialer: StreamDialer | None = None
     trouble: Trouble | None = attrs.field(default=None, init=False)
+    session: Session | None = attrs.field(default=None, init=False)
     _race: Race | None = None
     _renew: trio.Event = attrs.Factory(trio.Event)
     _network_changed: trio.Event = attrs.Factory(trio.Event)
@@ -145,6 +139,9 @@ class ControlKeeper:
                 finally:
                     self._ways = race.failures
                 self._race = None
+                self.session = session
+                # Its handshake may have begun before a reload.
+                judge_session(session, self.credentials, self.denied_serials, PeerSide.SERVER)
                 self._note_transport(session)
                 wait = 0.0
                 try:
@@ -167,6 +164,7 @@ class ControlKeeper:
                     return 0.0 if await self._replaced_by_ourselves(session) else wait
                 race = successor
         finally:
+            self.session = None
             if self._race is not None:
                 self._race.stop()
                 self._race = None
@@ -337,7 +335,7 @@ class ControlKeeper:
             while self._successor() is None:
                 cause = await self._wait_cause(session)
                 log.info("beginning another session", reason=cause.value)
-                udp_alone = cause is _Cause.UPGRADE
+                udp_alone = cause is Cause.UPGRADE
                 deadline = HANDSHAKE_DEADLINE if udp_alone else RIVAL_DEADLINE
                 renewing = self._renew
                 race = self._race = self._begin(deadline, udp_alone=udp_alone)
@@ -356,15 +354,15 @@ class ControlKeeper:
         if not ended:
             running.cancel()
 
-    async def _wait_cause(self, session: Session) -> _Cause:
+    async def _wait_cause(self, session: Session) -> Cause:
         stream = self._streams.get(session)
-        waits: dict[_Cause, Callable[[], Awaitable[object]]] = {
-            _Cause.SILENT: session.wait_suspect,
-            _Cause.RENEWING: self._renew.wait,
+        waits: dict[Cause, Callable[[], Awaitable[object]]] = {
+            Cause.SILENT: session.wait_suspect,
+            Cause.RENEWING: self._renew.wait,
         }
         if stream is not None:
-            waits[_Cause.STREAM_ENDED] = stream.closed.wait
-            waits[_Cause.UPGRADE] = self._wait_udp_due
+            waits[Cause.STREAM_ENDED] = stream.closed.wait
+            waits[Cause.UPGRADE] = self._wait_udp_due
         return list(waits)[await first_of(*waits.values())]
 
     async def _wait_udp_due(self) -> None:
@@ -372,7 +370,7 @@ class ControlKeeper:
             await self._network_changed.wait()
             self._pause = FIRST_PAUSE
 
-    async def _wins(self, race: Race, session: Session, cause: _Cause) -> bool:
+    async def _wins(self, race: Race, session: Session, cause: Cause) -> bool:
         """Whether the race gives a session that shall replace the running one."""
 
         async def answered() -> None:
@@ -380,9 +378,9 @@ class ControlKeeper:
 
         waits: list[Callable[[], Awaitable[object]]] = [race.over.wait]
         match cause:
-            case _Cause.SILENT:
+            case Cause.SILENT:
                 waits.append(answered)
-            case _Cause.UPGRADE:
+            case Cause.UPGRADE:
                 # There is no hurry: what goes on with the running session comes first.
                 stream = self._streams.get(session)
                 waits += [session.wait_suspect, self._renew.wait]
@@ -392,6 +390,6 @@ class ControlKeeper:
         # the newer session counts.
         if race.winner is not None:
             return True
-        if cause is _Cause.UPGRADE:
+        if cause is Cause.UPGRADE:
             self._pause = min(2 * self._pause, LAST_PAUSE)
         return False

@@ -5,6 +5,7 @@ replace can end meanwhile. What loses is given up. A race is not over while an a
 somebody between, such as a proxy, who has a time of his own.
 """
 
+import enum
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,15 @@ import trio
 
 from ztna.errors import SessionClosedError, UnreachableError, UnresolvedError, ZtnaError
 from ztna.net.session import Session
+
+
+class Cause(enum.Enum):
+    """Why a successor is begun beside a running session."""
+
+    SILENT = "no answer for a second"
+    RENEWING = "certificate or services have changed"
+    STREAM_ENDED = "the TLS connection has ended"
+    UPGRADE = "UDP may work again"
 
 
 @attrs.frozen
