@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from tests.descriptors import no_descriptors
 from ztna.core.identity import Role
 from ztna.errors import RefusedError, UsageError
+from ztna.roles import local
 from ztna.roles.local import (
     MAX_CLIENTS,
     MAX_REQUEST,
     Request,
     Send,
+    make_system_state,
     may_ask,
     name_of,
     open_status_socket,
@@ -277,3 +279,20 @@ def test_any_line(line: bytes) -> None:
         return
     assert isinstance(fields, Mapping)
     assert isinstance(fields["ask"], str)
+
+
+def test_through_the_systems_state_folder_other_users_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "SYSTEM_STATE", tmp_path / "lib" / "ztna")
+    make_system_state(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    before = os.umask(0o077)
+    try:
+        make_system_state(local.SYSTEM_STATE)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(local.SYSTEM_STATE.stat().st_mode) == 0o711
+    local.SYSTEM_STATE.chmod(0o700)
+    make_system_state(local.SYSTEM_STATE)
+    assert stat.S_IMODE(local.SYSTEM_STATE.stat().st_mode) == 0o700, "an operator's own choice"

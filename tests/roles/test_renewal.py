@@ -288,8 +288,38 @@ async def test_folder_that_cannot_be_written(
     (tmp_path / "file").touch()
     renew = RenewConfig((), tmp_path / "file" / "drop")
     node.renewal.files = attrs.evolve(node.renewal.files, renew=renew)
-    (warning,) = await run_for(node, DUE + 60)
+    at_once, warning = await run_for(node, DUE + 60)
+    assert at_once["folder"] == str(tmp_path / "file" / "drop")
+    assert "state_dir" in at_once["reason"]
     assert "cannot make the directory" in warning["reason"]
+
+
+async def test_certificate_whose_folder_cannot_be_written(
+    node: Node, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """As /etc is under ProtectSystem=strict: the old one stays, and so does the node."""
+    before = node.serial
+    asked = with_command(node, monkeypatch, node.sign)
+    trial = node.renewal.files.cert.with_name(".node.crt.renewal")
+    (trial / "in the way").mkdir(parents=True)
+    (warning,) = await run_for(node, DUE + 3601)
+    assert f"cannot write {trial}: " in warning["reason"]
+    assert "state_dir" in warning["reason"]
+    assert (len(asked), node.serial, node.renewed) == (2, before, [])
+
+
+async def test_drop_folder_and_a_certificate_that_cannot_be_replaced(
+    node: Node, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The cause is told, and not that the answer is still awaited."""
+    folder = tmp_path / "drop"
+    node.renewal.files = attrs.evolve(node.renewal.files, renew=RenewConfig((), folder))
+    folder.mkdir()
+    (folder / "agent-laptop.crt").write_bytes(node.certificate(days=40))
+    trial = node.renewal.files.cert.with_name(".node.crt.renewal")
+    (trial / "in the way").mkdir(parents=True)
+    (warning,) = await run_for(node, DUE + 60)
+    assert f"cannot write {trial}: " in warning["reason"]
 
 
 def python(code: str) -> tuple[str, ...]:

@@ -86,3 +86,9 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemSetupError, match="No space left"):
         journal.write(tmp_path, RECORD)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    with pytest.raises(SystemSetupError, match=r"state folder .* cannot be read .*state_dir"):
+        list(journal.abandoned(tmp_path / ("x" * 300)))
+    assert list(journal.abandoned(tmp_path / "not there")) == []

@@ -151,5 +151,5 @@ def test_names_and_conflicts_in_the_kernel() -> None:
 @in_namespace
 def test_without_privilege() -> None:
     drop_privileges()
-    with pytest.raises(SystemSetupError, match=r"run as root, .*CAP_NET_ADMIN"):
+    with pytest.raises(SystemSetupError, match=r"run as root, .*CAP_NET_ADMIN.*--tun none"):
         linux.open_tun_fd("utun")

@@ -36,6 +36,7 @@ from ztna.errors import ConfigError
 from ztna.roles.agent_start import run_agent_from_config
 from ztna.roles.connector import run_connector_from_config
 from ztna.roles.intermediate import run_intermediate_from_config
+from ztna.roles.local import make_system_state
 from ztna.roles.tree import process_statistics, run_role, statistics_registry
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -198,7 +199,7 @@ def agent(
         *_given(("socks",), socks, "--socks"),
     ]
     read = partial(_load, AgentConfig, Role.AGENT, config, overrides)
-    _run(partial(run_agent_from_config, read(), read), log_format, log_level)
+    _run(run_agent_from_config, read, log_format, log_level)
 
 
 @run.command()
@@ -262,7 +263,7 @@ def connector(
             *_given((*place, "virtual_ip"), virtual_ip, "--virtual-ip"),
         ]
     read = partial(_load, ConnectorConfig, Role.CONNECTOR, config, overrides)
-    _run(partial(run_connector_from_config, read(), read), log_format, log_level)
+    _run(run_connector_from_config, read, log_format, log_level)
 
 
 @run.command()
@@ -301,7 +302,7 @@ def intermediate(
             rules.append(Override(("policy",), document.value, document))
         return _load(IntermediateConfig, Role.INTERMEDIATE, config, [*overrides, *rules])
 
-    _run(partial(run_intermediate_from_config, read(), read), log_format, log_level)
+    _run(run_intermediate_from_config, read, log_format, log_level)
 
 
 def _given(path: tuple[str | int, ...], value: object, option: str) -> list[Override]:
@@ -346,11 +347,16 @@ def _exists(file: Path) -> bool:
 
 
 def _run(
-    start: Callable[[], Awaitable[None]],
+    start: Callable[[C, Callable[[], C]], Awaitable[None]],
+    read: Callable[[], C],
     log_format: LogFormat,
     log_level: str,
 ) -> None:
+    """Run a role by its configuration until it ends. read: gives the configuration, now and when
+    the role is to read it again."""
     ctx = get_current_context()
+    config = read()
+    make_system_state(config.state_dir)
     level = _LEVELS[log_level]
     if verbosity(ctx):
         level = logging.DEBUG if verbosity(ctx) == 1 else logging.DEBUG - 1
@@ -358,7 +364,7 @@ def _run(
 
     async def main() -> None:
         statistics_registry().register("process", process_statistics)
-        await start()
+        await start(config, read)
 
     stopped_by = trio.run(partial(run_role, main, json_statistics=log_format == "json"))
     if stopped_by is signal.SIGINT:

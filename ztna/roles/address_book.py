@@ -96,6 +96,7 @@ def _damaged(path: Path, error: Exception) -> SystemSetupError:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    path.touch(mode=0o600)  # who has which address is nobody else's affair
     connection = sqlite3.connect(path, check_same_thread=False)
     try:
         _prepare(connection)

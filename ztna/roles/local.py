@@ -37,6 +37,7 @@ PAUSE = 1.0
 MODE = 0o660
 RUNTIME_FOLDER = Path("/run/ztna")
 SYSTEM_STATE = Path("/var/lib/ztna")
+SYSTEM_STATE_MODE = 0o711
 _LONGEST_NAME = 103  # bytes; what macOS has room for
 _DESCRIPTORS = Path("/proc/self/fd")  # Linux's, proc(5)
 
@@ -62,6 +63,17 @@ def socket_path(role: Role, state_dir: Path) -> Path:
     if Path(runtime).is_absolute() and state_dir == home_state / "ztna":
         return Path(runtime) / "ztna" / f"{role}.sock"
     return state_dir / f"{role}.sock"
+
+
+def make_system_state(state_dir: Path) -> None:
+    """Make root's usual state folder, so that others may pass through it and not look into it:
+    units of another user have theirs (0700) in there. Any other folder is made by whoever writes
+    there first, for this user alone."""
+    if state_dir != SYSTEM_STATE or state_dir.exists():
+        return
+    with suppress(OSError):  # whoever writes there says why it cannot be
+        state_dir.mkdir(parents=True)
+        state_dir.chmod(SYSTEM_STATE_MODE)
 
 
 @contextmanager
@@ -121,7 +133,7 @@ def _listen(path: Path) -> tuple[socket.socket, int]:
     """A listening socket at path, and its inode. One that a dead node left is replaced."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if _alive(path):
-        raise UsageError("another node answers there; give this one a status_socket of its own")
+        raise UsageError("another node answers there; give this one a state_dir of its own")
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -3,7 +3,8 @@
 The request for the same identity, names and key goes to a command's stdin, or into a folder. What
 comes back is written beside the certificate, read as at a start, compared with the old one, and
 only then put in its place; a reload brings it into force. Whatever fails, the old one stays, and a
-warning says so once a day. Without a way to renew, only the warning is given.
+warning says so once a day. Without a way to renew, only the warning is given. Folders that this
+node may not write to are told at once, and not when the certificate is about to end.
 
 Files are small and touched every few weeks, so they are read and written in place, without a
 worker thread. The key stays: key and certificate are two files, which cannot be replaced at the
@@ -11,6 +12,7 @@ same instant.
 """
 
 import datetime
+import os
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,12 +52,20 @@ WARNING_INTERVAL = datetime.timedelta(days=1)
 # The clock is looked at so often: it can be set, and time in which the machine slept counts.
 CLOCK_INTERVAL = 3600.0
 
+_ADVICE = (
+    "keep the certificate, and the folder for requests, where it can, such as in its state_dir"
+)
+
 Clock = Callable[[], datetime.datetime]
 
 
 def utc_now() -> datetime.datetime:
     """The wall clock, aware."""
     return datetime.datetime.now(datetime.UTC)
+
+
+class UnwritableError(IdentityError):
+    """The folder of the certificate, or of the request, cannot be written."""
 
 
 @attrs.define(eq=False)
@@ -73,6 +83,7 @@ class Renewal:
 
     async def run(self) -> None:
         """Renew again and again, until cancelled."""
+        self._warn_of_folders()
         while True:
             await self._wait_until(renew_at(self.credentials.certificate))
             try:
@@ -92,6 +103,19 @@ class Renewal:
             if left <= 0:
                 break
             await trio.sleep(min(left, CLOCK_INTERVAL))
+
+    def _warn_of_folders(self) -> None:
+        """Tell while there is time which folders a renewal could not write to."""
+        way = self.files.renew
+        if way is None:
+            return
+        for folder in dict.fromkeys([self.files.cert.parent, way.directory]):
+            if folder is not None and not _may_write(folder):
+                log.warning(
+                    "the certificate cannot be renewed as things are",
+                    folder=str(folder),
+                    reason=f"this node's user cannot write there: {_ADVICE}",
+                )
 
     def _retry_delay(self) -> float:
         left = (self.credentials.not_after - self.clock()).total_seconds()
@@ -125,7 +149,7 @@ class Renewal:
         identity = self.credentials.identity
         name = f"{identity.role}-{identity.name}"
         asked, answer = folder / f"{name}.csr", folder / f"{name}.crt"
-        write_public(asked, pem)
+        _write(asked, pem)
         log.info("certificate requested", file=str(asked), awaited=str(answer))
         asked_at, unfit = self.clock(), b""
         while True:
@@ -133,6 +157,8 @@ class Renewal:
             if found and found != unfit:
                 try:
                     self._check(found)
+                except UnwritableError:
+                    raise
                 except IdentityError as error:
                     unfit = found  # the last one, perhaps, or still being written
                     log.debug("not the awaited certificate", file=str(answer), reason=str(error))
@@ -147,7 +173,7 @@ class Renewal:
     def _take(self, answer: bytes) -> Credentials:
         """Put an answer in the certificate's place, if it is good. Raises IdentityError."""
         fresh = self._check(answer)
-        write_public(self.files.cert, answer)
+        _write(self.files.cert, answer)
         return fresh
 
     def _check(self, answer: bytes) -> Credentials:
@@ -157,14 +183,15 @@ class Renewal:
             raise IdentityError(f"the answer has {len(answer)} bytes; 1 to {MAX_ANSWER} are due")
         trial = self.files.cert.with_name(f".{self.files.cert.name}.renewal")
         try:
-            write_public(trial, answer)
+            _write(trial, answer)
             old = self.credentials
             fresh = load_credentials(
                 trial, self.files.key, self.files.ca, self.clock(), role=old.identity.role
             )
             _compare(old, fresh)
         finally:
-            trial.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be written, nothing can be taken away
+                trial.unlink()
         return fresh
 
 
@@ -198,6 +225,23 @@ def _both(old: Credentials, fresh: Credentials) -> tuple[x509.Certificate, x509.
 
 def _words(moment: datetime.datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_public(path, data)
+    except IdentityError as error:
+        raise UnwritableError(f"{error}; {_ADVICE}") from error
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether files can be made in the folder, or the folder where it is not there yet."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def _read_if_there(path: Path) -> bytes:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -111,16 +112,14 @@ def write(state_dir: Path, record: Record) -> Journal:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise SystemSetupError(
-            f"the state folder {state_dir} cannot be written ({error.strerror}): create it for "
-            f"this user, or name another one (state_dir)"
-        ) from error
+        raise _unusable(state_dir, "written", error) from error
     return Journal(record, path, fd)
 
 
 def abandoned(state_dir: Path) -> Iterator[Journal]:
-    """The records whose writers died, locked by us now; the caller discards or releases each."""
-    for path in sorted(state_dir.glob("tun-*.json")):
+    """The records whose writers died, locked by us now; the caller discards or releases each.
+    Raises SystemSetupError where state_dir cannot be read."""
+    for path in _records(state_dir):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -134,10 +133,27 @@ def abandoned(state_dir: Path) -> Iterator[Journal]:
         except (OSError, ValueError, cattrs.BaseValidationError) as error:
             # Written whole or not at all, so this is not our writing: nothing can be undone by it.
             log.warning("state file is not ours, set aside", path=str(path), error=str(error))
-            path.rename(path.with_suffix(".unreadable"))
+            with suppress(OSError):  # then it is told again by the next start
+                path.rename(path.with_suffix(".unreadable"))
             os.close(fd)
             continue
         yield Journal(record, path, fd)
+
+
+def _records(state_dir: Path) -> list[Path]:
+    try:
+        return sorted(path for path in state_dir.iterdir() if path.match("tun-*.json"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unusable(state_dir, "read", error) from error
+
+
+def _unusable(state_dir: Path, done: str, error: OSError) -> SystemSetupError:
+    return SystemSetupError(
+        f"the state folder {state_dir} cannot be {done} ({error.strerror}): create it for this "
+        f"user, let the user pass through the folders above it, or name another one (state_dir)"
+    )
 
 
 def _read(path: Path) -> Record:

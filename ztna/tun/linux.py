@@ -52,8 +52,8 @@ _RESERVED = frozenset({".", "..", "all", "default"})
 
 _NO_PRIVILEGE = (
     "creating a tunnel interface needs root or the capability CAP_NET_ADMIN: run as root, give the "
-    "service AmbientCapabilities=CAP_NET_ADMIN, or have root make the interface before "
-    "(ip tuntap add dev NAME mode tun user USER) and name it with --tun NAME"
+    "service AmbientCapabilities=CAP_NET_ADMIN, or do without an interface (--tun none with "
+    "--forward or --socks)"
 )
 
 
