@@ -7,6 +7,7 @@ words: why the network cannot fill the table. A table that is new needs a line h
 BATCH = "of the batch at hand, and gone with it: a receive is bounded by its calls"
 FLOWS = "ztna.core.flow_shares:MAX_FLOWS"
 OUTBOUND = "ztna.core.outbound:MAX_TCP"
+SINGLE_PACKETS = "ztna.core.flows:MAX_ANSWERS ztna.core.outbound:MAX_QUEUED"
 SESSIONS = "ztna.net.endpoint_settings:EndpointSettings.sessions"
 ALL_FRAGMENTED = "ztna.core.packet.fragments:MAX_ALL_PACKETS"
 OWN_FILE = "from this node's own file, or for its own requests"
@@ -119,7 +120,8 @@ TABLES = {
     "ztna.core.tcp.departure:_Writer._segments": BATCH,
     "ztna.core.tcp.rtt:RttEstimator._minima": "rising samples of one minute",
     "ztna.core.tcp.scoreboard:Scoreboard.flights": "ztna.core.tcp.scoreboard:MAX_FLIGHTS",
-    "ztna.core.turns:Turns._packets": "ztna.core.flows:MAX_ANSWERS ztna.core.outbound:MAX_QUEUED",
+    "ztna.core.turns:Turns._last_words": SINGLE_PACKETS,
+    "ztna.core.turns:Turns._packets": SINGLE_PACKETS,
     "ztna.core.turns:Turns._ready": f"{FLOWS} {OUTBOUND}",
     "ztna.core.upnp.xml:_Builder.open": "ztna.core.upnp.xml:MAX_DEPTH",
     "ztna.ingress.directory:Directory._by_name": OWN_FILE,

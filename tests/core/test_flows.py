@@ -328,6 +328,49 @@ def test_time_wait_gives_way_to_a_new_connection() -> None:
     assert new.connection.readable == 1
 
 
+@pytest.mark.parametrize("end", ["reset", "last ACK"])
+def test_a_syn_behind_the_end_of_the_old_connection_in_one_batch(end: str) -> None:
+    """Of the same ports: the table must not judge it before the segments in front of it arrived."""
+    found = table()
+    user = User(found)
+    flow = user.open()
+    if end == "reset":
+        user.connection.abort(0.0)
+    else:
+        user.connection.write_eof()
+        user.send()
+        flow.connection.write_eof()
+        found.touch(flow, 0.0)
+        user.receive(found.packets_to_send(0.0, 1 << 20))
+        assert flow.connection.state is TcpState.LAST_ACK
+    events(found)
+    again = User(found, isn=900_000)
+    batch = [*user.packets(), *again.packets()]
+    assert len(batch) == 2
+    found.receive_packets([("web", packet) for packet in batch], 0.0)
+    closed, active, opened = events(found)
+    assert (closed, active) == (FlowClosed(flow), FlowActive(flow))
+    assert isinstance(opened, FlowOpened)
+    assert isinstance(opened.flow, TcpFlow)
+    opened.flow.connection.establish(0.0)
+    found.touch(opened.flow, 0.0)
+    again.exchange()
+    assert again.connection.state is TcpState.ESTABLISHED
+
+
+def test_a_syn_behind_what_does_not_end_the_old_connection() -> None:
+    found = table()
+    user = User(found)
+    flow = user.open()
+    user.connection.write(b"abc", 0.0)
+    again = User(found, isn=900_000)
+    batch = [*user.packets(), *again.packets()]
+    found.receive_packets([("web", packet) for packet in batch], 0.0)
+    assert not [event for event in events(found) if isinstance(event, FlowOpened)]
+    assert flow.connection.readable == 3
+    assert flow.connection.statistics()["challenges"] == 1
+
+
 def test_time_wait_ends_by_its_timer() -> None:
     found = table()
     user = User(found)
@@ -768,7 +811,8 @@ def test_a_packet_that_just_fits_is_not_cut() -> None:
     flow = events(found)[0].flow
     assert isinstance(flow, UdpFlow)
     found.send_datagrams(flow, [(bytes(PACKET_SIZE - 28), 0)], 0.0)
-    assert len(answers(found)) == 1
+    (whole,) = answers(found)
+    assert parse_ip_untrusted(whole).dont_fragment, "RFC 6864 section 4.1: atomic"
     found.send_datagrams(flow, [(bytes(PACKET_SIZE - 27), 0)], 0.0)
     assert len(answers(found)) == 2
 
@@ -858,6 +902,34 @@ def test_answers_go_before_flows() -> None:
     (service_id, _), *rest = found.packets_to_send(0.0, 1 << 20)
     assert service_id == "echo"
     assert {name for name, _ in rest} == {"web"}
+
+
+def test_datagrams_without_end_do_not_take_the_last_words_away() -> None:
+    found = table()
+    user = User(found)
+    flow = user.open()
+    found.receive_packets([("echo", IpPacket(udp()))], 0.0)
+    (datagrams,) = [e.flow for e in events(found) if isinstance(e, FlowOpened)]
+    assert isinstance(datagrams, UdpFlow)
+    found.send_datagrams(datagrams, [(bytes(1000), 0)] * (MAX_ANSWERS + 5), 0.0)
+    assert drops(found) == {"answers_full": 5}
+    flow.connection.abort(0.0)
+    found.touch(flow, 0.0)
+    packets = found.packets_to_send(0.0, 192 * 1024)
+    user.receive([(service_id, packet) for service_id, packet in packets if service_id == "web"])
+    assert user.connection.closed
+    assert drops(found) == {"answers_full": 5}
+
+
+def test_last_words_are_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ztna.core.flows.MAX_ANSWERS", 2)
+    found = table()
+    opened = [User(found, source_port=40_000 + n).open() for n in range(3)]
+    for flow in opened:
+        flow.connection.abort(0.0)
+        found.touch(flow, 0.0)
+    assert found.statistics()["answers_queued"] == 2
+    assert drops(found) == {"answers_full": 1}
 
 
 def test_a_connection_that_ends_while_it_sends_says_its_last_word() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ztna.core.addresses import packed_pair
+from ztna.core.datagrams import MAX_DATAGRAM
 from ztna.core.failure import Failure
 from ztna.core.flow import (
     MAX_INBOX,
@@ -20,7 +21,7 @@ from ztna.core.flow import (
     TcpFlow,
     UdpFlow,
 )
-from ztna.core.flows import MAX_DATAGRAM, UDP_IDLE, FlowTable
+from ztna.core.flows import UDP_IDLE, FlowTable
 from ztna.core.outbound import (
     FIRST_PORT,
     MAX_QUEUED,
@@ -379,6 +380,20 @@ def test_queue_is_bounded() -> None:
     outbound.send_datagrams(open_udp(outbound), [b"x"] * (MAX_QUEUED + 3), 0.0)
     assert outbound.dropped["queue_full"] == 3
     assert outbound.statistics()["queued"] == MAX_QUEUED
+
+
+def test_last_words_have_room_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ztna.core.outbound.MAX_QUEUED", 2)
+    pair = Pair()
+    flows = [open_tcp(pair.outbound) for _ in range(3)]
+    pair.settle(0.0)
+    pair.outbound.send_datagrams(open_udp(pair.outbound), [b"x"] * 3, 0.0)
+    assert pair.outbound.dropped["queue_full"] == 1
+    for flow in flows:
+        flow.connection.abort(0.0)
+        pair.outbound.touch(flow, 0.0)
+    assert pair.outbound.statistics()["queued"] == 4
+    assert pair.outbound.dropped["queue_full"] == 2
 
 
 def test_flows_take_turns_within_max_bytes() -> None:

@@ -8,13 +8,13 @@ acts on `TcpFlow.connection` or `UdpFlow.inbox`, and calls `touch` afterwards.
 """
 
 import ipaddress
-import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
 from ztna.core.addresses import in_range
+from ztna.core.datagrams import MAX_DATAGRAM, DatagramBuilder
 from ztna.core.flow import (
     Flow,
     FlowActive,
@@ -32,7 +32,7 @@ from ztna.core.flow import (
 from ztna.core.flow_shares import Shares
 from ztna.core.flow_timers import FlowTimers
 from ztna.core.packet import icmp
-from ztna.core.packet.fragments import Reassembler, fragment
+from ztna.core.packet.fragments import Reassembler
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
 from ztna.core.packet.tcp import TcpFlags
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
@@ -52,8 +52,6 @@ from ztna.errors import CONTAINED, RemoteProtocolError
 MAX_ANSWERS = 1024
 # (seed); RFC 4787 REQ-5 asks for at least two minutes.
 UDP_IDLE = 120.0
-# What UDP over IPv4 holds (RFC 768, RFC 791); a backend over IPv6 can send 20 bytes more.
-MAX_DATAGRAM = 65_507
 _OPENING_FLAGS = TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST
 
 TcpConfigFor = Callable[[bool], TcpConfig]
@@ -81,8 +79,7 @@ class FlowTable:
     _events: deque[FlowEvent] = attrs.Factory(deque)
     _timers: FlowTimers = attrs.Factory(FlowTimers)
     _reassembler: Reassembler = attrs.Factory(Reassembler)
-    # RFC 7739 section 3: not to be guessed by others.
-    _identification: int = attrs.Factory(lambda: secrets.randbits(32))
+    _datagrams: DatagramBuilder = attrs.Factory(DatagramBuilder)
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
         """Take a batch; the string is the id of the service that the message named. A bug that one
@@ -101,14 +98,17 @@ class FlowTable:
             except CONTAINED as error:
                 self.break_flow(None, error)
         for flow, batch in segments.items():
-            try:
-                flow.connection.receive_segments(batch, now)
-                self.touch(flow, now)
-            except CONTAINED as error:
-                self.break_flow(flow, error)
-            else:
-                self._events.append(FlowActive(flow))
+            self._deliver(flow, batch, now)
         self._events.extend(map(FlowActive, datagrams))
+
+    def _deliver(self, flow: TcpFlow, segments: list[TcpSegment], now: float) -> None:
+        try:
+            flow.connection.receive_segments(segments, now)
+            self.touch(flow, now)
+        except CONTAINED as error:
+            self.break_flow(flow, error)
+        else:
+            self._events.append(FlowActive(flow))
 
     def next_event(self) -> FlowEvent | None:
         """What the driver has to know next, or None."""
@@ -254,8 +254,12 @@ class FlowTable:
         (source_port, destination_port), segment = segment_from_packet_untrusted(packet, ip)
         index = (service.id, TCP, ip.source, source_port, ip.destination, destination_port)
         flow = self._flows.get(index)
-        replaced = isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment)
         opens = segment.flags & _OPENING_FLAGS == TcpFlags.SYN
+        if opens and isinstance(flow, TcpFlow) and flow in segments:
+            # What came before it in this batch may be the end of the old connection.
+            self._deliver(flow, segments.pop(flow), now)
+            flow = self._flows.get(index)
+        replaced = isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment)
         if opens and (flow is None or replaced) and not self._shares.may_knock(ip.source, now):
             self.dropped["syn_rate"] += 1
             return  # the user's SYN comes again
@@ -337,22 +341,10 @@ class FlowTable:
         if len(payload) > MAX_DATAGRAM:
             self.dropped["datagram_too_large"] += 1
             return
-        packet = build_udp_packet(
-            key.destination,
-            key.source,
-            key.destination_port,
-            key.source_port,
-            payload,
-            dont_fragment=False,
-        )
-        if len(packet) <= self.packet_size:
+        source = key.destination, key.destination_port
+        destination = key.source, key.source_port
+        for packet in self._datagrams.packets(source, destination, payload, self.packet_size):
             self._answer(key.service_id, packet)
-            return
-        # RFC 6864 section 4: fragments of one flow are told apart by it for as long as they live.
-        self._identification = (self._identification + 1) & 0xFFFF_FFFF
-        identification = self._identification & (0xFFFF if len(key.source) == 4 else 0xFFFF_FFFF)
-        for piece in fragment(packet, self.packet_size, identification=identification):
-            self._answer(key.service_id, piece)
 
     def _answer(self, service_id: str, data: Buffer | None) -> None:
         if data is None:
@@ -378,7 +370,8 @@ class FlowTable:
     def _end(self, flow: TcpFlow, now: float) -> None:
         """A connection is over: send its last word, if any, and forget the flow."""
         for packet in packets_to_user(flow.key, flow.connection.segments_to_send(now)):
-            self._answer(flow.key.service_id, packet.data)
+            if not self._turns.put_last_word(flow.key.service_id, packet):
+                self.dropped["answers_full"] += 1
         self._close(flow)
 
     def break_flow(self, flow: TcpFlow | None, error: Exception) -> None:

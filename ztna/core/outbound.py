@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from ztna.core.addresses import packed_pair
+from ztna.core.datagrams import MAX_DATAGRAM, DatagramBuilder
 from ztna.core.failure import Failure, failure_of
 from ztna.core.flow import Flow, FlowActive, FlowBroken, FlowClosed, FlowKey, TcpFlow, UdpFlow
 from ztna.core.flow_timers import FlowTimers
-from ztna.core.flows import MAX_DATAGRAM, UDP_IDLE
-from ztna.core.packet.fragments import Reassembler, fragment
+from ztna.core.flows import UDP_IDLE
+from ztna.core.packet.fragments import Reassembler
 from ztna.core.packet.icmp import parse_icmp_error_untrusted
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
-from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
+from ztna.core.packet.udp import parse_udp_untrusted
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.segment import (
@@ -86,8 +87,8 @@ class OutboundTable:
     _next_port: int = attrs.Factory(
         lambda: FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT + 1)
     )
-    # RFC 7739 section 3: not to be guessed by others.
-    _identification: int = attrs.Factory(lambda: secrets.randbits(32))
+    # Not atomic: `core.routes` cuts again what a session does not carry that has no 0x23.
+    _datagrams: DatagramBuilder = attrs.Factory(lambda: DatagramBuilder(atomic=False))
 
     def set_address(self, address: ipaddress.IPv4Address, now: float) -> None:
         """Our tunnel address, without its twin. Flows from another address are over."""
@@ -324,22 +325,10 @@ class OutboundTable:
         if len(payload) > MAX_DATAGRAM:
             self.dropped["datagram_too_large"] += 1
             return
-        packet = build_udp_packet(
-            key.source,
-            key.destination,
-            key.source_port,
-            key.destination_port,
-            payload,
-            dont_fragment=False,
-        )
-        if len(packet) <= self.packet_size:
+        source = key.source, key.source_port
+        destination = key.destination, key.destination_port
+        for packet in self._datagrams.packets(source, destination, payload, self.packet_size):
             self._put(IpPacket(packet))
-            return
-        # RFC 6864 section 4: fragments of one flow are told apart by it for as long as they live.
-        self._identification = (self._identification + 1) & 0xFFFF_FFFF
-        identification = self._identification & (0xFFFF if len(key.source) == 4 else 0xFFFF_FFFF)
-        for piece in fragment(packet, self.packet_size, identification=identification):
-            self._put(IpPacket(piece))
 
     def _put(self, packet: IpPacket) -> None:
         if not self._turns.put("", packet):
@@ -369,7 +358,8 @@ class OutboundTable:
     def _end(self, flow: TcpFlow, now: float) -> None:
         """A connection is over: send its last word, if any, and forget the flow."""
         for packet in _to_packets(flow.key, flow.connection.segments_to_send(now)):
-            self._put(packet)
+            if not self._turns.put_last_word("", packet):
+                self.dropped["queue_full"] += 1
         self._close(flow)
 
     def _close(self, flow: Flow) -> None:
