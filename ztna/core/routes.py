@@ -19,6 +19,7 @@ import attrs
 from ztna.core.addresses import packed_pair, source_and_destination
 from ztna.core.encapsulation import ServiceKey, ServiceLabel
 from ztna.core.mss import clamp_mss, mss_limits
+from ztna.core.offload import segment
 from ztna.core.packet import icmp
 from ztna.core.packet.flow import (
     destination_port,
@@ -28,10 +29,11 @@ from ztna.core.packet.flow import (
     reverse_flow_key,
     transport_of,
 )
-from ztna.core.packet.fragments import MustNotFragmentError, fragment
+from ztna.core.packet.fragments import fragment
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.refusal import refuse
+from ztna.errors import LocalProtocolError, RemoteProtocolError
 
 # Our choice: the flows of a busy desktop several times over; 100 bytes each.
 MAX_FLOWS = 16_384
@@ -146,7 +148,7 @@ class RouteTable:
                 self._answer_unregistered(route, packet, answers)
                 continue
             if self.largest_packet and len(data) > self.largest_packet and not packet.segment_size:
-                forward += [(label, piece) for piece in self._cut(data, answers)]
+                forward += [(label, piece) for piece in self._cut(packet, answers)]
             else:
                 forward.append((label, self._clamp(packet, data)))
         return forward, answers
@@ -179,13 +181,19 @@ class RouteTable:
                 accepted.append(self._clamp(packet, data))
         return accepted
 
-    def _cut(self, data: bytes, answers: list[IpPacket]) -> list[IpPacket]:
+    def _cut(self, packet: IpPacket, answers: list[IpPacket]) -> list[IpPacket]:
         """A packet that no message of this session carries whole: as IP fragments, or, where its
-        sender forbids that, answered with the size that fits (RFC 1191 section 4)."""
+        sender forbids that, answered with the size that fits (RFC 1191 section 4). Fragments have
+        no checksum that somebody could complete: an open one is closed here."""
         self._identification = (self._identification + 1) & 0xFFFF_FFFF
+        data = packet.data
         try:
+            (data,) = segment(packet)
             pieces = fragment(data, self.largest_packet, identification=self._identification)
-        except MustNotFragmentError:
+        except RemoteProtocolError:
+            self.dropped["malformed"] += 1
+            return []
+        except LocalProtocolError:  # forbidden, or headers that leave no room
             self.dropped["too_big"] += 1
             _append(answers, icmp.build_packet_too_big(data, self.largest_packet))
             return []
