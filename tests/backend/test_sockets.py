@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,21 @@ async def test_other_errors_are_raised() -> None:
     ours.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         ours.send_nowait([(b"x", 0)])
+
+
+async def test_idle_connections_are_kept_alive() -> None:
+    """Else a backend whose machine vanished holds a flow for as long as its user is there."""
+    with socket.create_server(("127.0.0.1", 0)) as backend:
+        stream = await SocketDialer().open_stream(backend.getsockname())
+        assert isinstance(stream, trio.SocketStream)
+        async with stream:
+            assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            found = [
+                int.from_bytes(stream.getsockopt(socket.IPPROTO_TCP, name, 4), sys.byteorder)
+                for name in names
+            ]
+            assert found == [120, 75, 3]
 
 
 async def test_name_that_does_not_resolve() -> None:

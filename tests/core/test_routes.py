@@ -324,6 +324,22 @@ def test_the_oldest_flow_goes_when_the_table_is_full(monkeypatch: pytest.MonkeyP
     assert out(found, udp(ANY, 1))[0] != [], "it only begins anew"
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_flow_in_use_stays_when_the_table_is_full(
+    monkeypatch: pytest.MonkeyPatch, *, heard: bool
+) -> None:
+    """Whichever way its packets go: one that only listens would lose its answers."""
+    monkeypatch.setattr(routes, "MAX_FLOWS", 3)
+    found = asked()
+    found.set_labels({**LABELS, "any": ServiceLabel("any", 3)})
+    for port in range(1, 6):
+        out(found, udp(ANY, port))
+        assert inbound(found, 1, back()) if heard else out(found, udp())[0]
+    assert found.statistics()["flows"] == 3
+    assert inbound(found, 1, back())
+    assert drops(found) == {}
+
+
 def test_flows_of_an_address_that_we_lost_are_over() -> None:
     found = table()
     out(found, udp())

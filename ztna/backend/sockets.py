@@ -22,6 +22,14 @@ MAX_DATAGRAM = 65_535
 # and EIO of net/ipv4/udp.c).
 _NO_SEGMENTATION = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP})
 
+# As towards users (`core.tcp.state.TcpConfig`); a system's own is two hours. Not every system lets
+# each socket choose all of it.
+_KEEPALIVE = [
+    (getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 75), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+]
+
 Datagram = tuple[Buffer, int]
 """Payload, and the size of its segments; 0 for a single datagram."""
 
@@ -53,8 +61,13 @@ class SocketDialer:
     """The kernel's sockets."""
 
     async def open_stream(self, address: Address) -> trio.abc.HalfCloseableStream:
-        """Connect by TCP; of several addresses the first that answers (RFC 8305)."""
-        return await trio.open_tcp_stream(*address)
+        """Connect by TCP; of several addresses the first that answers (RFC 8305). A backend whose
+        machine vanishes, or a firewall that forgets the connection, is noticed when it is idle."""
+        stream = await trio.open_tcp_stream(*address)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            stream.setsockopt(socket.IPPROTO_TCP, option, value)
+        return stream
 
     async def open_datagrams(self, address: Address) -> DatagramSocket:
         """A connected socket: the kernel lets only the backend answer, and reports its refusal."""

@@ -77,6 +77,9 @@ class RouteTable:
     largest_packet: bytes of the largest plain packet that the session carries; 0 if it cuts
     messages by itself.
 
+    _flows: who was silent longest comes first. A program that mostly listens, to datagrams, keeps
+    its flow as one that mostly sends does.
+
     labels: services that a session carries now. refused: reasons of the policy, by service.
     unavailable: services that nobody provides now. keep: takes a packet whose service no session
     carries yet, or says that it has no room.
@@ -138,11 +141,10 @@ class RouteTable:
                 self._answer_last_hop(data, answers)
                 continue
             key = flow_key(data)
-            route = self._flows.get(key) if key is not None else None
-            if route is None:
-                route = self._admit(packet, data, key, answers)
-                if route is None:
-                    continue
+            if key is not None and (route := self._flows.get(key)) is not None:
+                self._flows.move_to_end(key)
+            elif (route := self._admit(packet, data, key, answers)) is None:
+                continue
             label = self.labels.get(route.id)
             if label is None:
                 self._answer_unregistered(route, packet, answers)
@@ -297,7 +299,12 @@ class RouteTable:
         if protocol == TCP:
             return opens_connection(data)
         key = reverse_flow_key(data)
-        return key is not None and key not in self._flows
+        if key is None:
+            return False
+        if key not in self._flows:
+            return True
+        self._flows.move_to_end(key)
+        return False
 
     def _is_wanted_icmp(self, data: bytes) -> bool:
         """Errors pass only when they quote a packet of ours, echo replies and what is no ICMP
