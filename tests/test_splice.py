@@ -3,8 +3,9 @@
 With the kernel's sockets where only they tell a reset from an orderly end.
 """
 
+import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import attrs
 import pytest
@@ -14,12 +15,16 @@ from trio.testing import MockClock
 
 from tests.backend.bench import BACKEND, SERVICE_IP, Bench, open_bench, open_memory_bench
 from tests.core.tcp.support import Script, peer
+from tests.roles.memory import BackendResetsError
 from tests.roles.user_host import UserTcp
 from ztna.backend.sockets import SocketDialer
 from ztna.core.tcp.state import Reset
-from ztna.splice import Splice
+from ztna.splice import PATIENCE, Splice
 
 Stream = trio.abc.HalfCloseableStream
+
+# More than the user's receive buffer and half of the connector's send buffer.
+ANSWER = random.Random(7).randbytes(1_700_000)
 
 
 @attrs.define
@@ -115,6 +120,114 @@ async def test_download_of_a_local_program_that_is_cut_off(how: str) -> None:
             with trio.CancelScope(shield=True), trio.fail_after(30):
                 end = await read_to_the_end(program)
     assert end == (b"", False)
+
+
+# --- an answer comes through although the application closes without reading the rest ---------
+
+
+async def upload(user: UserTcp) -> None:
+    """Write until the connection ends, in real time or virtual."""
+    with suppress(trio.BrokenResourceError):
+        while True:
+            await user.send_all(bytes(65_536))
+            await trio.sleep(0.1)
+
+
+async def read_until_reset(user: UserTcp) -> bytes:
+    """All that the user gets before the reset."""
+    received: list[bytes] = []
+
+    async def read() -> None:
+        while data := await user.receive_some():
+            received.append(data)
+
+    with pytest.raises(trio.BrokenResourceError, match="Reset"):
+        await read()
+    return b"".join(received)
+
+
+async def test_early_answer_over_the_kernels_sockets() -> None:
+    """As "413 Content Too Large" in the middle of an upload: Linux sends what fits into the window,
+    then a reset, and whoever reads gets all of it."""
+    for _ in range(5):
+        async with open_through() as through, trio.open_nursery() as nursery:
+            nursery.start_soon(upload, through.user)
+            await through.application.receive_some(1000)
+            await through.application.send_all(ANSWER[:60_000])
+            await through.application.aclose()
+            assert await read_until_reset(through.user) == ANSWER[:60_000]
+
+
+@pytest.mark.parametrize("uploads", [True, False])
+async def test_early_answer_to_a_slow_user(uploads: bool, autojump_clock: MockClock) -> None:
+    """More than the user's window takes, and the user reads late, but in time."""
+
+    async def answer(stream: Stream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(ANSWER)
+        raise BackendResetsError
+
+    async with open_memory_bench(streams={BACKEND: answer}) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        await user.send_all(b"the head of a request")
+        async with trio.open_nursery() as nursery:
+            if uploads:
+                nursery.start_soon(upload, user)
+            await trio.sleep(PATIENCE - 1)
+            assert user.ended is None
+            assert await read_until_reset(user) == ANSWER
+        assert bench.flows == 0
+
+
+async def test_early_answer_to_one_who_reads_only_when_all_is_written(
+    autojump_clock: MockClock,
+) -> None:
+    """The upload goes on, to nobody, until the answer is there."""
+
+    async def answer(stream: Stream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(ANSWER[:500_000])
+
+    async with open_memory_bench(streams={BACKEND: answer}) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        await upload(user)
+        assert isinstance(user.ended, Reset)
+        assert await read_until_reset(user) == ANSWER[:500_000]
+
+
+async def test_one_who_does_not_read_the_early_answer(autojump_clock: MockClock) -> None:
+    assert PATIENCE == 10.0
+
+    async def answer(stream: Stream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(ANSWER)
+
+    async with open_memory_bench(streams={BACKEND: answer}) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        began = trio.current_time()
+        await upload(user)
+        assert isinstance(user.ended, Reset)
+        # The bytes of window probes count while they have room.
+        assert PATIENCE <= trio.current_time() - began < 4 * PATIENCE
+        assert bench.flows == 0
+
+
+async def test_withdrawn_while_the_early_answer_is_on_its_way(autojump_clock: MockClock) -> None:
+    async def answer(stream: Stream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(ANSWER)
+
+    async with open_memory_bench(streams={BACKEND: answer}) as bench:
+        before = trio.lowlevel.current_statistics().tasks_living
+        user = await bench.user.connect(SERVICE_IP)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upload, user)
+            await trio.sleep(1)
+            bench.terminator.set_services({}, {})
+        assert isinstance(user.ended, Reset)
+        await trio.sleep(1)
+        assert bench.flows == 0
+        assert trio.lowlevel.current_statistics().tasks_living == before
 
 
 # --- nothing outlives its connection ---------------------------------------------------------

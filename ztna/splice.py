@@ -3,7 +3,8 @@
 Both sides of the tunnel need it: the connector splices users' connections to its backends'
 (`ztna.backend`), an agent without a tunnel interface those of local programs to the services'
 (`ztna.ingress`). Each direction stops reading while the other side is slow: the receive window
-closes, or the send buffer fills. Half-close and reset go through in both directions.
+closes, or the send buffer fills. Half-close and reset go through in both directions, a reset behind
+what was sent before it: an application may answer and close without reading the rest.
 """
 
 import math
@@ -24,6 +25,9 @@ log = structlog.get_logger(__name__)
 CHUNK = 256 * 1024
 # The peer's kernel acknowledges bit by bit; smaller reads than that are not worth a wake-up.
 LEAST_SPACE = 64 * 1024
+# Our choice: when the stream has failed, the peer may acknowledge nothing for so long of what the
+# stream gave before. Outages that the tunnel heals are shorter; nobody waits for the reset longer.
+PATIENCE = 10.0
 # SO_LINGER with no time: close sends RST (socket(7)).
 _LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
 
@@ -51,6 +55,7 @@ class Splice:
     heard_at: float = -math.inf
     _over: bool = False
     _heard_all: bool = False
+    _refused: bool = False
     _changed: trio.Event = attrs.Factory(trio.Event)
     _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
@@ -93,10 +98,12 @@ class Splice:
                 done = True
             except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                 log.debug("connection broken", by_peer=self.ended is not None)
-                self.abort()
             finally:
                 # RFC 9293 section 3.10.5: what was aborted on one side is so on the other.
                 await (trio.aclose_forcefully if done else reset_stream)(stream)
+            if not done:
+                self._heard_all = True
+                await self._see_off()
 
     def abort(self) -> None:
         """Give up the connection, with RST where the peer needs one."""
@@ -104,7 +111,34 @@ class Splice:
             self.connection.abort(trio.current_time())
             self.touch()
 
+    async def _see_off(self) -> None:
+        """The stream takes nothing more: give up the connection when its peer has acknowledged what
+        the stream gave and gives, or nothing for PATIENCE. What the peer sends meanwhile is thrown
+        away, so that one that reads only when it has written gets there."""
+        connection = self.connection
+        while not self._over and (connection.unacknowledged or not self._heard_all):
+            left = connection.unacknowledged
+            with trio.move_on_after(PATIENCE) as patience:
+                while connection.unacknowledged == left and not self._over:
+                    if connection.readable:
+                        while connection.read(CHUNK):
+                            pass
+                        self.touch()  # the window opened
+                    await self._changed.wait()
+            if patience.cancelled_caught and left and connection.unacknowledged == left:
+                break
+        self.abort()
+
     async def _connection_to_stream(self, stream: trio.abc.HalfCloseableStream) -> None:
+        try:
+            await self._give(stream)
+        except (trio.BrokenResourceError, OSError):
+            # The kernel has what the stream's end sent before; only this direction is over.
+            self._refused = True
+            await self._see_off()
+            raise
+
+    async def _give(self, stream: trio.abc.HalfCloseableStream) -> None:
         connection = self.connection
         while True:
             if connection.readable:
@@ -130,6 +164,12 @@ class Splice:
                 continue
             data = await stream.receive_some(min(space, CHUNK))
             if not data:
+                # The kernel tells of a reset once, and the other direction may have been told: here
+                # it looks like an end in order. That one is a schedule point away from saying so.
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                if self._refused:
+                    raise trio.BrokenResourceError("the stream has failed in the other direction")
                 self._heard_all = True
                 connection.write_eof()
                 self.touch()

@@ -45,6 +45,22 @@ def test_we_close_first() -> None:
     assert script.core.get_timer() is None
 
 
+def test_what_is_unacknowledged() -> None:
+    script = Script.established()
+    assert script.core.unacknowledged == 0
+    script.write(b"bye")
+    script.core.write_eof()
+    assert script.core.unacknowledged == 4
+    script.receive(peer(0, 1, 3))
+    assert script.core.unacknowledged == 2
+    script.receive(peer(0, 1, 5))
+    assert script.core.unacknowledged == 0
+    aborted = Script.established()
+    aborted.write(b"gone")
+    aborted.core.abort(0)
+    assert aborted.core.unacknowledged == 0
+
+
 def test_peer_closes_first() -> None:
     script = Script.established()
     assert script.receive(peer(F.FIN, 1, 1, b"last")) == ["A 1+0 ack 6"]

@@ -193,6 +193,12 @@ class TcpConnection:
             return 0
         return max(block.config.send_buffer - block.sender.buffer.size, 0)
 
+    @property
+    def unacknowledged(self) -> int:
+        """Bytes written, and the FIN, that the peer has not acknowledged; 0 when closed."""
+        sender = self._block.sender
+        return sender.end - sender.first
+
     def write_eof(self) -> None:
         """Send FIN after everything written. Reading goes on (half close)."""
         block = self._block
