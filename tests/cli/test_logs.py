@@ -1,5 +1,6 @@
 """What a log line looks like, and what never stands in one."""
 
+import errno
 import io
 import json
 import logging
@@ -150,3 +151,19 @@ async def test_context_survives_a_thread() -> None:
     structlog.contextvars.bind_contextvars(session=7)
     await trio.to_thread.run_sync(lambda: structlog.get_logger().info("from a thread"))
     assert json.loads(stream.getvalue())["session"] == 7
+
+
+class Full(io.StringIO):
+    """As a file on a full disk, write(2)."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, f"no room for {len(text)} characters")
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+
+def test_a_line_that_cannot_be_written_is_lost() -> None:
+    configure_logging("human", logging.INFO, Full())
+    structlog.get_logger().info("to nowhere")
+    logging.getLogger("library").warning("to nowhere")

@@ -167,3 +167,40 @@ def test_who_asks_a_role_does_not_load_what_the_role_is_made_of() -> None:
     loaded = {name.split(".")[0] for name in result.stdout.split()}
     assert "ztna" in loaded
     assert not loaded & {"aioquic", "service_identity"}
+
+
+@pytest.mark.parametrize("words", [["version"], ["--help"], ["config", "schema", "agent"]])
+def test_output_that_cannot_be_written(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == ("ztna: error: the output cannot be written: No space left on device\n")
+    assert done.returncode == 7
+
+
+CRASH = """
+from ztna.cli import main
+
+@main.cli.command("crash")
+@main.verbose_option
+def crash():
+    raise ExceptionGroup("nursery", [main.ZtnaError("words"), LookupError("a \\x1b[2J bug")])
+
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("option", "trace"), [([], False), (["-v"], True)])
+def test_a_bug_is_a_line_and_exit_code_70(option: list[str], trace: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, "crash", *option],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 70
+    first, *_, last = done.stderr.splitlines()
+    assert first == "ztna: error: words"
+    assert last.startswith("ztna: internal error: LookupError: a \\x1b[2J bug")
+    assert ("Traceback" in done.stderr) == trace

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from trio.testing import MockClock
 from tests.net.certificates import make_agent, make_deployment, write_credentials
 from tests.roles.memory import open_world
 from tests.roles.test_why import POLICY, WEB_BACKEND, open_all
-from ztna.cli import seen_text
+from ztna.cli import node_socket, seen_text
 from ztna.cli.main import cli
+from ztna.cli.node_socket import find_socket
+from ztna.core.identity import Role
 
 Lines = list[dict[str, Any]]
 
@@ -236,9 +239,89 @@ def test_the_node_is_found_by_its_file(tmp_path: Path) -> None:
         assert f"no {role} runs here: nobody answers at {where}" in result.stderr
     result = CliRunner().invoke(cli, ["ping", "web", "--config", str(tmp_path / "connector.json")])
     assert (result.exit_code, 'unknown key "backend"' in result.stderr) == (3, True)
-    (tmp_path / "ca").unlink()
-    result = CliRunner().invoke(cli, ["status", "--config", str(tmp_path / "connector.json")])
-    assert (result.exit_code, "$.identity.ca: there is no file" in result.stderr) == (3, True)
+
+
+def test_who_may_ask_need_not_read_the_key(node: Node, tmp_path: Path) -> None:
+    """Those of the node's group may not."""
+    identity = {name: str(tmp_path / "not there") for name in ("cert", "key", "ca")}
+    fields = {
+        "intermediate": {"host": "relay.example.net"},
+        "identity": identity,
+        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
+        "state_dir": str(tmp_path),
+    }
+    file = tmp_path / "agent.json"
+    file.write_text(json.dumps(fields))
+    node.lines = [{"peers": []}]
+    result = CliRunner().invoke(cli, ["paths", "--json", "--config", str(file)])
+    assert (result.exit_code, json.loads(result.output)) == (0, {"peers": []})
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine's folders: etc, run and state."""
+    monkeypatch.setattr("ztna.config.model.SYSTEM_FOLDER", tmp_path / "etc")
+    monkeypatch.setattr(node_socket, "RUNTIME_FOLDER", tmp_path / "run")
+    monkeypatch.setattr(node_socket, "default_state_dir", lambda: tmp_path / "state")
+    for name in ("etc", "run", "state"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield
+
+
+def left_behind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+def test_a_dead_nodes_socket_hides_no_other(machine: Path) -> None:
+    roles = (Role.AGENT, Role.CONNECTOR, Role.INTERMEDIATE)
+    left_behind(machine / "state/agent.sock")
+    assert find_socket(None, roles) == machine / "state/agent.sock", "nobody: the words name it"
+    with listening(machine / "state/intermediate.sock"):
+        assert find_socket(None, roles) == machine / "state/intermediate.sock"
+        with listening(machine / "run/agent.sock"):
+            assert find_socket(None, roles) == machine / "run/agent.sock"
+
+
+def test_the_usual_file_finds_the_units_node_and_another_file_its_own(machine: Path) -> None:
+    fields = {
+        "intermediate": {"host": "relay.example.net"},
+        "identity": dict.fromkeys(("cert", "key", "ca"), "not-there"),
+        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
+        "state_dir": str(machine / "state"),
+    }
+    usual, other = machine / "etc/agent.json", machine / "other.json"
+    for file in (usual, other):
+        file.write_text(json.dumps(fields))
+    with listening(machine / "run/agent.sock"):
+        assert find_socket(usual, (Role.AGENT,)) == machine / "run/agent.sock"
+        assert find_socket(other, (Role.AGENT,)) == machine / "state/agent.sock"
+
+
+def test_what_runs_here_instead_is_named(machine: Path) -> None:
+    with listening(machine / "run/intermediate.sock"):
+        result = CliRunner().invoke(cli, ["ping", "web"])
+    assert result.exit_code == 6
+    assert "no agent runs here" in result.stderr
+    assert "an intermediate does, and 'ztna status' asks it" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["status"], ["ping", "web"], ["paths"]])
+def test_with_json_an_error_is_an_object(tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "none.sock"
+    result = CliRunner().invoke(cli, [*words, "--json", "--socket", str(path)])
+    assert result.exit_code == 6
+    told = json.loads(result.stdout)
+    assert told["exit_code"] == 6
+    assert "no agent runs here" in told["error"]
 
 
 def test_why_an_agent_cannot_start(tmp_path: Path) -> None:

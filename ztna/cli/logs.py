@@ -5,11 +5,13 @@ mean: `debug` what a developer asks for with -v; `info` what an operator wants t
 node, such as 'registered' or 'ready'; `warning` and above, that something is wrong.
 """
 
+import io
 import logging
 import os
 import sys
 from collections.abc import MutableMapping
-from typing import Literal, TextIO
+from contextlib import suppress
+from typing import Literal, TextIO, cast
 
 import structlog
 from structlog.typing import Processor
@@ -33,7 +35,7 @@ def configure_logging(
     which `-vv` gives, shows all of both.
     stream: stderr if None.
     """
-    target = sys.stderr if stream is None else stream
+    target = _lossy(sys.stderr if stream is None else stream)
     colors = target.isatty() and not os.environ.get("NO_COLOR")
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -62,6 +64,33 @@ def configure_logging(
     )
     for name in ("quic", "aioquic"):
         logging.getLogger(name).setLevel(logging.DEBUG if everything else logging.CRITICAL)
+
+
+class _Lossy(io.TextIOBase):
+    """Where lines go. One that cannot be written, as on a full disk, is lost: a node goes on."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target = target
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        with suppress(OSError):
+            self._target.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with suppress(OSError):
+            self._target.flush()
+
+    def isatty(self) -> bool:
+        """Whether a person reads."""
+        return self._target.isatty()
+
+
+def _lossy(target: TextIO) -> TextIO:
+    # A stream of text in all but the type, which no class of ours can have.
+    return cast("TextIO", _Lossy(target))
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, object]) -> dict[str, object]:

@@ -2,13 +2,19 @@
 
 Commands are imported when they are named, so that `ztna version` and completion start fast. An
 error of ours ends in one message on stderr and the exit code of its kind (`ztna.errors`);
-a stack trace is printed only with -vv.
+a stack trace is printed only with -vv. Any other error is a bug of ours, unless it is that the
+output cannot be written: a line, too, and the trace with -v.
 """
 
+import errno
 import importlib
 import importlib.metadata
+import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import rich_click as click
@@ -16,11 +22,13 @@ from click.shell_completion import get_completion_class
 
 from ztna.cli.text import printable
 from ztna.core.error_groups import leaves
-from ztna.errors import ZtnaError
+from ztna.errors import LocalProtocolError, SystemSetupError, ZtnaError
 
 _VERBOSITY = "ztna.verbosity"
 # What shells expect of a process that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED = 130
+# What writing to a file or device gives that takes no more (write(2)).
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +42,7 @@ class ZtnaGroup(click.RichGroup):
     def __init__(self, *args: Any, lazy: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lazy = dict(lazy or {})
+        self.verbosity = 0  # of the command that ran last, for who reports how it ended
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted; nothing is imported."""
@@ -82,6 +91,9 @@ def verbose_option(command: F) -> F:
 
     def count(ctx: click.Context, _: click.Parameter, value: int) -> None:
         ctx.meta[_VERBOSITY] = verbosity(ctx) + value
+        group = ctx.find_root().command
+        if isinstance(group, ZtnaGroup):
+            group.verbosity = verbosity(ctx)
 
     option = click.option(
         "-v",
@@ -146,4 +158,35 @@ def completion(shell: str) -> None:
 
 def main() -> None:
     """Entry point of the `ztna` program."""
+    sys.excepthook = _end
     cli(prog_name="ztna")
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The interpreter's last word on an error that nobody has caught: say it, and end with the
+    code of its kind."""
+    if not isinstance(error, Exception):
+        sys.__excepthook__(kind, error, trace)
+        return
+    if isinstance(error, OSError) and error.errno in _FULL:
+        code = SystemSetupError.exit_code
+        text = f"ztna: error: the output cannot be written: {error.strerror}"
+    else:
+        code = LocalProtocolError.exit_code
+        what = "; ".join(dict.fromkeys(_bug(each) for each in leaves(error)))
+        text = f"ztna: internal error: {printable(what)}. This is a bug of ours; -v shows its trace"
+        if cli.verbosity:
+            text = "".join(traceback.format_exception(error)) + text
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    sys.exit(code)
+
+
+def _bug(error: BaseException) -> str:
+    """What it is, and where of our code it came from."""
+    here = Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(here)]
+    where = f" at {ours[-1].filename}:{ours[-1].lineno}" if ours else ""
+    return f"{type(error).__name__}: {error}{where}"

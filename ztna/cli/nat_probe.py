@@ -100,10 +100,10 @@ def _configured_server() -> Address:
     agent, connector = default_file(Role.AGENT), default_file(Role.CONNECTOR)
     with contextlib.suppress(PermissionError):
         if agent.exists():
-            server = load_config(AgentConfig, agent, []).intermediate
+            server = load_config(AgentConfig, agent, check_files=False).intermediate
             return server.host, server.port
         if connector.exists():
-            server = load_config(ConnectorConfig, connector, []).intermediate
+            server = load_config(ConnectorConfig, connector, check_files=False).intermediate
             return server.host, server.port
     raise UsageError("no --server, and no agent or connector is configured here; give --server")
 

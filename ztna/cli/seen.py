@@ -1,11 +1,12 @@
 """`ztna status`, `ping`, `why` and `paths`: ask the running node of this machine what it sees."""
 
 import errno
+import functools
 import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import rich_click as click
 from click import get_current_context
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from ztna.cli import seen_text, unanswered
 from ztna.cli.main import verbose_option
-from ztna.cli.node_socket import find_socket
+from ztna.cli.node_socket import find_socket, other_role
 from ztna.cli.text import printable
 from ztna.config.model import CONFIG_VARIABLE, default_file
 from ztna.core.identity import Role
@@ -29,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Line = dict[str, Any]
 
 
-def _options(command: F) -> F:
+def _with_options(command: F) -> F:
     file = click.Path(dir_okay=False, path_type=Path)
     for option in (
         verbose_option,
@@ -54,6 +55,21 @@ def _options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _options(command: F) -> F:
+    """Options of all of these; with --json an error, too, is an object."""
+
+    @functools.wraps(command)
+    def told(*args: Any, as_json: bool, **kwargs: Any) -> Any:
+        try:
+            return command(*args, as_json=as_json, **kwargs)
+        except ZtnaError as error:
+            if as_json:
+                _say({"error": str(error), "exit_code": error.exit_code})
+            raise
+
+    return _with_options(cast("F", told))
 
 
 @click.command()
@@ -177,9 +193,13 @@ def paths(watch: bool, config: Path | None, given: Path | None, as_json: bool) -
 
 def _show(answer: Line, as_json: bool, text: Callable[[Console, Line], None]) -> None:
     if as_json:
-        click.echo(json.dumps(answer))
+        _say(answer)
     else:
         text(Console(highlight=False), _printable(answer))
+
+
+def _say(line: Mapping[str, object]) -> None:
+    click.echo(json.dumps(line))
 
 
 def _printable(value: Any) -> Any:
@@ -204,7 +224,12 @@ def _ask(
     """Answers, as they come. roles: of those nodes that can be asked this."""
     path = given or find_socket(config, roles)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        _connect(connection, path)
+        try:
+            _connect(connection, path)
+        except NobodyError as error:
+            if given is None and config is None and (other := other_role(roles)) is not None:
+                raise NobodyError(path, other) from error
+            raise
         connection.sendall(json.dumps(request).encode() + b"\n")
         # An agent answers each line when it knows it; a ping or a watch may be quiet for long.
         connection.settimeout(None if request["ask"] in {"ping", "paths"} else _ANSWER_TIME)
@@ -219,12 +244,15 @@ def _ask(
 class NobodyError(UnreachableError):
     """No node runs here."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, other: Role | None = None) -> None:
+        """other: a node that runs here and cannot be asked this."""
         role = path.stem if path.stem in set(Role) else "agent"
         self.words = f"no {role} runs here: nobody answers at {path}"
-        super().__init__(
-            f"{self.words}; start it (ztna run {role}), or name its --config or --socket"
-        )
+        advice = f"start it (ztna run {role}), or name its --config or --socket"
+        if other is not None:
+            article = "a" if other is Role.CONNECTOR else "an"
+            advice = f"{article} {other} does, and 'ztna status' asks it; or {advice}"
+        super().__init__(f"{self.words}; {advice}")
 
 
 def _one(answers: Iterator[Line]) -> Line:

@@ -16,7 +16,7 @@ def diagnose(service: str, file: Path, nobody: str) -> Diagnosis:
     """The stages up to the agent's. file: the agent's. nobody: that none answers, and where."""
     route = Stage(StageName.ROUTE, StageState.NOT_TRIED, "no agent runs here")
     try:
-        config = load_config(AgentConfig, file, [])
+        config = load_config(AgentConfig, file, check_files=False)
     except ConfigError as error:
         found = f"{nobody}; it cannot start: {error}"
         todo = "correct the file, or name the agent's own by --config; then start it"
@@ -42,6 +42,8 @@ def _certificate(config: AgentConfig) -> Stage:
     try:
         credentials = load_credentials(files.cert, files.key, files.ca, role=Role.AGENT)
     except IdentityError as error:
+        if isinstance(error.__cause__, PermissionError):  # not the agent's trouble, but ours
+            return Stage(name, StageState.NOT_TOLD, f"{error}, for the user who asks")
         todo = "put that right, then start the agent (ztna run agent)"
         return broken(name, f"the agent cannot start with its own certificate: {error}", todo)
     return ok(name, f"valid until {credentials.not_after:%Y-%m-%d %H:%M} UTC")

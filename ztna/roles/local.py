@@ -161,9 +161,21 @@ def _alive(path: Path) -> bool:
         return False
     if not stat.S_ISSOCK(mode):
         raise UsageError("something that is no socket is there; take it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, name_of(path) as name:
+    return is_answered(path)
+
+
+def is_answered(path: Path) -> bool:
+    """Whether a process has this socket, and has not only left it behind; also one that this user
+    may not ask."""
+    # EAGAIN: its backlog is full, so it lives.
+    alive = {0, errno.EAGAIN, errno.EACCES, errno.EPERM}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(name) in {0, errno.EAGAIN}  # its backlog is full, so it lives
+        try:
+            with name_of(path) as name:
+                return probe.connect_ex(name) in alive
+        except OSError as error:
+            return error.errno in alive
 
 
 @attrs.define(eq=False)

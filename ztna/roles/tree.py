@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -128,8 +129,9 @@ async def _watch_signals(
         if number == signal.SIGUSR1:
             registry = statistics_registry()
             text = registry.format_json() if json_statistics else registry.format_text()
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            with suppress(OSError):  # a full disk ends no node
+                sys.stderr.write(f"{text}\n")
+                sys.stderr.flush()
         elif number == signal.SIGHUP:
             reload_requests().ask()
         elif stop.number is None:
