@@ -227,10 +227,28 @@ def test_fragments_pass_by_address_and_protocol() -> None:
 
 def test_foreign_sources_and_garbage_stay_inside() -> None:
     found = table()
-    foreign = udp(source=ipaddress.IPv4Address("10.100.64.8"))
     solicitation = bytes(inet6.IPv6(src="fe80::1", dst="ff02::2") / inet6.ICMPv6ND_RS())
-    assert out(found, foreign, solicitation, b"", b"\x45", b"\x60" * 30) == ([], [])
-    assert drops(found) == {"source_is_not_ours": 5}
+    assert out(found, solicitation, b"", b"\x45", b"\x60" * 30) == ([], [])
+    assert drops(found) == {"source_is_not_ours": 4}
+
+
+@VERSIONS
+@pytest.mark.parametrize("destination", [ECHO, FREE])
+def test_who_began_before_the_address_was_there_hears_so(
+    version: int, destination: ipaddress.IPv4Address
+) -> None:
+    """From the machine's other address, as while there is none in the tunnel."""
+    found = table()
+    other = ipaddress.IPv4Address("192.168.1.5")
+    for own in ([OWN], []):
+        found.set_addresses(own)
+        forward, (answer,) = out(found, udp(destination, source=other, version=version))
+        assert forward == []
+        assert bytes(answer)[-4:] == b"ping"
+        kind = (3, 1) if version == 4 else (1, 3)
+        from_, to = (destination, other) if version == 4 else (twin(destination), twin(other))
+        assert icmp_of(answer) == (str(from_), str(to), *kind)
+    assert drops(found) == {"source_is_not_ours": 2}
 
 
 def test_what_no_session_carries_yet_is_kept_where_there_is_room() -> None:
@@ -347,7 +365,8 @@ def test_flows_of_an_address_that_we_lost_are_over() -> None:
     assert found.statistics()["flows"] == 1
     found.set_addresses([ipaddress.IPv4Address("10.100.64.8")])
     assert found.statistics()["flows"] == 0
-    assert out(found, udp()) == ([], [])
+    forward, answers = out(found, udp())
+    assert (forward, [icmp_of(answer)[2:] for answer in answers]) == ([], [(3, 1)])
     assert drops(found) == {"source_is_not_ours": 1}
 
 

@@ -9,6 +9,7 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.lab.conftest import reason_to_skip
 from ztna.authority import Authority, read_request_untrusted
+from ztna.core.addresses import twin
 from ztna.nat.applications import HTTP_PORT
 from ztna.nat.deployment import CONFIGURED, PROGRAM, REGISTERED, LoggedProcess
 from ztna.nat.kernel_lab import Host
@@ -186,6 +188,26 @@ def test_wrong_name_in_the_servers_certificate(place: Place) -> None:
         answer, "intermediate", "refuse its certificate", "not for other.example but for 198.51"
     )
     assert "server_name" in answer["todo"]
+
+
+def test_nothing_leaves_in_clear_before_the_first_session(place: Place) -> None:
+    """There has been no session yet, and there will be none; a network may do so on purpose."""
+    file = place.visitor(lambda fields: fields["intermediate"].update(server_name="other.example"))
+    guest, targets = place.guest, ("10.100.0.2", str(twin(IPv4Address("10.100.0.2"))))
+    before = [guest.run("ip", f"-{version}", "route").stdout for version in (4, 6)]
+    for end in ("stop", "kill"):
+        with place.running(file) as agent:
+            for target in targets:
+                assert "dev utun0" in guest.run("ip", "route", "get", target).stdout
+            for target in ("10.100.0.2", "10.100.0.77"):
+                ping = guest.run("ping", "-c", "1", "-W", "5", target, check=False)
+                assert "Destination Host Unreachable" in ping.stdout, ping.stdout
+            answer = place.why("web", guest, file)
+            assert_broken(answer, "intermediate", "refuse its certificate")
+            route = next(each for each in answer["stages"] if each["name"] == "route")
+            assert "answers `unreachable` until it has an address" in route["found"]
+            getattr(agent, end)()
+        assert [guest.run("ip", f"-{version}", "route").stdout for version in (4, 6)] == before
 
 
 def test_own_certificate_expired(place: Place) -> None:

@@ -117,12 +117,34 @@ async def test_the_system_routes_elsewhere(autojump_clock: MockClock) -> None:
     async with open_world(POLICY) as world:
         await open_all(world)
 
-        def elsewhere(address: ipaddress.IPv4Address, own: ipaddress.IPv4Address) -> str:
-            return f"packets to {address} do not leave from {own}"
-
         agent = await world.start_agent(AGENT, check_route=elsewhere)
         await trio.sleep(1)
         assert_broken(await why(agent), "route", "packets to 10.100.0.2 do not leave", 3)
+
+
+def elsewhere(address: ipaddress.IPv4Address, own: ipaddress.IPv4Address | None) -> str:
+    return f"packets to {address} do not leave from {own}"
+
+
+async def test_before_the_first_session(autojump_clock: MockClock) -> None:
+    """What the host sends from another address of its own is answered at once, and `why` says
+    where it leads."""
+    async with open_world(POLICY) as world:
+        agent = await world.start_agent(AGENT)
+        agent.tun.host_send([echo_request(b"\xc0\xa8\x01\x05", WEB_IP.packed)])
+        with trio.fail_after(0.1):
+            (refusal,) = await agent.tun.host_receive()
+        kind_and_code = bytes(refusal.data)[20:22]
+        assert kind_and_code == b"\x03\x01", "host unreachable"
+        answer = await why(agent)
+        assert_broken(answer, "intermediate", "")
+        (route,) = [each for each in answer["stages"] if each["name"] == "route"]
+        assert "answers `unreachable` until it has an address" in route["found"]
+        lost = await world.start_agent(AGENT, "other", "203.0.113.9", check_route=elsewhere)
+        answer = await why(lost)
+        assert_broken(answer, "intermediate", "")
+        (route,) = [each for each in answer["stages"] if each["name"] == "route"]
+        assert (route["state"], "do not leave" in route["found"]) == ("degraded", True)
 
 
 async def open_blocked(world: World, tcp: MemoryTcp) -> AgentHost:

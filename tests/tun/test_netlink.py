@@ -1,11 +1,12 @@
 """Addresses and routes: put there, in conflict, taken back, and mended after a kill -9."""
 
+import functools
 import os
 import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from ipaddress import IPv4Network, IPv6Address, ip_interface, ip_network
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,64 @@ def test_next_start_repairs_by_itself() -> None:
                 assert len(os.listdir(state_dir)) == 1
 
         trio.run(again)
+        assert snapshot() == before
+        assert os.listdir(state_dir) == []
+
+
+@in_namespace
+async def test_an_address_laid_over_the_routes_and_another_one() -> None:
+    """As an agent does it: the routes are never away, though the first address goes."""
+    addresses: list[list[Interface]] = [
+        [ip_interface(f"10.100.64.{n}/32"), ip_interface(f"fd7a::{n}/128")] for n in (5, 6)
+    ]
+    with folder() as state_dir:
+        async with open_tun("utun", MTU) as tun:
+            before = snapshot()
+            set_up = functools.partial(tun_network, tun.name, MTU, state_dir=state_dir)
+
+            def routed() -> bool:
+                routes = run("ip route", "ip -6 route")
+                return all(f"{net} dev {tun.name} proto static" in routes for net in ROUTES)
+
+            async with set_up([], ROUTES):
+                assert routed()
+                async with AsyncExitStack() as first, AsyncExitStack() as second:
+                    await first.enter_async_context(set_up(addresses[0], [], part="first"))
+                    await second.enter_async_context(set_up(addresses[1], [], part="second"))
+                    assert len(os.listdir(state_dir)) == 3
+                    await first.aclose()
+                    assert routed()
+                    assert "10.100.64.5" not in run("ip addr")
+                    assert "10.100.64.6/32" in run("ip addr")
+            assert snapshot() == before
+            assert os.listdir(state_dir) == []
+
+
+@in_namespace
+def test_killed_with_an_address_over_the_routes() -> None:
+    run("ip tuntap add dev kept mode tun vnet_hdr", "ip link set kept mtu 1400")
+    before = snapshot()
+    with folder() as state_dir:
+        child = os.fork()
+        if child == 0:
+            end_by_itself()
+
+            async def hold() -> None:
+                network = functools.partial(tun_network, "kept", MTU, state_dir=state_dir)
+                async with (
+                    open_tun("kept", MTU),
+                    network([], ROUTES),
+                    network(ADDRESSES, [], part="10.100.64.5"),
+                ):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            try:
+                trio.run(hold)
+            finally:
+                os._exit(1)
+        os.waitpid(child, 0)
+        assert "10.100.64.5/18" in run("ip addr")
+        assert trio.run(repair, state_dir) == 2
         assert snapshot() == before
         assert os.listdir(state_dir) == []
 

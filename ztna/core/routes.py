@@ -236,8 +236,10 @@ class RouteTable:
         """Judge the first packet of a flow."""
         source, destination = source_and_destination(data) or (b"", b"")
         if source not in self.own_addresses:
-            # The kernel's own chatter (router solicitations, multicast reports), spoofed sources.
+            # Of a connection that began before the tunnel had this address: it can never work, and
+            # its program shall know. The kernel's own chatter, to groups, has no answer.
             self.dropped["source_is_not_ours"] += 1
+            _append(answers, icmp.build_unreachable(data, source=destination))
             return None
         route = self._by_address.get(destination)
         if route is None:

@@ -8,7 +8,7 @@ one that gives the interface its address and routes when the intermediate has na
 import functools
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
 import attrs
 import structlog
@@ -336,15 +336,21 @@ class _Agent:
         return batches
 
     async def configure_tun(self, configure: Configure) -> None:
-        """Keep the interface's address the one that the intermediate gave last."""
-        while True:
-            while self.address is None:
-                await self._changed.wait()
-            address = self.address
-            async with configure(address):
-                log.info("tunnel configured", address=str(address), address6=str(twin(address)))
-                while self.address == address:
+        """Keep the interface's address the one that the intermediate gave last. A new one is there
+        before the old one leaves: without any, the interface would lose its routes."""
+        used, address = AsyncExitStack(), None
+        try:
+            while True:
+                while self.address is None or self.address == address:
                     await self._changed.wait()
+                address = self.address
+                async with AsyncExitStack() as given:
+                    await given.enter_async_context(configure(address))
+                    log.info("tunnel configured", address=str(address), address6=str(twin(address)))
+                    await used.aclose()
+                    used = given.pop_all()
+        finally:
+            await used.aclose()
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, trio.Event()

@@ -29,12 +29,12 @@ from ztna.roles.peer_link import PeerLink
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.ways import DIRECT, NONE, Way, way_of
 
-CheckRoute = Callable[[ipaddress.IPv4Address, ipaddress.IPv4Address], str]
+CheckRoute = Callable[[ipaddress.IPv4Address, ipaddress.IPv4Address | None], str]
 """What stands in the way of the host's packets to an address, in words; empty if nothing. The
-first is the service's, the second our own tunnel address."""
+first is the service's, the second our own tunnel address, None while there is none."""
 
 
-def no_obstacle(_address: ipaddress.IPv4Address, _own: ipaddress.IPv4Address) -> str:
+def no_obstacle(_address: ipaddress.IPv4Address, _own: ipaddress.IPv4Address | None) -> str:
     """Where the host's routes do not lead into the tunnel, as without an interface."""
     return ""
 

@@ -21,7 +21,8 @@ from ztna.roles.local_ports import open_local_ports
 from ztna.roles.proxies import look_up, proxy_towards
 from ztna.roles.reload import NodeFiles, ReadFiles, load_policy, read_files, reader
 from ztna.tun.device import open_tun
-from ztna.tun.netlink import check_outside, repair, tun_network
+from ztna.tun.netlink import ROUTES_FIRST, check_outside, repair, tun_network
+from ztna.tun.networks import Interface, Network
 from ztna.tun.source import source_obstacle
 
 
@@ -46,18 +47,21 @@ async def run_agent_from_config(
         port = await stack.enter_async_context(open_stream_port(udp))
         tun = await stack.enter_async_context(open_tun(config.tun.name, config.tun.mtu))
 
+        ranges: list[Network] = [config.service_range, twin_network(config.service_range)]
+        network = functools.partial(
+            tun_network, tun.name, config.tun.mtu, state_dir=config.state_dir
+        )
+        if ROUTES_FIRST:
+            # Before there is a session, and after it: what is for a service never leaves in clear.
+            await stack.enter_async_context(network([], ranges))
+
         @asynccontextmanager
         async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:
-            async with tun_network(
-                tun.name,
-                config.tun.mtu,
-                [
-                    ipaddress.IPv4Interface((address, 32)),
-                    ipaddress.IPv6Interface((twin(address), 128)),
-                ],
-                [config.service_range, twin_network(config.service_range)],
-                state_dir=config.state_dir,
-            ):
+            own: list[Interface] = [
+                ipaddress.IPv4Interface((address, 32)),
+                ipaddress.IPv6Interface((twin(address), 128)),
+            ]
+            async with network(own, [] if ROUTES_FIRST else ranges, part=str(address)):
                 yield
 
         await run_agent(
@@ -71,7 +75,7 @@ async def run_agent_from_config(
             policy=load_policy(files),
             streams=StreamDialer(port, utc_now, proxy=proxy),
             serve=status_server(config.status_socket, Role.AGENT, config.state_dir),
-            check_route=source_obstacle,
+            check_route=functools.partial(source_obstacle, tun.name),
             open_port=functools.partial(open_udp_port, port=0),
             map_port=open_port_mapping,
         )

@@ -93,10 +93,13 @@ class Walk:
                 return Stage(stage, StageState.NOT_TOLD, found)
             return broken(stage, found, "give it a virtual_ip in the agent's file")
         own = self.seen.agent.address
-        obstacle = "" if own is None else self.seen.check_route(address, own)
-        if obstacle:
+        if obstacle := self.seen.check_route(address, own):
             todo = "remove the other route, or choose another service_range"
-            return broken(stage, obstacle, todo)
+            # Without an address, something else is broken, too.
+            return (broken if own is not None else degraded)(stage, obstacle, todo)
+        if own is None:
+            found = f"{address} leads into the tunnel, which answers `unreachable` until it has an "
+            return ok(stage, f"{found}address: it gets one with the first session")
         return ok(stage, f"{address} leads into the tunnel")
 
     def _look_certificate(self) -> Stage:

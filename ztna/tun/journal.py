@@ -46,7 +46,8 @@ class LinkSettings:
 @attrs.frozen
 class Record:
     """What is changed: on which interface of which namespace and boot, what is added to it, and
-    how it was before. addresses: "10.100.64.5/18"; routes: "10.100.0.0/24"."""
+    how it was before. addresses: "10.100.64.5/18"; routes: "10.100.0.0/24". part: names a change
+    that lies over an earlier one of the same interface, and is undone before it."""
 
     interface: str
     index: int
@@ -55,6 +56,7 @@ class Record:
     addresses: tuple[str, ...]
     routes: tuple[str, ...]
     before: LinkSettings
+    part: str = ""
 
     @property
     def here(self) -> bool:
@@ -95,8 +97,10 @@ def namespace() -> int:
 
 def write(state_dir: Path, record: Record) -> Journal:
     """Put the record on disk, locked. Raises SystemSetupError where state_dir cannot be written."""
-    # '/' is the only character of an interface's name that a file's name cannot hold.
-    path = state_dir / f"tun-{record.namespace:x}-{record.interface}.json"
+    # '/' is the only character of an interface's name that a file's name cannot hold; no TUN's name
+    # has a '%' (`tun.linux`).
+    name = f"{record.interface}%{record.part}" if record.part else record.interface
+    path = state_dir / f"tun-{record.namespace:x}-{name}.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,8 +121,9 @@ def write(state_dir: Path, record: Record) -> Journal:
 
 
 def abandoned(state_dir: Path) -> Iterator[Journal]:
-    """The records whose writers died, locked by us now; the caller discards or releases each.
-    Raises SystemSetupError where state_dir cannot be read."""
+    """The records whose writers died, locked by us now; the caller discards or releases each. In
+    the order of their names '%' comes before '.': a part before what it lies over. Raises
+    SystemSetupError where state_dir cannot be read."""
     for path in _records(state_dir):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

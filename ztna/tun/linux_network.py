@@ -34,6 +34,7 @@ def configure_tun(
     addresses: Sequence[Interface],
     routes: Sequence[Network],
     state_dir: Path,
+    part: str = "",
 ) -> tuple[TunNetwork, journal.Journal]:
     """Blocking: `tun_network`'s way in. The journal it returns is for `take_back`."""
 
@@ -59,6 +60,7 @@ def configure_tun(
             addresses=tuple(str(item) for item in own if item not in here_addresses),
             routes=tuple(str(item) for item in nets if item not in here_routes),
             before=link.settings(found, ipv6=not problem),
+            part=part,
         )
         kept = journal.write(state_dir, record)
         try:

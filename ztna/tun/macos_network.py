@@ -74,6 +74,7 @@ def configure_tun(
     addresses: Sequence[Interface],
     routes: Sequence[Network],
     state_dir: Path,
+    part: str = "",
 ) -> tuple[TunNetwork, journal.Journal]:
     """Blocking: `tun_network`'s way in. The journal it returns is for `take_back`.
 
@@ -97,6 +98,7 @@ def configure_tun(
             addr_gen_mode=None,
             sysctls={},
         ),
+        part=part,
     )
     kept = journal.write(state_dir, record)
     done: list[Change] = []

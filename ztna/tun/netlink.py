@@ -5,6 +5,10 @@ or `macos_network`, checks, writes the change to the journal and makes it -> the
 back in reverse order, and the journal is discarded. On Linux `ip addr`, `ip route` and `ip rule`
 are then as they were.
 
+An agent has two of them: routes as long as it runs, and its address over them once it has one. So
+nothing for a service ever leaves by the default route. Linux takes the IPv4 routes away with an
+interface's last address: a new one is put there before the old one leaves.
+
 Only the service ranges and the tunnel prefix are routed into the tunnel, in the main table, and no
 rule is made. So traffic to the intermediate needs no exception, as long as its address lies outside
 of them: `check_outside`.
@@ -31,6 +35,9 @@ __all__ = ["TunNetwork", "check_outside", "find_conflict", "repair", "tun_networ
 
 log = structlog.get_logger()
 
+ROUTES_FIRST = sys.platform != "darwin"
+"""Whether an interface without addresses may have routes; nobody has tried it on a Mac."""
+
 
 @asynccontextmanager
 async def tun_network(
@@ -40,16 +47,18 @@ async def tun_network(
     routes: Sequence[Network],
     *,
     state_dir: Path,
+    part: str = "",
 ) -> AsyncIterator[TunNetwork]:
     """Bring the interface up with addresses and routes; take all back on exit.
 
     name: an open TUN's (`open_tun`). mtu: bytes, 68 to 65,535. addresses: with the prefix that is
     routed with them (/32 and /128: none). routes: further networks routed into the tunnel.
+    part: names what is laid over another of the same interface, and ends before it.
     Raises SystemSetupError: no privilege, no such interface, or a conflict with another route.
     """
     await repair(state_dir)
     network, kept = await trio.to_thread.run_sync(
-        system.configure_tun, name, mtu, addresses, routes, state_dir
+        system.configure_tun, name, mtu, addresses, routes, state_dir, part
     )
     try:
         yield network
