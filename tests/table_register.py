@@ -22,6 +22,7 @@ STREAMS = "ztna.net.stream_listener:MAX_CONNECTIONS"
 
 TABLES = {
     "ztna.backend.terminator:Terminator._drivers": FLOWS,
+    "ztna.backend.terminator:Terminator._draining": "ztna.backend.terminator:MAX_DRAINING",
     "ztna.backend.terminator:Terminator._heard": OWN_FILE,
     "ztna.core.bbr:Bbr._rates": "a fixed number of rounds",
     "ztna.core.bbr:Bbr._extras": "a fixed number of rounds",

@@ -17,8 +17,10 @@ from tests.backend.bench import BACKEND, SERVICE_IP, Bench, open_bench, open_mem
 from tests.core.tcp.support import Script, peer
 from tests.roles.memory import BackendResetsError
 from tests.roles.user_host import UserTcp
+from ztna.backend import terminator
 from ztna.backend.sockets import SocketDialer
-from ztna.core.tcp.state import Reset
+from ztna.backend.tcp import UNREAD_TIME
+from ztna.core.tcp.state import Closed, Reset
 from ztna.splice import PATIENCE, Splice
 
 Stream = trio.abc.HalfCloseableStream
@@ -120,6 +122,18 @@ async def test_download_of_a_local_program_that_is_cut_off(how: str) -> None:
             with trio.CancelScope(shield=True), trio.fail_after(30):
                 end = await read_to_the_end(program)
     assert end == (b"", False)
+
+
+def drivers() -> int:
+    """Tasks that live for connections here."""
+    count = 0
+    todo = [trio.lowlevel.current_root_task()]
+    while todo:
+        task = todo.pop()
+        assert task is not None
+        count += task.name.startswith(("ztna.splice", "ztna.backend.terminator.Terminator._drive"))
+        todo += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    return count
 
 
 # --- an answer comes through although the application closes without reading the rest ---------
@@ -253,3 +267,75 @@ async def test_silent_application_of_a_half_closed_connection(autojump_clock: Mo
         assert bench.flows == 0
         # The application itself.
         assert trio.lowlevel.current_statistics().tasks_living == before + 1
+
+
+async def finishes_first(stream: Stream) -> None:
+    """Says that it has nothing to say, and reads nothing."""
+    await stream.send_eof()
+    await trio.sleep_forever()
+
+
+async def send_and_finish(user: UserTcp, size: int) -> None:
+    await user.send_all(bytes(size))
+    user.send_eof()
+
+
+async def test_application_that_never_reads_the_rest(autojump_clock: MockClock) -> None:
+    """Both ends have finished, the flow counts no more: what is left for the application goes."""
+    assert UNREAD_TIME == 120.0
+    async with open_memory_bench(streams={BACKEND: finishes_first}) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        before = drivers()
+        assert before > 0
+        await send_and_finish(user, 100_000)
+        assert isinstance(await user.wait_ended(), Closed)
+        await trio.sleep(10)
+        assert bench.flows == 0
+        await trio.sleep(UNREAD_TIME - 20)
+        assert drivers() == before - 1  # the one that reads the application
+        await trio.sleep(21)
+        assert drivers() == 0
+
+
+@pytest.mark.parametrize("pause", [0.0, UNREAD_TIME - 10])
+async def test_application_that_takes_its_time(pause: float, autojump_clock: MockClock) -> None:
+    """It reads slowly, or pauses, long after the user has left: it gets all, and the end."""
+    received = bytearray()
+    ended = False
+
+    async def slow(stream: Stream) -> None:
+        nonlocal ended
+        await stream.send_eof()
+        await trio.sleep(pause)
+        while data := await stream.receive_some(10_000):
+            received.extend(data)
+            await trio.sleep(4)
+        ended = True
+
+    async with open_memory_bench(streams={BACKEND: slow}) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        await send_and_finish(user, len(ANSWER) // 2)
+        await user.wait_ended()
+        await trio.sleep(600)
+        assert (len(received), ended) == (len(ANSWER) // 2, True)
+        assert drivers() == 0
+
+
+async def test_applications_that_never_read_the_rest_are_few(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    assert terminator.MAX_DRAINING == 1024
+    monkeypatch.setattr(terminator, "MAX_DRAINING", 10)
+    async with open_memory_bench(streams={BACKEND: finishes_first}) as bench:
+        for _ in range(12):
+            user = await bench.user.connect(SERVICE_IP)
+            await send_and_finish(user, 1)
+            await user.wait_ended()
+        await trio.sleep(10)
+        assert bench.flows == 0
+        assert drivers() == 2 * 10
+        assert len(bench.terminator._draining) == 10
+        assert bench.terminator.table.statistics()["drop_too_many_unread_by_backends"] == 2
+        await trio.sleep(UNREAD_TIME)
+        assert drivers() == 0
+        assert not bench.terminator._draining

@@ -44,20 +44,30 @@ async def reset_stream(stream: trio.abc.HalfCloseableStream) -> None:
 class Splice:
     """Moves bytes between a connection and a stream until both directions ended.
 
-    touch: tells the connection's table that the connection was acted upon.
+    touch: tells the connection's table that the connection was acted upon. unread_time: how long
+    the stream may take nothing of what is left for it when the connection has ended in order.
     ended: how the connection broke; None while it did not. heard_at: when the stream gave bytes
     last, trio's time.
     """
 
     connection: TcpConnection
     touch: Callable[[], None]
+    unread_time: float = math.inf
     ended: Reset | TimedOut | None = None
     heard_at: float = -math.inf
     _over: bool = False
     _heard_all: bool = False
     _refused: bool = False
+    _running: bool = False
     _changed: trio.Event = attrs.Factory(trio.Event)
     _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    _sending: trio.CancelScope = attrs.Factory(trio.CancelScope)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the connection has ended in order, and the stream has not taken all of it."""
+        orderly = self._over and self._heard_all and not self._scope.cancel_called
+        return self._running and orderly
 
     def wake(self) -> None:
         """Something happened to the connection."""
@@ -73,6 +83,7 @@ class Splice:
         stream still gets what it has not taken yet. Otherwise somebody gave the connection up."""
         self.wake()
         self._over = True
+        self._sending.deadline = trio.current_time() + self.unread_time
         if self.ended is not None or not self._heard_all:
             self._scope.cancel()
 
@@ -90,6 +101,7 @@ class Splice:
         """Move bytes until the end, then close the stream; reset it where that is not the end of
         both directions, whatever the reason: a transfer that was cut off must not look whole."""
         done = False
+        self._running = True
         with self._scope:
             try:
                 async with trio.open_nursery() as nursery:
@@ -99,6 +111,7 @@ class Splice:
             except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                 log.debug("connection broken", by_peer=self.ended is not None)
             finally:
+                self._running = False
                 # RFC 9293 section 3.10.5: what was aborted on one side is so on the other.
                 await (trio.aclose_forcefully if done else reset_stream)(stream)
             if not done:
@@ -144,7 +157,11 @@ class Splice:
             if connection.readable:
                 data = connection.read(CHUNK)
                 self.touch()  # the window opened
-                await stream.send_all(data)
+                until = trio.current_time() + self.unread_time if self._over else math.inf
+                with trio.CancelScope(deadline=until) as self._sending:
+                    await stream.send_all(data)
+                if self._sending.cancelled_caught:
+                    raise trio.BrokenResourceError("the stream takes nothing")
             elif connection.at_eof:
                 await stream.send_eof()
                 return

@@ -22,6 +22,9 @@ log = structlog.get_logger(__name__)
 # Our choice: shorter than what users' kernels wait for a SYN-ACK (tcp_syn_retries, two minutes),
 # long enough for one lost SYN to the backend and its retransmission.
 CONNECT_DEADLINE = 10.0
+# Our choice: applications pause, but one that had finished before the user and has read nothing for
+# so long since will not any more. By then the flow is over and counts among its user's no more.
+UNREAD_TIME = 120.0
 
 
 class SpliceOwner(Protocol):
@@ -46,12 +49,19 @@ class TcpSplice:
     _connecting: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
     def __attrs_post_init__(self) -> None:
-        self._splice = Splice(self.flow.connection, lambda: self.owner.touch(self.flow))
+        self._splice = Splice(
+            self.flow.connection, lambda: self.owner.touch(self.flow), UNREAD_TIME
+        )
 
     @property
     def heard_at(self) -> float:
         """When the backend sent something last, trio's time."""
         return self._splice.heard_at
+
+    @property
+    def draining(self) -> bool:
+        """Whether the flow is over, but the backend has not taken all that the user sent."""
+        return self._splice.draining
 
     def wake(self) -> None:
         """Something happened to the connection."""

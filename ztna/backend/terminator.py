@@ -35,6 +35,8 @@ LOG_RATE, LOG_BURST = 1.0, 10.0
 # Our choice: lines that users cause by packets to applications that refuse them or do not answer.
 # They say who is down, so that one in five seconds is enough.
 REFUSAL_LOG_RATE, REFUSAL_LOG_BURST = 0.2, 20.0
+# Our choice: as many as one user's flows. Few applications finish first and read on afterwards.
+MAX_DRAINING = 1024
 
 
 @attrs.define(eq=False)
@@ -51,6 +53,7 @@ class Terminator:
     refusals: RateGate = attrs.Factory(lambda: RateGate(REFUSAL_LOG_RATE, REFUSAL_LOG_BURST))
     traces: RateGate = attrs.Factory(lambda: RateGate(LOG_RATE, LOG_BURST))
     _drivers: dict[Flow, TcpSplice | UdpForward] = attrs.Factory(dict)
+    _draining: set[TcpSplice] = attrs.Factory(set)
     _heard: dict[Address, float] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
     _timer_changed: trio.Event = attrs.Factory(trio.Event)
@@ -134,6 +137,8 @@ class Terminator:
                     driver = self._drivers.pop(flow, None)
                     if driver is not None:
                         self._contain(flow, driver.close)
+                    if isinstance(driver, TcpSplice) and driver.draining:
+                        self._let_drain(driver)
                 case FlowBroken(broken, error):
                     self._give_up(broken, error)
         if self.table.wants_to_send:
@@ -151,6 +156,15 @@ class Terminator:
             driver = UdpForward(flow, backend, self)
         self._drivers[flow] = driver
         self._nursery.start_soon(self._drive, driver)
+
+    def _let_drain(self, driver: TcpSplice) -> None:
+        """A flow is over and counts no more, but its backend has not taken all: while there are few
+        of them, it may."""
+        if len(self._draining) >= MAX_DRAINING:
+            self.table.dropped["too_many_unread_by_backends"] += 1
+            driver.cut()
+        else:
+            self._draining.add(driver)
 
     def _contain(self, flow: Flow, action: Callable[[], None]) -> None:
         """Do something with a flow's connection, which a bug of it may end, but nothing more."""
@@ -181,6 +195,7 @@ class Terminator:
             self._abort(driver.flow)
         finally:
             if isinstance(driver, TcpSplice):
+                self._draining.discard(driver)
                 self._remember(driver)
 
     def _remember(self, driver: TcpSplice) -> None:
