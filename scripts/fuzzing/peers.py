@@ -88,9 +88,9 @@ def _initial_numbers(key: FlowKey, now: float) -> tuple[int, int]:
 
 
 def _connector() -> ConnectorPeers:
-    def new_terminator() -> Terminator:
+    def new_terminator(user: bytes) -> Terminator:
         services = ipaddress.IPv4Network("10.100.0.0/24")
-        table = FlowTable({}, services, lambda _: TcpConfig(mss=1100), _initial_numbers)
+        table = FlowTable({}, services, lambda _: TcpConfig(mss=1100), _initial_numbers, user=user)
         return Terminator(table, {})
 
     peers = ConnectorPeers(_endpoint(), cast(Any, None), _nodes().connector, new_terminator)

@@ -244,11 +244,22 @@ async def test_connects_without_an_answer_do_not_fill_the_log(autojump_clock: Mo
 
 
 async def test_packets_behind_the_end_of_the_terminator(autojump_clock: MockClock) -> None:
-    """A role that stops takes packets in while its parts end one by one."""
-    async with open_memory_bench(streams={BACKEND: echo}) as bench:
-        terminator, user = bench.terminator, bench.user
-        packet = build_udp_packet(user.address(SERVICE_IP), SERVICE_IP.packed, 5000, 7, b"x")
+    """A role that stops takes packets in while its parts end one by one; and what the flows of an
+    agent that is forgotten took of the connector's shares is given back."""
+    async with trio.open_nursery() as nursery:
+        dialer = MemoryDialer(nursery, {BACKEND: echo})
+        async with open_bench(dialer) as bench:
+            terminator, user = bench.terminator, bench.user
+            await user.connect(SERVICE_IP)
+            dialer.hangs.add(BACKEND)
+            bench.nursery.start_soon(user.connect, SERVICE_IP)
+            await trio.sleep(1)
+            shares = terminator.table._shares
+            assert (shares.flows, shares.connects) == (2, 1)
+            packet = build_udp_packet(user.address(SERVICE_IP), SERVICE_IP.packed, 5000, 7, b"x")
+        nursery.cancel_scope.cancel()
     terminator.receive_packets([("app", IpPacket(packet))])
+    assert (shares.flows, shares.connects) == (0, 0)
 
 
 # --- with the kernel's sockets ---------------------------------------------------------------

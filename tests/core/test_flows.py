@@ -32,6 +32,7 @@ from ztna.core.flow_shares import (
     MAX_SYN_SOURCES,
     SYN_BURST,
     SYN_RATE,
+    Shares,
 )
 from ztna.core.flows import (
     MAX_ANSWERS,
@@ -64,13 +65,15 @@ VERSIONS = pytest.mark.parametrize("version", [4, 6])
 PACKET_SIZE = 1167
 
 
-def table() -> FlowTable:
+def table(user: bytes | None = None, shares: Shares | None = None) -> FlowTable:
     return FlowTable(
         OFFERS,
         RANGE,
         lambda ipv6: TcpConfig(mss=1101 if ipv6 else 1121),
         lambda _key, _now: (7000, 0),
         packet_size=PACKET_SIZE,
+        user=user,
+        shares=shares or Shares(),
     )
 
 
@@ -431,8 +434,7 @@ def test_syn_flood_stops_at_the_cap() -> None:
     assert MAX_PENDING_CONNECTS == 512
     found = table()
     for number in range(600):
-        source = ipaddress.IPv4Address(int(USER) + number % 10)
-        User(found, source_port=1000 + number, source=source).send()
+        User(found, source=ipaddress.IPv4Address(int(USER) + number)).send()
     assert found.statistics()["pending_connects"] == 512
     assert found.statistics()["tcp_flows"] == 512
     assert drops(found) == {"too_many_pending_connects": 88}
@@ -557,15 +559,100 @@ def test_one_user_cannot_take_all_flows() -> None:
     assert found.statistics()["tcp_flows"] == 1
 
 
-def test_all_users_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert flow_shares.MAX_FLOWS == 8192
-    monkeypatch.setattr(flow_shares, "MAX_FLOWS", 10)
-    found = table()
-    for number in range(12):
-        source = ipaddress.IPv4Address(int(USER) + number)
-        found.receive_packets([("echo", IpPacket(udp(source=source)))], 0.0)
-    assert found.statistics()["udp_flows"] == 10
-    assert drops(found) == {"too_many_flows": 2}
+def open_udp_flows(found: FlowTable, count: int, version: int = 4) -> int:
+    """Try so many; return how many the table has then."""
+    packets = [udp(source_port=port, version=version) for port in range(1, count + 1)]
+    found.receive_packets([("echo", IpPacket(packet)) for packet in packets], 0.0)
+    return found.statistics()["udp_flows"]
+
+
+def test_all_users_together() -> None:
+    """Over all tables of a connector, of which each agent has one."""
+    assert Shares().most == flow_shares.MAX_FLOWS == 8192
+    shares = Shares(most=10)
+    tables = [table(b"agent/%d" % number, shares) for number in range(12)]
+    assert [open_udp_flows(found, 1) for found in tables] == [1] * 10 + [0] * 2
+    assert drops(tables[-1]) == {"too_many_flows": 1}
+    assert shares.statistics()["flows"] == 10
+    events(tables[0])
+    tables[0].handle_timer(UDP_IDLE)
+    assert [open_udp_flows(found, 1) for found in tables[-2:]] == [1, 0]
+
+
+def test_who_takes_all_that_can_be_had_leaves_as_much() -> None:
+    shares = Shares(most=1000)
+    tables = [table(b"agent/%d" % number, shares) for number in range(6)]
+    assert [open_udp_flows(found, 600) for found in tables] == [500, 250, 125, 63, 31, 16]
+
+
+def test_both_addresses_of_a_user_are_one_user() -> None:
+    for found in (table(), table(b"agent/laptop")):
+        open_udp_flows(found, 1000)
+        assert open_udp_flows(found, 1000, version=6) == 1024
+        assert found._shares.statistics()["users"] == 1
+
+
+def test_pending_connects_of_all_tables() -> None:
+    shares = Shares()
+    tables = [table(b"agent/%d" % number, shares) for number in range(10)]
+    for number in range(1000, 1070):
+        for found in tables:
+            User(found, source_port=number).send()
+    # Who comes while little is left gets less; all together stay below what there is.
+    pending = [found.statistics()["pending_connects"] for found in tables]
+    assert max(pending) <= 47
+    assert min(pending) >= 46
+    assert shares.statistics()["pending_connects"] == sum(pending) < MAX_PENDING_CONNECTS
+
+
+def test_a_table_that_is_closed_gives_all_back() -> None:
+    shares = Shares()
+    gone, stays = table(b"agent/gone", shares), table(b"agent/stays", shares)
+    open_udp_flows(gone, 5)
+    user = User(gone)
+    user.send()
+    open_udp_flows(stays, 5)
+    gone.close()
+    assert shares.statistics()["flows"] == 5
+    opened = [each.flow for each in events(gone) if isinstance(each, FlowOpened)]
+    assert isinstance(opened[-1], TcpFlow)
+    gone.connect_finished(opened[-1])  # the driver's last word comes behind
+    assert shares.statistics()["pending_connects"] == 0
+    assert open_udp_flows(gone, 5) == 0
+    assert shares.statistics()["users"] == 1
+
+
+def test_many_flows_get_small_buffers() -> None:
+    """So that what all hold together is bounded by far less than flows times buffers."""
+    assert (flow_shares.LARGE_FLOWS, flow_shares.LARGE_FLOWS_PER_USER) == (512, 64)
+    assert flow_shares.SMALL_BUFFER == 131_072
+    large, small = TcpConfig(mss=1000), TcpConfig(mss=1000, receive_buffer=1000, send_buffer=1000)
+    shares = Shares()
+    for _ in range(63):
+        assert shares.take_flow(b"one")
+    assert shares.fit(large, b"one") == large
+    assert shares.take_flow(b"one")
+    fitted = shares.fit(large, b"one")
+    assert (fitted.receive_buffer, fitted.send_buffer) == (131_072, 131_072)
+    assert shares.fit(small, b"one") == small
+    assert shares.fit(large, b"two") == large
+    for number in range(512 - 64):
+        shares.take_flow(b"%d" % number)
+    assert shares.fit(large, b"two") == fitted
+    found = table(b"one", shares)
+    assert User(found).open().connection._block.config.send_buffer == 131_072
+
+
+def test_fragments_of_all_tables_share_one_bound() -> None:
+    shares = Shares()
+    pieces = fragment(udp(payload_of(3000)), 1280, identification=7)
+    one, two = table(b"agent/one", shares), table(b"agent/two", shares)
+    one.receive_packets([("echo", IpPacket(piece)) for piece in pieces[:1]], 0.0)
+    two.receive_packets([("echo", IpPacket(piece)) for piece in pieces[1:]], 0.0)
+    assert shares.statistics()["fragments_held_packets"] == 2, "they do not meet"
+    two.receive_packets([("echo", IpPacket(pieces[0]))], 0.0)
+    assert (one.statistics()["udp_flows"], two.statistics()["udp_flows"]) == (0, 1)
+    assert shares.statistics()["fragments_held_packets"] == 1
 
 
 def test_answers_are_bounded() -> None:

@@ -383,6 +383,8 @@ async def test_two_agents_with_the_same_ports_have_flows_of_their_own(
                 assert await ask(one, b"one") == b"one"
                 assert await ask(two, b"two") == b"two"
                 assert await ask(one, b"again") == b"again"
+                counts = figures("shares")
+                assert (counts["flows"], counts["users"]) == (2, 2), "of all agents together"
 
 
 async def test_a_new_certificate_of_the_connector_is_not_another_one(

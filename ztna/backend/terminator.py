@@ -68,6 +68,8 @@ class Terminator:
                 await self._keep_time()
         finally:
             self._nursery = None
+            self.table.close()  # others may have what its flows took of the connector's shares
+            self.settle()
 
     async def _keep_time(self) -> None:
         while True:

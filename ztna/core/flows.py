@@ -32,7 +32,6 @@ from ztna.core.flow import (
 from ztna.core.flow_shares import Shares
 from ztna.core.flow_timers import FlowTimers
 from ztna.core.packet import icmp
-from ztna.core.packet.fragments import Reassembler
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
 from ztna.core.packet.tcp import TcpFlags
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
@@ -60,11 +59,12 @@ InitialNumbers = Callable[[FlowKey, float], tuple[int, int]]
 
 @attrs.define
 class FlowTable:
-    """All flows of a connector.
+    """All flows of a connector, or of one agent's with it.
 
     services: what is offered, by id. tcp_config: of IPv6 or not, for a new connection.
     initial_numbers: sequence number and timestamp offset (RFC 6528).
-    packet_size: bytes of the largest plain packet to send.
+    packet_size: bytes of the largest plain packet to send. shares: what all tables of the connector
+    have together. user: whose packets come here; None where the address alone tells.
     """
 
     services: Mapping[str, OfferedService]
@@ -72,18 +72,21 @@ class FlowTable:
     tcp_config: TcpConfigFor
     initial_numbers: InitialNumbers
     packet_size: int = 1160
+    user: bytes | None = None
     dropped: Counter[str] = attrs.Factory(Counter)
-    _flows: dict[FlowIndex, Flow] = attrs.Factory(dict)
+    closed: bool = False
     _shares: Shares = attrs.Factory(Shares)
+    _flows: dict[FlowIndex, Flow] = attrs.Factory(dict)
     _turns: Turns = attrs.Factory(lambda: Turns(packets_to_user, MAX_ANSWERS))
     _events: deque[FlowEvent] = attrs.Factory(deque)
     _timers: FlowTimers = attrs.Factory(FlowTimers)
-    _reassembler: Reassembler = attrs.Factory(Reassembler)
     _datagrams: DatagramBuilder = attrs.Factory(DatagramBuilder)
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
         """Take a batch; the string is the id of the service that the message named. A bug that one
         flow's packets reach ends that flow, and no other."""
+        if self.closed:
+            return
         segments: dict[TcpFlow, list[TcpSegment]] = {}
         datagrams: dict[UdpFlow, None] = {}
         for service_id, packet in packets:
@@ -141,14 +144,13 @@ class FlowTable:
         if flow.closed:
             return
         flow.last_used = now
-        key = flow.key
         for payload, segment_size in payloads:
             if not segment_size:
-                self._answer_datagram(key, payload)
+                self._answer_datagram(flow.key, payload)
                 continue
             view = memoryview(payload)
             for start in range(0, len(view), segment_size):
-                self._answer_datagram(key, view[start : start + segment_size])
+                self._answer_datagram(flow.key, view[start : start + segment_size])
 
     def refuse_flow(
         self, flow: UdpFlow, now: float, reason: icmp.Unreachable = icmp.Unreachable.PORT
@@ -198,15 +200,20 @@ class FlowTable:
         return {
             "tcp_flows": tcp,
             "udp_flows": len(self._flows) - tcp,
-            "pending_connects": self._shares.pending.total(),
+            "pending_connects": self._shares.connects_of(self.user),
             "answers_queued": len(self._turns),
             **{f"drop_{reason}": count for reason, count in self.dropped.items()},
-            **{f"fragments_{k}": v for k, v in self._reassembler.statistics().items()},
         }
 
     def connect_finished(self, flow: TcpFlow) -> None:
         """The driver's connect to a backend ended, either way. Call it once a flow."""
-        self._shares.connect_finished(flow.key.source)
+        self._shares.connect_finished(self._user_of(flow.key.source))
+
+    def close(self) -> None:
+        """Forget all flows, and take no more packets."""
+        self.closed = True
+        while self._flows:
+            self._close(next(iter(self._flows.values())))
 
     def _receive_packet_untrusted(
         self,
@@ -218,17 +225,13 @@ class FlowTable:
     ) -> None:
         ip = parse_ip_untrusted(packet.data)
         if ip.fragment is not None:
-            whole = self._reassembler.receive_fragments([packet.data], now)
-            if not whole:
+            whole = self._shares.join_fragment(packet.data, now, self.user)
+            if whole is None:
                 return
-            packet = IpPacket(whole[0])
+            packet = IpPacket(whole)
             ip = parse_ip_untrusted(packet.data)
-        addresses = service.addresses
-        if not (
-            ip.destination in addresses
-            if addresses
-            else in_range(ip.destination, self.service_range)
-        ):
+        own = service.addresses
+        if not (ip.destination in own if own else in_range(ip.destination, self.service_range)):
             self.dropped["destination_is_not_the_service"] += 1
             return
         if ip.protocol == TCP:
@@ -260,7 +263,8 @@ class FlowTable:
             self._deliver(flow, segments.pop(flow), now)
             flow = self._flows.get(index)
         replaced = isinstance(flow, TcpFlow) and flow.connection.may_be_replaced_by(segment)
-        if opens and (flow is None or replaced) and not self._shares.may_knock(ip.source, now):
+        user = self._user_of(ip.source)
+        if opens and (flow is None or replaced) and not self._shares.may_knock(user, now):
             self.dropped["syn_rate"] += 1
             return  # the user's SYN comes again
         if not service.accepts(TCP, destination_port):
@@ -276,20 +280,20 @@ class FlowTable:
             if (reset := reset_for(segment)) is not None:
                 self._answer(service.id, packets_to_user(key, [reset])[0].data)
             return
-        if not self._shares.may_connect(ip.source):
+        if not self._shares.may_connect(user):
             self.dropped["too_many_pending_connects"] += 1
             return  # the user's SYN comes again
         initial_sequence, timestamp_offset = self.initial_numbers(key, now)
         connection = TcpConnection.accept(
             segment,
-            config=self.tcp_config(ip.version == 6),
+            config=self._shares.fit(self.tcp_config(ip.version == 6), user),
             initial_sequence=initial_sequence,
             timestamp_offset=timestamp_offset,
             now=now,
         )
         flow = TcpFlow(key, connection)
         if self._open(flow):
-            self._shares.connect_begun(ip.source)
+            self._shares.connect_begun(user)
             self._timers.arm_tcp(flow, now)
 
     def _receive_udp_untrusted(
@@ -352,8 +356,12 @@ class FlowTable:
         if not self._turns.put(service_id, IpPacket(data)):
             self.dropped["answers_full"] += 1
 
+    def _user_of(self, source: bytes) -> bytes:
+        """Who is counted: an IPv4 address and its twin are one user's."""
+        return self.user or source[-4:]
+
     def _open(self, flow: Flow) -> bool:
-        if not self._shares.take_flow(flow.key.source):
+        if not self._shares.take_flow(self._user_of(flow.key.source)):
             self.dropped["too_many_flows"] += 1
             return False
         self._flows[flow.key.index] = flow
@@ -384,7 +392,7 @@ class FlowTable:
     def _close(self, flow: Flow) -> None:
         del self._flows[flow.key.index]
         self._timers.forget(flow)
-        self._shares.give_flow_back(flow.key.source)
+        self._shares.give_flow_back(self._user_of(flow.key.source))
         if isinstance(flow, TcpFlow):
             self._turns.drop(flow)
         else:

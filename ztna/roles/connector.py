@@ -14,12 +14,14 @@ import attrs
 import structlog
 import trio
 
+from ztna.backend.descriptors import flows_within_descriptors
 from ztna.backend.sockets import Dialer, SocketDialer
 from ztna.backend.terminator import Terminator
 from ztna.config.model import ConnectorConfig, ConnectorService
 from ztna.core.addresses import packed_pair
 from ztna.core.encapsulation import ServiceKey
 from ztna.core.flow import FlowKey, OfferedService
+from ztna.core.flow_shares import MAX_FLOWS, Shares
 from ztna.core.flows import FlowTable
 from ztna.core.identity import Identity, Role
 from ztna.core.messages import Message
@@ -102,6 +104,7 @@ async def run_connector_from_config(
             open_port=functools.partial(open_udp_port, port=0),
             map_port=open_port_mapping,
             serve=status_server(None, Role.CONNECTOR, config.state_dir),
+            most_flows=flows_within_descriptors(),
         )
 
 
@@ -120,6 +123,7 @@ async def run_connector(
     map_port: MapPort | None = None,
     serve: Serve | None = None,
     knock: Knock = knock,
+    most_flows: int = MAX_FLOWS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Provide services over one UDP port until cancelled.
@@ -129,22 +133,26 @@ async def run_connector(
     streams: opens TLS streams of this port, for networks that block UDP. open_port: opens more UDP
     ports, to learn what the NAT is like and to guess its ports. map_port: asks the gateway to open
     this one. serve: answers those who ask what this connector sees. knock: see
-    `ConnectorView`.
+    `ConnectorView`. most_flows: of all users together.
     """
     secret = os.urandom(16)
+    shares = Shares(most_flows)
 
-    def new_terminator() -> Terminator:
+    def new_terminator(user: bytes | None) -> Terminator:
         table = FlowTable(
             {},
             config.service_range,
             _tcp_config,
             functools.partial(_initial_numbers, secret),
             packet_size=DATAGRAM_DATA - SHORT_HEADER,
+            user=user,
+            shares=shares,
         )
         return Terminator(table, {}, dialer)
 
-    terminator = new_terminator()
+    terminator = new_terminator(None)
     registry = statistics_registry()
+    registry.register("shares", shares.statistics)
     registry.register("udp", port.statistics)
     async with trio.open_nursery() as nursery:
         endpoint = Endpoint(port, reset_key=reset_key)

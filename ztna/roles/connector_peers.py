@@ -110,7 +110,7 @@ class ConnectorPeers:
 
     offers, backends: what this connector's file says; set them by `set_services`.
     credentials, denied_serials: what agents are judged by; `take_files` exchanges them.
-    new_terminator: makes one for an agent, without services.
+    new_terminator: makes one for an agent, by whose identity it is counted; without services.
     may_reach: whether an agent may use a service, by what this connector knows itself.
     puncher: finds direct paths; without it all goes through the relay.
     """
@@ -118,7 +118,7 @@ class ConnectorPeers:
     endpoint: Endpoint
     sessions: trio.MemoryReceiveChannel[Session]
     credentials: Credentials
-    new_terminator: Callable[[], Terminator]
+    new_terminator: Callable[[bytes], Terminator]
     may_reach: Callable[[Identity, str], Decision] | None = None
     denied_serials: frozenset[int] = frozenset()
     offers: Offers = attrs.Factory(dict)
@@ -268,7 +268,7 @@ class ConnectorPeers:
     def _new_side(self, identity: Identity) -> AgentSide | None:
         if len(self._agents) >= MAX_AGENTS or self._nursery is None:
             return None
-        terminator = self.new_terminator()
+        terminator = self.new_terminator(str(identity).encode())
         health = HealthDesk(terminator.dialer, terminator.heard_at)
         side = AgentSide(identity, self.endpoint.paths.open(), terminator, health=health)
         self._agents[identity] = side

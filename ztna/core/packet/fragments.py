@@ -173,12 +173,13 @@ class _Partial:
     refused: bool = False
 
 
-_Key = tuple[bytes, bytes, int, int]
+_Key = tuple[bytes, bytes, bytes, int, int]
+"""Whose it is, source, destination, protocol, identification."""
 
 
 @attrs.define
 class _Share:
-    """What one source has here: its packets, the oldest first, and their bytes."""
+    """What one source, or owner, has here: its packets, the oldest first, and their bytes."""
 
     keys: OrderedDict[_Key, None] = attrs.Factory(OrderedDict)
     held: int = 0
@@ -189,7 +190,7 @@ class Reassembler:
     """Puts the fragments of IP packets together. Bounded in packets, bytes and time: a source that
     has too many loses its own oldest; when all together have, the one that holds most does.
 
-    max_packets, max_bytes: of one source. max_all_packets, max_all_bytes: of all.
+    max_packets, max_bytes: of one source or owner. max_all_packets, max_all_bytes: of all.
     """
 
     max_packets: int = MAX_PACKETS
@@ -206,16 +207,20 @@ class Reassembler:
         )
     )
 
-    def receive_fragments(self, fragments: Sequence[Buffer], now: float) -> list[bytes]:
+    def receive_fragments(
+        self, fragments: Sequence[Buffer], now: float, owner: bytes = b""
+    ) -> list[bytes]:
         """Take a batch of packets that are fragments; return the packets that became whole.
 
+        owner: who sent them, where several with the same addresses must not meet, or one has
+        several addresses; else each source is one.
         Malformed and overlapping ones are dropped and counted. Packets that are not fragments
         pass through as they are.
         """
         whole = []
         for data in fragments:
             try:
-                packet = self._receive_untrusted(data, now)
+                packet = self._receive_untrusted(data, now, owner)
             except RemoteProtocolError:
                 self._counts["malformed"] += 1
                 continue
@@ -238,7 +243,7 @@ class Reassembler:
         """Counters, and the packets and bytes that are held."""
         return {**self._counts, "held_packets": len(self._partials), "held_bytes": self._held}
 
-    def _receive_untrusted(self, data: Buffer, now: float) -> bytes | None:
+    def _receive_untrusted(self, data: Buffer, now: float, owner: bytes) -> bytes | None:
         header = parse_ip_untrusted(data)
         place = header.fragment
         if place is None:
@@ -253,13 +258,14 @@ class Reassembler:
             return _finish(_head_of(data, header, split), piece, header.traffic_class & 3)
         # RFC 791: the protocol is part of the key; in RFC 8200 it is not.
         protocol = header.protocol if header.version == 4 else -1
-        key = (header.source, header.destination, protocol, place.identification)
+        owner = owner or header.source
+        key = (owner, header.source, header.destination, protocol, place.identification)
         self.handle_timer(now)
         partial = self._partials.get(key)
         if partial is None:
-            self._make_room(header.source, len(piece), 1)
+            self._make_room(owner, len(piece), 1)
             partial = self._partials[key] = _Partial(now + self.max_age)
-            self._shares.setdefault(header.source, _Share()).keys[key] = None
+            self._shares.setdefault(owner, _Share()).keys[key] = None
         if partial.refused or partial.pieces.get(place.offset) == piece:
             return None  # RFC 5722 section 4 lets an exact duplicate pass for what it is
         if _contradicts(partial, place.offset, len(piece), place.more):
@@ -272,7 +278,7 @@ class Reassembler:
         partial.pieces[place.offset] = piece
         partial.held += len(piece)
         self._held += len(piece)
-        self._shares[header.source].held += len(piece)
+        self._shares[owner].held += len(piece)
         partial.ecn.add(header.traffic_class & 3)
         if not place.more:
             partial.size = place.offset + len(piece)
@@ -291,10 +297,10 @@ class Reassembler:
         self._counts["reassembled"] += 1
         return packet
 
-    def _make_room(self, source: bytes, size: int, packets: int) -> None:
-        """Give up packets until so many bytes and packets more from this source are within the
+    def _make_room(self, owner: bytes, size: int, packets: int) -> None:
+        """Give up packets until so many bytes and packets more from this owner are within the
         bounds."""
-        while (own := self._shares.get(source)) is not None and (
+        while (own := self._shares.get(owner)) is not None and (
             len(own.keys) + packets > self.max_packets or own.held + size > self.max_bytes
         ):
             self._evict(own)
