@@ -14,6 +14,7 @@ OWN_FILE = "from this node's own file, or for its own requests"
 EVENTS = "drained by the driver after every call, which one batch or timer fills"
 SERVICES = "ztna.core.registry:MAX_SERVICES"
 CHANNELS = "ztna.core.channels:MAX_CHANNELS"
+PARTED = "ztna.core.parted:MAX_PARTED"
 AGENTS = "ztna.roles.connector_peers:MAX_AGENTS"
 CONNECTORS = "ztna.roles.agent_peers:MAX_PEERS"
 GUESSED = "ztna.core.ice.birthday:BirthdayBudget.sockets"
@@ -87,6 +88,8 @@ TABLES = {
     "ztna.core.registry:Registry._awaited": "services whose connector has gone, for seconds",
     "ztna.core.registry:Registry._numbers": "services that the policy names; numbers have 16 bits",
     "ztna.core.registry:Registry._free_numbers": "numbers have 16 bits",
+    "ztna.core.parted:PartedTable._sessions": PARTED,
+    "ztna.core.parted:PartedTable._owners": PARTED,
     "ztna.core.relay:_Output.messages": BATCH,
     "ztna.core.relay:_Output.packets": BATCH,
     "ztna.core.relay:_Output.slices": BATCH,

@@ -53,7 +53,7 @@ class Scene:
 
     def greet(self, client: Client) -> None:
         client.features, client.speaks_control, client.settled = FEATURES, True, True
-        self.rendezvous.provided([*client.provides], self.now)
+        self.rendezvous.greeted(client, self.now)
 
     def agent(self, name: str = "laptop", services: tuple[str, ...] = ("web",)) -> Client:
         agent = self.client(Role.AGENT, name)
@@ -90,6 +90,13 @@ class Scene:
         self.registry.remove(client)
         self.rendezvous.gone(client, self.now)
 
+    def counts(self) -> dict[str, int]:
+        counts = self.rendezvous.statistics()
+        return {
+            name: counts[name]
+            for name in ("wishes", "peer_sessions", "parted_sessions", "channels")
+        }
+
     def timer(self) -> None:
         due = self.rendezvous.get_timer()
         assert due is not None
@@ -113,7 +120,7 @@ def test_both_ends_are_told_of_one_session() -> None:
     assert (to_agent.tunnel_address, to_agent.tunnel_address6) == (None, None)
     assert to_connector.tunnel_address == "10.100.64.3"
     assert to_connector.tunnel_address6 == "fd7a:746e:6100::a64:4003"
-    assert scene.rendezvous.statistics() == {"wishes": 1, "peer_sessions": 1, "channels": 2}
+    assert scene.counts() == {"wishes": 1, "peer_sessions": 1, "parted_sessions": 0, "channels": 2}
 
 
 def test_nothing_is_said_twice_but_to_who_asks_again() -> None:
@@ -218,7 +225,7 @@ def test_an_agent_that_is_gone() -> None:
     assert (connector, "agent/laptop is gone") in [
         (client, m.reason) for client, m in scene.said() if isinstance(m, ChannelClosed)
     ]
-    assert scene.rendezvous.statistics() == {"wishes": 0, "peer_sessions": 0, "channels": 0}
+    assert scene.counts() == {"wishes": 0, "peer_sessions": 0, "parted_sessions": 1, "channels": 0}
     scene.gone(connector)
     assert scene.said() == []
 
@@ -382,9 +389,13 @@ def test_an_id_of_another_agents_session_is_not_taken() -> None:
     assert own != theirs
     scene.gone(mallory)
     assert {m.session for _, m in scene.said() if isinstance(m, ChannelClosed)} == {own}
-    # One that is free may be named again.
-    scene.open(scene.agent("other"), "web", known=(attrs.evolve(known, session=own),))
+    # It may go on by a direct path, and stays hers: only she may name it again.
+    known = attrs.evolve(known, session=own)
+    scene.open(scene.agent("other"), "web", known=(known,))
+    assert scene.channels_said()[connector].session != own
+    scene.open(scene.agent("mallory"), "web", known=(known,))
     assert scene.channels_said()[connector].session == own
+    assert len(scene.rendezvous.parted) == 0
 
 
 def test_channels_that_are_used_up_are_said() -> None:

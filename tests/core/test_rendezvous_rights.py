@@ -43,7 +43,7 @@ def test_an_agent_that_came_back_and_asks_for_nothing_loses_what_it_may_not() ->
     assert (message.session, message.services) == (session, ("db",))
     judge(scene, PROVIDES)
     assert ends(scene) == {newer, connector}
-    assert scene.rendezvous.statistics() == {"wishes": 0, "peer_sessions": 0, "channels": 0}
+    assert scene.counts() == {"wishes": 0, "peer_sessions": 0, "parted_sessions": 0, "channels": 0}
 
 
 @pytest.mark.parametrize(
@@ -106,5 +106,5 @@ def test_what_a_replaced_session_had_in_its_queue_asks_for_nothing() -> None:
     scene.said()
     scene.open(older)
     assert scene.said() == []
-    assert scene.rendezvous.statistics() == {"wishes": 1, "peer_sessions": 1, "channels": 2}
+    assert scene.counts() == {"wishes": 1, "peer_sessions": 1, "parted_sessions": 0, "channels": 2}
     assert {leg.owner for leg in scene.channels._legs.values()} == {newer.key, connector.key}

@@ -31,7 +31,8 @@ from ztna.nat.link import WireBatch
 from ztna.net.endpoint import Endpoint
 from ztna.pki import Credentials
 from ztna.roles.agent_peers import MAX_PEERS
-from ztna.roles.connector_peers import LINE_BURST, LINE_RATE, MAX_AGENTS
+from ztna.roles.agent_side import LINE_BURST, LINE_RATE
+from ztna.roles.connector_peers import MAX_AGENTS
 from ztna.roles.tree import statistics_registry
 
 POLICY = [

@@ -30,7 +30,7 @@ from ztna.net.session import Session
 from ztna.roles import agent_peers
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_peers import AgentPeers
-from ztna.roles.connector_peers import KEPT
+from ztna.roles.agent_side import KEPT
 from ztna.roles.handover import LINGER
 from ztna.roles.peer_link import PEER_SETTINGS, VERSION, PeerLink, new_link
 

@@ -48,6 +48,7 @@ class Client:
     addresses: source addresses that its packets may carry, packed.
     awaited: services that the session before it provided, until this one has registered its own.
     settled: it had time to say what it is; a Hello may come behind the first registrations.
+    verified: what the driver knows of its certificate.
     """
 
     key: int
@@ -62,6 +63,7 @@ class Client:
     serves: int = 0
     awaited: frozenset[str] = frozenset()
     settled: bool = False
+    verified: object = attrs.field(default=None, repr=False)
 
     @property
     def is_agent(self) -> bool:
@@ -113,6 +115,10 @@ class Registry:
     def has(self, client: Client) -> bool:
         """Whether this is its identity's newest session, and not over."""
         return self._clients.get(client.identity) is client
+
+    def client(self, identity: Identity) -> Client | None:
+        """The newest session of an identity."""
+        return self._clients.get(identity)
 
     def add(self, client: Client) -> Client | None:
         """Take in a client; return the one of the same identity that it replaces."""

@@ -22,6 +22,7 @@ from ztna.core.addresses import is_virtual
 from ztna.core.channels import ChannelTable, Leg
 from ztna.core.identity import Identity
 from ztna.core.messages import ChannelClosed, Message, OpenSession, RelayChannel, Unavailable
+from ztna.core.parted import Parted, PartedTable
 from ztna.core.registry import MAX_SERVICES, AgentRoute, Client, Registry
 from ztna.core.wire import Feature
 from ztna.errors import LimitError
@@ -64,6 +65,7 @@ class Rendezvous:
 
     registry: Registry
     channels: ChannelTable
+    parted: PartedTable = attrs.Factory(PartedTable)
     _wishes: dict[Client, _Wishes] = attrs.Factory(dict)
     _pairs: dict[Identity, dict[Identity, _Pair]] = attrs.Factory(dict)
     _ids: set[str] = attrs.Factory(set)
@@ -102,6 +104,25 @@ class Rendezvous:
         silent = {pair.agent for of_agent in self._pairs.values() for pair in of_agent.values()}
         for agent in [*self._wishes, *(silent - self._wishes.keys())]:
             self.reconcile(agent, now)
+        self.parted.expire(now)
+        for parted in self.parted.sessions:
+            self._judge_parted(parted)
+
+    def greeted(self, client: Client, now: float) -> None:
+        """A client has said Hello, and can be told now what concerns it."""
+        if client.is_agent:
+            self.reconcile(client, now)
+            return
+        for parted in self.parted.sessions:
+            if parted.connector == client.identity:
+                self._judge_parted(parted)
+        self.provided([*client.provides], now)
+
+    def refuse(self, agent: Client, reason: str) -> None:
+        """The certificate of an agent of `parted` is no longer good."""
+        for parted in self.parted.sessions:
+            if parted.agent is agent:
+                self._end(parted, reason)
 
     def replaced(self, old: Client, new: Client) -> None:
         """A newer session of the same identity takes over what the older one had."""
@@ -122,11 +143,15 @@ class Rendezvous:
 
     def gone(self, client: Client, now: float, *, withdrawn: bool = False) -> None:
         """A client's session has ended, and no newer one is there. withdrawn: it was sent away, and
-        its peer sessions are to end as well; else those on a direct path may go on."""
+        its peer sessions are to end as well; else those on a direct path may go on, for as long as
+        they have the right to."""
         self._wishes.pop(client, None)
         pairs = self._pairs_of(client)
         for pair in pairs:
             self._close(pair, f"{client.identity} is gone", withdrawn=withdrawn)
+            if not withdrawn:
+                ends = pair.agent, pair.connector.identity
+                self.parted.add(Parted(pair.session, *ends, pair.services, now))
         self.channels.forget(client.key)
         for pair in pairs:
             self.reconcile(pair.agent, now)
@@ -165,7 +190,9 @@ class Rendezvous:
             elif found is None:
                 # Who served it is about to come back: what there is goes on.
                 for pair in pairs.values():
-                    if service_id in pair.services and self._allows(pair, service_id):
+                    if service_id in pair.services and self._allows(
+                        agent.identity, pair.connector.identity, service_id
+                    ):
                         wanted.setdefault(pair.connector, []).append(service_id)
             else:
                 wanted.setdefault(found, []).append(service_id)
@@ -179,7 +206,8 @@ class Rendezvous:
     def _judge(self, agent: Client) -> None:
         """What a newer session took over goes on until it says what it wants, where it may."""
         for pair in list(self._pairs.get(agent.identity, {}).values()):
-            allowed = tuple(each for each in pair.services if self._allows(pair, each))
+            ends = pair.agent.identity, pair.connector.identity
+            allowed = tuple(each for each in pair.services if self._allows(*ends, each))
             if not allowed:
                 self._close(pair, _NOTHING_LEFT, withdrawn=True)
             elif allowed != pair.services:
@@ -187,19 +215,37 @@ class Rendezvous:
                 pair.services = allowed
                 self._tell(pair, pair.connector)
 
-    def _allows(self, pair: _Pair, service_id: str) -> bool:
-        """Whether the policy lets a pair carry a service, registered or not."""
+    def _allows(self, agent: Identity, connector: Identity, service_id: str) -> bool:
+        """Whether the policy lets a peer session carry a service, registered or not."""
         judge = self.registry.policy
         return (
-            judge.may_reach(pair.agent.identity, service_id).allowed
-            and judge.may_provide(pair.connector.identity, service_id).allowed
+            judge.may_reach(agent, service_id).allowed
+            and judge.may_provide(connector, service_id).allowed
         )
+
+    def _judge_parted(self, parted: Parted) -> None:
+        if parted.refused:
+            self._end(parted, parted.refused)
+        elif not all(self._allows(*parted.ends, each) for each in parted.services):
+            # Without a channel there is no word for less: it ends, and may be begun anew.
+            self._end(parted, "the right to a service of it is gone")
+
+    def _end(self, parted: Parted, reason: str) -> None:
+        """The connector is told, now or when it is back."""
+        connector = self.registry.client(parted.connector)
+        if connector is None or not connector.speaks_control:
+            self.parted.refuse(parted, reason)
+            return
+        self.parted.take(parted.ends)
+        self._events.append((connector, ChannelClosed(parted.session, reason, withdrawn=True)))
 
     def statistics(self) -> dict[str, int]:
         """Sizes of the tables."""
         return {
             "wishes": len(self._wishes),
             "peer_sessions": sum(map(len, self._pairs.values())),
+            "parted_sessions": len(self.parted),
+            "parted_forgotten": self.parted.forgotten,
             **self.channels.statistics(),
         }
 
@@ -232,10 +278,12 @@ class Rendezvous:
                 self._events += [(agent, Unavailable(each, str(error))) for each in services]
                 return
             session = wishes.sessions.get(connector.identity.uri)
-            if session is None or session in self._ids:
+            ends = agent.identity, connector.identity
+            if session is None or session in self._ids or self.parted.is_others(session, ends):
                 # New; or an agent that gives one id to two, or names another's: with that it would
                 # end the other's session when it ends its own.
                 session = secrets.token_hex(8)
+            self.parted.take(ends)
             self._ids.add(session)
             pair = _Pair(session, agent, connector, *legs)
             self._pairs.setdefault(agent.identity, {})[connector.identity] = pair

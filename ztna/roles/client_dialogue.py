@@ -116,7 +116,8 @@ async def _receive_hello_untrusted(
         session.send_control(encode_message(Denied(service_id, why)))
     served.refused.clear()
     client.settled = True
-    reconcile(intermediate, client, [*client.provides])
+    intermediate.rendezvous.greeted(client, trio.current_time())
+    intermediate.introduce()
 
 
 def _receive_withdraw(intermediate: Intermediate, served: Served, message: Withdraw) -> None:

@@ -8,8 +8,6 @@ session, so that connections go on when the agent comes back.
 
 import datetime
 import functools
-import ipaddress
-import math
 from collections.abc import Callable, Mapping
 
 import attrs
@@ -17,11 +15,9 @@ import structlog
 import trio
 
 from ztna.backend.terminator import Terminator
-from ztna.core.addresses import source_and_destination
 from ztna.core.error_groups import words_of
 from ztna.core.flow import OfferedService
 from ztna.core.identity import Identity, Role
-from ztna.core.limits import RateGate
 from ztna.core.messages import (
     Accepted,
     ChannelClosed,
@@ -42,9 +38,9 @@ from ztna.net.peer_path import PeerPath
 from ztna.net.session import Session
 from ztna.net.tls import PeerSide
 from ztna.pki import Credentials
+from ztna.roles.agent_side import CONFIRMED_FOR, AgentSide, packed_untrusted
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
-from ztna.roles.handover import Retired
 from ztna.roles.health import HealthDesk
 from ztna.roles.inner_relay import InnerRelay
 from ztna.roles.judged_sessions import judge_session
@@ -55,53 +51,15 @@ log = structlog.get_logger(__name__)
 
 # Our choice: agents that one connector deals with at once.
 MAX_AGENTS = 1024
-# Bytes taken from the flows at a time: a few super-packets, so that flows take turns often.
-SEND_BATCH = 192 * 1024
-# Seconds, our choices: an agent that proves who it is says Hello at once; and how long flows of an
-# agent that is gone are kept, some longer than TCP's and UDP's own patience of 120 s.
+# Seconds, our choices: an agent that proves who it is says Hello at once; and how often agents that
+# are gone are looked for.
 HELLO_DEADLINE = 5.0
-KEPT = 180.0
+SWEEP = 45.0
 # Seconds; our choice: several round trips of the pump, little for who waits for a new service.
 LAST_WORDS = 0.1
-# Seconds, our choice: how long the socket may hold up an end.
-SEND_PATIENCE = 0.5
-# Lines a second that one agent can cause in the log by its sessions and channels, and at once; our
-# choice: one that roams causes four each time.
-LINE_RATE, LINE_BURST = 0.2, 40.0
 
 Offers = Mapping[str, OfferedService]
 Backends = Mapping[str, Address]
-
-
-@attrs.define(eq=False)
-class AgentSide:
-    """What a connector keeps for one agent.
-
-    granted: services by the intermediate's word. addresses: tunnel addresses that the agent's
-    packets may come from, packed. link: its session, while there is one. retired: the one before.
-    host: where the intermediate sees it. told_by: the control session that announced it last.
-    left_at: when it was found to be neither here nor expected, s. lines: what it causes in the log.
-    """
-
-    identity: Identity
-    path: PeerPath
-    terminator: Terminator
-    session_id: str = ""
-    granted: frozenset[str] = frozenset()
-    addresses: frozenset[bytes] = frozenset()
-    link: PeerLink | None = None
-    retired: Retired = attrs.Factory(Retired)
-    host: str = ""
-    told_by: ControlLink | None = None
-    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
-    left_at: float = math.inf
-    health: HealthDesk = attrs.Factory(HealthDesk)
-    wrong_source: int = 0
-    lines: RateGate = attrs.Factory(lambda: RateGate(LINE_RATE, LINE_BURST))
-
-    def may_log(self) -> bool:
-        """Whether one more line about this agent is no flood."""
-        return self.lines.allow(trio.current_time())
 
 
 @attrs.define(eq=False)
@@ -128,6 +86,7 @@ class ConnectorPeers:
     refused_agents: int = 0
     control: ControlLink | None = None
     inner: InnerRelay = attrs.field(init=False)
+    _up: bool = False
     _numbers: dict[str, int] = attrs.Factory(dict)
     _agents: dict[Identity, AgentSide] = attrs.Factory(dict)
     _nursery: trio.Nursery | None = None
@@ -153,7 +112,9 @@ class ConnectorPeers:
 
     def control_up(self, link: ControlLink) -> None:
         """A control session is up: its intermediate announces all agents anew that may come."""
-        self.control = link
+        self.control, self._up = link, True
+        for side in self.agents:
+            side.unnamed.start(trio.current_time())
         self.inner.control_up(link)
         if self.puncher is not None:
             self.puncher.control_up(link)
@@ -161,6 +122,10 @@ class ConnectorPeers:
     def control_down(self, link: ControlLink) -> None:
         """It is gone."""
         self.inner.control_down(link)
+        if link is self.control:
+            self._up = False
+            for side in self.agents:
+                side.unnamed.stop(trio.current_time())
 
     def receive_signal_untrusted(self, link: ControlLink, message: Message) -> None:
         """What the intermediate says about peer sessions. Raises RemoteProtocolError."""
@@ -189,26 +154,11 @@ class ConnectorPeers:
         """
         self.credentials, self.denied_serials = credentials, denied_serials
         for side in self.agents:
-            link, retired = side.link, side.retired.link
-            if link is not None and not self._judge(link.session):
-                side.link = None
-                side.terminator.set_services({}, {})  # its flows end; the next session has others
-            if retired is not None and not self._judge(retired.session):
-                side.retired.link = None
+            side.drop_sessions(self._judge)
 
     def statistics(self) -> Mapping[str, object]:
         """Of each agent, by its name."""
-        agents = {
-            str(side.identity): {
-                **(side.link.statistics() if side.link is not None else {}),
-                **side.path.counters,
-                **side.terminator.statistics(),
-                "drop_wrong_source": side.wrong_source,
-                "drop_health": side.health.refused,
-                "session_lines_suppressed": side.lines.suppressed,
-            }
-            for side in self.agents
-        }
+        agents = {str(side.identity): side.statistics() for side in self.agents}
         return {
             "agents": len(self._agents),
             "strangers": self.strangers,
@@ -237,11 +187,12 @@ class ConnectorPeers:
         services = frozenset(message.services)
         news = side.path.channel is None or services != side.granted
         side.session_id, side.told_by = message.session, self.control
+        side.unnamed.reset()
         side.host = message.observed or ""
         if self.puncher is not None:
             self.puncher.peer_seen_at(side.path, side.host)
         side.granted = services
-        side.addresses = _packed_untrusted(message.tunnel_address, message.tunnel_address6)
+        side.addresses = packed_untrusted(message.tunnel_address, message.tunnel_address6)
         moved = self.endpoint.paths.set_relay(side.path, bytes.fromhex(message.channel), relay)
         if moved and side.link is not None:
             side.link.relay_changed(relay)
@@ -259,11 +210,14 @@ class ConnectorPeers:
                 who, why = str(side.identity), message.reason[:200]
                 log.info("relay channel closed", peer=who, reason=why)
             if message.withdrawn:
-                side.granted = frozenset()
-                self._settle(side)
-                for link in (side.link, side.retired.link):
-                    if link is not None:
-                        link.session.close(CloseCode.EXPIRED, "the right to this session is gone")
+                self._revoke(side)
+            elif self._up:
+                side.unnamed.start(trio.current_time())
+
+    def _revoke(self, side: AgentSide) -> None:
+        side.granted = frozenset()
+        self._settle(side)
+        side.close_sessions("the right to this session is gone")
 
     def _new_side(self, identity: Identity) -> AgentSide | None:
         if len(self._agents) >= MAX_AGENTS or self._nursery is None:
@@ -320,17 +274,17 @@ class ConnectorPeers:
         return self._numbers.setdefault(service_id, len(self._numbers) + 1)
 
     async def _forget_idle(self) -> None:
-        """Agents that have been gone for long, with all that was kept for them."""
+        """Agents that have been gone for long, with all that was kept for them; and the rights of
+        those that the intermediate has not named for long."""
         while True:
-            await trio.sleep(KEPT / 4)
+            await trio.sleep(SWEEP)
             now = trio.current_time()
             for side in self.agents:
-                expected = side.path.channel is not None and side.told_by is self.control
-                if side.link is not None or expected:
-                    side.left_at = math.inf
-                elif side.left_at == math.inf:
-                    side.left_at = now
-                elif side.left_at + KEPT <= now:
+                if side.granted and side.unnamed.elapsed(now) >= CONFIRMED_FOR:
+                    who, silent = str(side.identity), int(side.unnamed.elapsed(now))
+                    log.warning("the intermediate names an agent no more", agent=who, for_s=silent)
+                    self._revoke(side)
+                if side.has_left(now, self.control):
                     del self._agents[side.identity]
                     side.scope.cancel()
 
@@ -422,21 +376,13 @@ class ConnectorPeers:
             # The relay's channels follow that session: it must notice at once that our address is
             # another one.
             self.control.session.keep_awake()
-        packets = []
-        for service_id, packet in link.receive_messages(messages, trio.current_time()):
-            addresses = source_and_destination(bytes(packet.data[:40]))
-            if addresses is not None and addresses[0] in side.addresses:
-                packets.append((service_id, packet))
-            else:
-                side.wrong_source += 1
-        if packets:
-            side.terminator.receive_packets(packets)
+        side.receive_packets(link.receive_messages(messages, trio.current_time()))
 
     async def _use(self, side: AgentSide, link: PeerLink) -> None:
         """What goes on while this is the agent's newest session."""
         with link.in_use:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_answers, side, link)
+                nursery.start_soon(side.send_answers, link)
                 if self.puncher is not None:
                     nursery.start_soon(
                         functools.partial(
@@ -444,29 +390,6 @@ class ConnectorPeers:
                         )
                     )
 
-    async def _send_answers(self, side: AgentSide, link: PeerLink) -> None:
-        """Take what the agent's flows have to say to its session, no faster than it goes out."""
-        while True:
-            await link.session.wait_datagram_room()
-            packets = await side.terminator.packets_to_send(SEND_BATCH)
-            labels = link.labels
-            # What was taken is sent, also where another session takes over in this moment.
-            with trio.move_on_after(SEND_PATIENCE, shield=True):
-                await link.send_packets(
-                    [(labels[i], packet) for i, packet in packets if i in labels]
-                )
-
 
 def _service_map(link: PeerLink) -> ServiceMap:
     return ServiceMap(tuple(ServiceNumber(n, each) for n, each in link.services.items()))
-
-
-def _packed_untrusted(address4: str | None, address6: str | None) -> frozenset[bytes]:
-    try:
-        packed = [
-            *([] if address4 is None else [ipaddress.IPv4Address(address4).packed]),
-            *([] if address6 is None else [ipaddress.IPv6Address(address6).packed]),
-        ]
-    except ValueError as error:
-        raise RemoteProtocolError(f"malformed tunnel address: {error}") from error
-    return frozenset(packed)

@@ -246,7 +246,8 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
         session.close(CloseCode.LIMIT, "too many sessions of this identity in a short time")
         return
     intermediate.next_key += 1
-    client = Client(intermediate.next_key, peer.identity, session.max_datagram_data)
+    size = session.max_datagram_data
+    client = Client(intermediate.next_key, peer.identity, size, verified=peer)
     served = Served(client, session)
     channels = intermediate.rendezvous.channels
     channels.set_address(client.key, session.remote_address)

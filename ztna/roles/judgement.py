@@ -21,7 +21,7 @@ from ztna.core.registry import Registration
 from ztna.core.wire import Refusal, ServiceMessage
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
-from ztna.net.tls import PeerRefusedError, PeerSide, judge_again
+from ztna.net.tls import PeerRefusedError, PeerSide, VerifiedPeer, judge_again
 from ztna.roles.reload import NodeFiles, warn_of_restart
 from ztna.roles.served import Intermediate, Served, send_policy, send_service_map
 from ztna.roles.signed_policy import SignedPolicy
@@ -78,41 +78,38 @@ def apply_files(
     warn_of_restart(old.config, new.config, RELOADED)
     endpoint.credentials = new.credentials
     intermediate.denied_serials = new.denied_serials
-    now = datetime.datetime.now(datetime.UTC)
+    refusal = functools.partial(_refusal, new, datetime.datetime.now(datetime.UTC))
     for served in list(intermediate.served.values()):
-        try:
-            judge_again(
-                served.session.peer,
-                new.credentials,
-                side=PeerSide.CLIENT,
-                now=now,
-                denied_serials=new.denied_serials,
-            )
-        except PeerRefusedError as error:
-            _expel(intermediate, served, str(error))
+        if (reason := refusal(served.session.peer)) is not None:
+            _expel(intermediate, served, reason)
+    for agent in {parted.agent for parted in intermediate.rendezvous.parted.sessions}:
+        assert isinstance(agent.verified, VerifiedPeer)
+        if (reason := refusal(agent.verified)) is not None:
+            log.warning("direct sessions ended by a reload", agent=str(agent.identity), why=reason)
+            intermediate.rendezvous.refuse(agent, reason)
     judge_all(intermediate)
-    _judge_streams(intermediate, nursery, new, now)
-
-
-def _judge_streams(
-    intermediate: Intermediate,
-    nursery: trio.Nursery,
-    files: NodeFiles[IntermediateConfig],
-    now: datetime.datetime,
-) -> None:
-    """A stream need not have a session, and a client that lost its right could hold it open."""
+    # A stream need not have a session, and a client that lost its right could hold it open.
     for stream in [] if intermediate.streams is None else intermediate.streams.streams():
-        try:
-            judge_again(
-                stream.peer,
-                files.credentials,
-                side=PeerSide.CLIENT,
-                now=now,
-                denied_serials=files.denied_serials,
-            )
-        except PeerRefusedError as error:
-            log.warning("TLS stream ended by a reload", client=str(stream), reason=str(error))
-            nursery.start_soon(stream.dismiss, str(error))
+        if (reason := refusal(stream.peer)) is not None:
+            log.warning("TLS stream ended by a reload", client=str(stream), reason=reason)
+            nursery.start_soon(stream.dismiss, reason)
+
+
+def _refusal(
+    files: NodeFiles[IntermediateConfig], now: datetime.datetime, peer: VerifiedPeer
+) -> str | None:
+    """Why a client that was verified once would not be so now; None if it would."""
+    try:
+        judge_again(
+            peer,
+            files.credentials,
+            side=PeerSide.CLIENT,
+            now=now,
+            denied_serials=files.denied_serials,
+        )
+    except PeerRefusedError as error:
+        return str(error)
+    return None
 
 
 def _expel(intermediate: Intermediate, served: Served, reason: str) -> None:
