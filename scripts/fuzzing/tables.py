@@ -88,7 +88,7 @@ def make_routes() -> Parser:
     table.set_labels({"web": ServiceLabel("web", 1)})
 
     def parse(data: bytes) -> None:
-        table.route_outbound([IpPacket(data)])
+        table.route_outbound([IpPacket(data)], 0.0)
         table.route_inbound([(1, IpPacket(data)), ("web", IpPacket(data)), (None, IpPacket(data))])
 
     return parse

@@ -44,6 +44,7 @@ from ztna.core.packet.icmp import Unreachable, build_unreachable
 from ztna.core.packet.ip import TCP, UDP, parse_ip_untrusted
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
+from ztna.core.refusal import ERROR_BURST, ERROR_RATE, MAX_ERROR_SOURCES
 from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.segment import segment_from_packet_untrusted, segments_to_packets
 from ztna.core.tcp.state import TcpConfig, TcpState
@@ -655,6 +656,43 @@ def test_fragments_of_all_tables_share_one_bound() -> None:
     assert shares.statistics()["fragments_held_packets"] == 1
 
 
+def test_errors_to_a_user_have_a_rate() -> None:
+    """RFC 4443 section 2.4 (f). Another user's are not touched by it."""
+    assert (ERROR_RATE, ERROR_BURST) == (256.0, 1024.0)
+    found = table()
+    wrong = ("echo", IpPacket(udp(port=1)))
+    found.receive_packets([wrong] * 1030, 0.0)
+    assert drops(found) == {"port_is_not_the_service": 1030, "error_rate": 6}
+    assert len(answers(found)) == 1024
+    found.receive_packets([("echo", IpPacket(udp(port=1, source=OTHER))), wrong], 0.0)
+    (other,) = answers(found)
+    assert parsed(other).dst == str(OTHER)
+    found.receive_packets([wrong] * 130, 0.5)
+    assert len(answers(found)) == 128
+
+
+def test_a_backends_refusals_have_the_same_rate() -> None:
+    found = table()
+    for number in range(1100):
+        found.receive_packets([("echo", IpPacket(udp(source_port=1 + number)))], 0.0)
+        (flow,) = [event.flow for event in events(found) if isinstance(event, FlowOpened)]
+        assert isinstance(flow, UdpFlow)
+        found.refuse_flow(flow, 0.0)
+    assert len(answers(found)) == 1024
+    assert drops(found) == {"error_rate": 76}
+
+
+def test_users_whose_errors_are_counted_are_bounded() -> None:
+    assert MAX_ERROR_SOURCES == 8192
+    found = table()
+    user = int(USER)
+    for number in range(MAX_ERROR_SOURCES + 3):
+        source = ipaddress.IPv4Address(user + number)
+        found.receive_packets([("echo", IpPacket(udp(port=1, source=source)))], 0.0)
+        answers(found)
+    assert len(found._errors) == MAX_ERROR_SOURCES
+
+
 def test_answers_are_bounded() -> None:
     assert MAX_ANSWERS == 1024
     found = table()
@@ -695,10 +733,11 @@ def test_port_unreachable_from_the_user_ends_the_flow_that_it_quotes(version: in
 def test_timers_of_closed_flows_do_not_stay() -> None:
     found = table()
     for port in range(1, 2001):
-        found.receive_packets([("any", IpPacket(udp(port=port)))], 0.0)
+        now = port / 100
+        found.receive_packets([("any", IpPacket(udp(port=port)))], now)
         flow = events(found)[0].flow
         assert isinstance(flow, UdpFlow)
-        found.refuse_flow(flow, 0.0)
+        found.refuse_flow(flow, now)
         assert len(answers(found)) == 1
         assert names(found) == ["Closed"]
         assert len(found._timers) <= 66

@@ -17,6 +17,7 @@ from ztna.core.packet.icmp import Unreachable, build_unreachable, echo_reply
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.packet.udp import build_udp_packet
 from ztna.core.ports import IpPacket
+from ztna.core.refusal import ERROR_BURST, ERROR_RATE
 from ztna.core.routes import RouteTable, ServiceRoute
 
 OWN = ipaddress.IPv4Address("10.100.64.7")
@@ -79,7 +80,7 @@ def asked(version: int = 4) -> RouteTable:
 
 
 def out(found: RouteTable, *data: bytes) -> tuple[list[tuple[str, bytes]], list[bytes]]:
-    forward, answers = found.route_outbound([IpPacket(packet) for packet in data])
+    forward, answers = found.route_outbound([IpPacket(packet) for packet in data], 0.0)
     return (
         [(label.id, bytes(packet.data)) for label, packet in forward],
         [bytes(packet.data) for packet in answers],
@@ -108,7 +109,7 @@ def test_a_packet_gets_its_service(version: int) -> None:
         [],
     )
     assert found.statistics() == {"flows": 2}
-    (label, _) = found.route_outbound([IpPacket(packet)])[0][0]
+    (label, _) = found.route_outbound([IpPacket(packet)], 0.0)[0][0]
     assert label is LABELS["echo"]
 
 
@@ -164,7 +165,7 @@ def test_the_agent_is_the_first_hop(version: int) -> None:
     )
     routes = table()
     routes.hop_addresses = packed_pair(router)
-    forward, (answer,) = routes.route_outbound([IpPacket(second), IpPacket(first)])
+    forward, (answer,) = routes.route_outbound([IpPacket(second), IpPacket(first)], 0.0)
     assert [bytes(packet.data) for _, packet in forward] == [second]
     error = (inet.IP if version == 4 else inet6.IPv6)(bytes(answer.data))
     body = error.payload
@@ -178,7 +179,7 @@ def test_the_agent_is_the_first_hop(version: int) -> None:
 def test_extension_headers_do_not_hide_the_service() -> None:
     header = ip(OWN, ECHO, 6) / inet6.IPv6ExtHdrDestOpt()
     good, wrong = (bytes(header / inet.UDP(sport=5000, dport=port)) for port in (9999, 9998))
-    forward, answers = table().route_outbound([IpPacket(good), IpPacket(wrong)])
+    forward, answers = table().route_outbound([IpPacket(good), IpPacket(wrong)], 0.0)
     assert [(label.id, bytes(packet.data)) for label, packet in forward] == [("echo", good)]
     assert len(answers) == 1
 
@@ -189,9 +190,9 @@ def test_hops_that_end_without_an_answer(version: int) -> None:
     field = "ttl" if version == 4 else "hlim"
     stranger = bytes(ip(FREE, ECHO, version, **{field: 1}) / inet.UDP(dport=9999))
     routes = table()
-    assert routes.route_outbound([IpPacket(stranger), IpPacket(b"E" + bytes(9))]) == ([], [])
+    assert routes.route_outbound([IpPacket(stranger), IpPacket(b"E" + bytes(9))], 0.0) == ([], [])
     ours = bytes(ip(OWN, ECHO, version, **{field: 1}) / inet.UDP(dport=9999))
-    _, (answer,) = routes.route_outbound([IpPacket(ours)])
+    _, (answer,) = routes.route_outbound([IpPacket(ours)], 0.0)
     error = (inet.IP if version == 4 else inet6.IPv6)(bytes(answer.data))
     assert ipaddress.ip_address(error.src) == (ECHO if version == 4 else twin(ECHO))
 
@@ -294,16 +295,16 @@ def test_super_packets_pass_as_they_are() -> None:
     found.set_addresses([OWN])
     found.set_labels(LABELS)
     packet = tcp_super_packet(payload_of(5000))
-    ((label, forwarded),), _ = found.route_outbound([packet])
+    ((label, forwarded),), _ = found.route_outbound([packet], 0.0)
     assert (label.id, forwarded) == ("web", packet)
     assert found.statistics()["flows"] == 1
 
 
 def test_a_view_is_as_good_as_bytes() -> None:
     found = table()
-    ((_, packet),), _ = found.route_outbound([IpPacket(memoryview(udp()))])
+    ((_, packet),), _ = found.route_outbound([IpPacket(memoryview(udp()))], 0.0)
     assert packet.data == udp()
-    assert found.route_outbound([IpPacket(memoryview(udp(FREE)))])[1] != []
+    assert found.route_outbound([IpPacket(memoryview(udp(FREE)))], 0.0)[1] != []
 
 
 @VERSIONS
@@ -340,6 +341,18 @@ def test_the_oldest_flow_goes_when_the_table_is_full(monkeypatch: pytest.MonkeyP
     ]
     assert passed == [False, False, True, True, True]
     assert out(found, udp(ANY, 1))[0] != [], "it only begins anew"
+
+
+def test_errors_to_the_host_have_a_rate() -> None:
+    """RFC 4443 section 2.4 (f)."""
+    assert (ERROR_RATE, ERROR_BURST) == (256.0, 1024.0)
+    found = table()
+    packets = [IpPacket(udp(FREE, version=6))] * 1100 + [IpPacket(udp())]
+    forward, answers = found.route_outbound(packets, 0.0)
+    assert (len(forward), len(answers)) == (1, 1024)
+    assert drops(found) == {"no_service_at_address": 1100, "error_rate": 76}
+    assert len(found.route_outbound(packets, 0.5)[1]) == 128
+    assert drops(found)["error_rate"] == 76 + 972
 
 
 @pytest.mark.parametrize("heard", [True, False])
@@ -545,7 +558,7 @@ def test_garbage(arrivals: list[tuple[int | str | None, bytes]]) -> None:
         family = data[0] >> 4 == 6
         destination = data[24:40] if family else data[16:20]
         assert destination == packed_pair(OWN)[family]
-    forward, answers = found.route_outbound([packet for _, packet in packets])
+    forward, answers = found.route_outbound([packet for _, packet in packets], 0.0)
     for packet in answers:
         assert bytes(packet.data)[0] >> 4 in {4, 6}
     assert len(forward) + len(answers) <= len(packets)
@@ -560,3 +573,12 @@ def test_a_small_answer_to_a_request_in_fragments(version: int) -> None:
     request = build_udp_packet(*addresses, 5000, 9999, bytes(3000), dont_fragment=False)
     out(found, *fragment(request, 1280, identification=7))
     assert inbound(found, 1, back(version=version))
+
+
+@VERSIONS
+def test_an_answer_in_fragments(version: int) -> None:
+    """None of them has a flow key: whole, the host judges it."""
+    found = asked(version)
+    addresses = (packed_pair(ECHO)[version == 6], packed_pair(OWN)[version == 6])
+    answer = build_udp_packet(*addresses, 9999, 5000, bytes(3000), dont_fragment=False)
+    assert all(inbound(found, 1, piece) for piece in fragment(answer, 1280, identification=7))

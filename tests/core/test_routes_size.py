@@ -32,7 +32,7 @@ def table() -> RouteTable:
 
 def test_a_packet_with_df_is_answered_with_the_size() -> None:
     packet = build_udp_packet(OWN.packed, ECHO.packed, 5000, 9999, bytes(1200))
-    forward, (answer,) = table().route_outbound([IpPacket(packet)])
+    forward, (answer,) = table().route_outbound([IpPacket(packet)], 0.0)
     assert forward == []
     error = parse_icmp_error_untrusted(answer.data, parse_ip_untrusted(answer.data))
     assert (error.kind, error.code, error.mtu) == (3, 4, LARGEST)
@@ -41,7 +41,7 @@ def test_a_packet_with_df_is_answered_with_the_size() -> None:
 def test_a_packet_without_df_is_cut() -> None:
     payload = bytes(range(256)) * 5
     packet = build_udp_packet(OWN.packed, ECHO.packed, 5000, 9999, payload, dont_fragment=False)
-    forward, answers = table().route_outbound([IpPacket(packet)])
+    forward, answers = table().route_outbound([IpPacket(packet)], 0.0)
     assert answers == []
     pieces = [bytes(piece.data) for _, piece in forward]
     assert len(pieces) == 2
@@ -52,7 +52,7 @@ def test_a_packet_without_df_is_cut() -> None:
 
 def test_ipv6_is_cut_at_its_source() -> None:
     packet = build_udp_packet(twin(OWN).packed, twin(ECHO).packed, 5000, 9999, bytes(1200))
-    forward, answers = table().route_outbound([IpPacket(packet)])
+    forward, answers = table().route_outbound([IpPacket(packet)], 0.0)
     assert answers == []
     assert [parse_ip_untrusted(piece.data).fragment is not None for _, piece in forward] == [
         True,
@@ -71,7 +71,7 @@ def test_an_open_checksum_is_completed_before_the_cut(version: int) -> None:
     seed = pseudo_header_sum(source, destination, UDP, len(whole) - start)
     half[start + 6 : start + 8] = fold(seed).to_bytes(2)
     packet = IpPacket(bytes(half), checksum_start=start, checksum_offset=6)
-    forward, answers = table().route_outbound([packet])
+    forward, answers = table().route_outbound([packet], 0.0)
     assert (len(forward), answers) == (2, [])
     assert not any(piece.checksum_start for _, piece in forward)
     pieces = [bytes(piece.data) for _, piece in forward]
@@ -86,7 +86,9 @@ def test_what_cannot_be_cut_is_dropped_and_counted() -> None:
     checksum = bytearray(good)
     checksum[10] ^= 1
     outside = IpPacket(good, checksum_start=20, checksum_offset=5000)
-    forward, answers = found.route_outbound([IpPacket(bytes(checksum)), outside, IpPacket(good)])
+    forward, answers = found.route_outbound(
+        [IpPacket(bytes(checksum)), outside, IpPacket(good)], 0.0
+    )
     assert (len(forward), answers) == (2, [])
     assert found.dropped == {"malformed": 2}
 
@@ -97,7 +99,7 @@ def test_headers_that_leave_no_room_for_a_fragment() -> None:
     source, destination = twin(OWN).packed, twin(ECHO).packed
     packet = build_ip_header(source, destination, 0, len(options) + 8) + options + bytes(8)
     found = table()
-    forward, (answer,) = found.route_outbound([IpPacket(packet)])
+    forward, (answer,) = found.route_outbound([IpPacket(packet)], 0.0)
     assert forward == []
     error = parse_icmp_error_untrusted(answer.data, parse_ip_untrusted(answer.data))
     assert (error.kind, error.mtu) == (2, LARGEST)
@@ -126,7 +128,7 @@ def test_any_large_packet(
     for at, value in changes:
         data[at % len(head)] = value
     found = table()
-    forward, answers = found.route_outbound([IpPacket(bytes(data), checksum_start=start)])
+    forward, answers = found.route_outbound([IpPacket(bytes(data), checksum_start=start)], 0.0)
     assert all(len(packet.data) <= LARGEST for _, packet in forward)
     assert len(answers) <= 1
 
@@ -134,7 +136,7 @@ def test_any_large_packet(
 @pytest.mark.parametrize("size", [LARGEST - 28, 100])
 def test_what_fits_passes_as_it_is(size: int) -> None:
     packet = build_udp_packet(OWN.packed, ECHO.packed, 5000, 9999, bytes(size))
-    forward, answers = table().route_outbound([IpPacket(packet)])
+    forward, answers = table().route_outbound([IpPacket(packet)], 0.0)
     assert (answers, [piece.data for _, piece in forward]) == ([], [packet])
 
 

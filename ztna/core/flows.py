@@ -31,12 +31,13 @@ from ztna.core.flow import (
 )
 from ztna.core.flow_shares import Shares
 from ztna.core.flow_timers import FlowTimers
+from ztna.core.limits import KeyedLimiter
 from ztna.core.packet import icmp
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
 from ztna.core.packet.tcp import TcpFlags
 from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
 from ztna.core.ports import Buffer, IpPacket
-from ztna.core.refusal import refuse
+from ztna.core.refusal import error_limiter, refuse
 from ztna.core.tcp.connection import TcpConnection
 from ztna.core.tcp.segment import (
     TcpSegment,
@@ -81,6 +82,7 @@ class FlowTable:
     _events: deque[FlowEvent] = attrs.Factory(deque)
     _timers: FlowTimers = attrs.Factory(FlowTimers)
     _datagrams: DatagramBuilder = attrs.Factory(DatagramBuilder)
+    _errors: KeyedLimiter = attrs.Factory(error_limiter)
 
     def receive_packets(self, packets: Sequence[tuple[str, IpPacket]], now: float) -> None:
         """Take a batch; the string is the id of the service that the message named. A bug that one
@@ -163,7 +165,7 @@ class FlowTable:
         sent = build_udp_packet(
             key.source, key.destination, key.source_port, key.destination_port, b""
         )
-        self._answer(key.service_id, icmp.build_unreachable(sent, reason))
+        self._put_error(key.service_id, key.source, icmp.build_unreachable(sent, reason), now)
         flow.last_used = now
         self._close(flow)
 
@@ -244,7 +246,7 @@ class FlowTable:
             self._answer(service.id, icmp.echo_reply(packet.data))
         else:
             self.dropped["protocol"] += 1
-            self._answer(service.id, icmp.build_prohibited(packet.data))
+            self._put_error(service.id, ip.source, icmp.build_prohibited(packet.data), now)
 
     def _receive_tcp_untrusted(
         self,
@@ -268,7 +270,7 @@ class FlowTable:
             self.dropped["syn_rate"] += 1
             return  # the user's SYN comes again
         if not service.accepts(TCP, destination_port):
-            self._refuse(service, packet)
+            self._refuse(service, packet, ip, now)
             return
         if isinstance(flow, TcpFlow) and not replaced:
             segments.setdefault(flow, []).append(segment)
@@ -306,7 +308,7 @@ class FlowTable:
     ) -> None:
         datagram = parse_udp_untrusted(packet.data, ip, verify_checksum=not packet.checksum_start)
         if not service.accepts(UDP, datagram.destination_port):
-            self._refuse(service, packet)
+            self._refuse(service, packet, ip, now)
             return
         ports = datagram.source_port, datagram.destination_port
         index = (service.id, UDP, ip.source, ports[0], ip.destination, ports[1])
@@ -337,9 +339,9 @@ class FlowTable:
         if isinstance(flow, UdpFlow) and icmp.is_port_unreachable(error, ip.version):
             self._close(flow)
 
-    def _refuse(self, service: OfferedService, packet: IpPacket) -> None:
+    def _refuse(self, service: OfferedService, packet: IpPacket, ip: IpHeader, now: float) -> None:
         self.dropped["port_is_not_the_service"] += 1
-        self._answer(service.id, refuse(packet))
+        self._put_error(service.id, ip.source, refuse(packet), now)
 
     def _answer_datagram(self, key: FlowKey, payload: Buffer) -> None:
         if len(payload) > MAX_DATAGRAM:
@@ -350,10 +352,14 @@ class FlowTable:
         for packet in self._datagrams.packets(source, destination, payload, self.packet_size):
             self._answer(key.service_id, packet)
 
+    def _put_error(self, service_id: str, user: bytes, data: Buffer | None, now: float) -> None:
+        if data is None or self._errors.allow(user, now):
+            self._answer(service_id, data)
+        else:
+            self.dropped["error_rate"] += 1
+
     def _answer(self, service_id: str, data: Buffer | None) -> None:
-        if data is None:
-            return
-        if not self._turns.put(service_id, IpPacket(data)):
+        if data is not None and not self._turns.put(service_id, IpPacket(data)):
             self.dropped["answers_full"] += 1
 
     def _user_of(self, source: bytes) -> bytes:

@@ -1,9 +1,11 @@
 """The answer to a packet for a port where there is no service, so that no program waits.
 
 TCP gets a reset, as from a host where nothing listens (RFC 9293 section 3.10.7.1); everything else
-gets an ICMP error that says it is administratively prohibited.
+gets an ICMP error that says it is administratively prohibited. Who makes such answers keeps to a
+rate.
 """
 
+from ztna.core.limits import KeyedLimiter
 from ztna.core.packet.icmp import build_prohibited
 from ztna.core.packet.ip import TCP, parse_ip_untrusted
 from ztna.core.ports import Buffer, IpPacket
@@ -13,6 +15,19 @@ from ztna.core.tcp.segment import (
     segments_to_packets,
 )
 from ztna.errors import RemoteProtocolError
+
+# RFC 4443 section 2.4 (f): the rate of ICMPv6 errors must be limited; RFC 1812 section 4.3.2.8 says
+# so of ICMP. Our choice for each who gets them, a second and at once: as many as SYNs are looked at
+# (`core.flow_shares`), so that no program waits that does what programs do. Resets count as well.
+ERROR_RATE = 256.0
+ERROR_BURST = 1024.0
+# Users whose rate a connector remembers: as many as there may be flows.
+MAX_ERROR_SOURCES = 8192
+
+
+def error_limiter() -> KeyedLimiter:
+    """The rate of each user of a connector, by packed address."""
+    return KeyedLimiter(ERROR_RATE, ERROR_BURST, MAX_ERROR_SOURCES)
 
 
 def refuse(packet: IpPacket) -> Buffer | None:

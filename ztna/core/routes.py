@@ -18,6 +18,7 @@ import attrs
 
 from ztna.core.addresses import packed_pair, source_and_destination
 from ztna.core.encapsulation import ServiceKey, ServiceLabel
+from ztna.core.limits import TokenBucket
 from ztna.core.mss import clamp_mss, mss_limits
 from ztna.core.offload import segment
 from ztna.core.packet import icmp
@@ -32,7 +33,7 @@ from ztna.core.packet.flow import (
 from ztna.core.packet.fragments import fragment
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP
 from ztna.core.ports import Buffer, IpPacket
-from ztna.core.refusal import refuse
+from ztna.core.refusal import ERROR_BURST, ERROR_RATE, refuse
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 
 # Our choice: the flows of a busy desktop several times over; 100 bytes each.
@@ -101,6 +102,7 @@ class RouteTable:
     # RFC 7739 section 3: not to be guessed by others.
     _identification: int = attrs.Factory(lambda: secrets.randbits(32))
     _by_number: dict[int, str] = attrs.Factory(dict)
+    _errors: TokenBucket = attrs.Factory(lambda: TokenBucket(ERROR_RATE, ERROR_BURST))
     _flows: OrderedDict[bytes, ServiceRoute] = attrs.Factory(OrderedDict)
 
     @classmethod
@@ -130,9 +132,10 @@ class RouteTable:
         self._by_number = {label.number: label.id for label in labels.values() if label.number}
 
     def route_outbound(
-        self, packets: Sequence[IpPacket]
+        self, packets: Sequence[IpPacket], now: float
     ) -> tuple[list[tuple[ServiceLabel, IpPacket]], list[IpPacket]]:
-        """Packets of the host -> those to send, each with its service, and answers to the host."""
+        """Packets of the host -> those to send, each with its service, and answers to the host, as
+        many as their rate allows."""
         forward: list[tuple[ServiceLabel, IpPacket]] = []
         answers: list[IpPacket] = []
         for packet in packets:
@@ -153,7 +156,10 @@ class RouteTable:
                 forward += [(label, piece) for piece in self._cut(packet, answers)]
             else:
                 forward.append((label, self._clamp(packet, data)))
-        return forward, answers
+        within = [answer for answer in answers if self._errors.take(now)]
+        if len(within) < len(answers):
+            self.dropped["error_rate"] += len(answers) - len(within)
+        return forward, within
 
     def route_inbound(self, packets: Sequence[tuple[ServiceKey, IpPacket]]) -> list[IpPacket]:
         """Packets of the session -> those that the host may see."""

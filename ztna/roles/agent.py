@@ -303,7 +303,7 @@ class _Agent:
         """The host's packets, batch by batch."""
         while True:
             packets = await self.tun.receive()
-            forward, answers = self.routes.route_outbound(packets)
+            forward, answers = self.routes.route_outbound(packets, trio.current_time())
             if answers:
                 self.tun.send_nowait(answers)
             await self._send(forward)
