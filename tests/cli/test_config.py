@@ -31,7 +31,10 @@ def test_agent_in_words(tmp_path: Path) -> None:
         "  connects to relay.example.net:4433, whose certificate must be for r.example.net",
         f"  shows the certificate {tmp_path}/n.crt with the key /k/n.key",
         f"  trusts the CA {tmp_path}/ca.crt",
-        "  uses a free tunnel interface, MTU 1280 bytes, address given by the intermediate",
+        (
+            "  uses a free tunnel interface, MTU 1280 bytes, address given by the intermediate, "
+            "in 10.100.64.0/18"
+        ),
         "  routes 10.100.0.0/24 into the tunnel",
         "  reaches:",
         "    echo-service at 10.100.0.1, UDP, port 9999",
@@ -150,7 +153,7 @@ def test_role_is_guessed_from_the_keys(role: Role) -> None:
     [
         ({"services": [5, {"backend": "a:1"}]}, Role.CONNECTOR),
         ({"services": 5}, Role.AGENT),
-        ({"tunnel_range": 5}, Role.INTERMEDIATE),
+        ({"plain_relay": 5}, Role.INTERMEDIATE),
     ],
 )
 def test_role_is_guessed_from_little(value: Any, role: Role) -> None:

@@ -33,13 +33,13 @@ def test_environment_replaces_the_file() -> None:
             "ZTNA_INTERMEDIATE_PORT": "443",
             "ZTNA_TUN_MTU": "1400",
             "ZTNA_TUN_ADDRESS": "10.9.0.1",
-            "ZTNA_SERVICE_RANGE": "10.100.0.0/16",
+            "ZTNA_SERVICE_RANGE": "10.100.0.0/19",
             "ZTNA_UNRELATED": "x",
         }
     )
     assert (config.intermediate.host, config.intermediate.port) == ("other.example.net", 443)
     assert (config.tun.mtu, str(config.tun.address)) == (1400, "10.9.0.1")
-    assert str(config.service_range) == "10.100.0.0/16"
+    assert str(config.service_range) == "10.100.0.0/19"
 
 
 @pytest.mark.parametrize(

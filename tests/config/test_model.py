@@ -352,6 +352,12 @@ BROKEN: list[tuple[Role, Callable[[Any], Any], str, str]] = [
         "$.tunnel_range",
         "10.100.0.0/16 overlaps service_range 10.100.0.0/24; the two must be apart",
     ),
+    (
+        A,
+        put("tunnel_range", "10.100.0.0/25"),
+        "$.tunnel_range",
+        "10.100.0.0/25 overlaps service_range 10.100.0.0/24; the two must be apart",
+    ),
     (I, put("policy", {}), "$.policy", "an object of 0 keys is wrong; expected a list: [...]"),
     (I, put("policy", 0, "who", "laptop"), "$.policy[0].who", WHO_WORDS),
     (I, put("policy", 0, "who", "intermediate/a"), "$.policy[0].who", WHO_WORDS),

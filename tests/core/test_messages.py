@@ -39,6 +39,7 @@ from ztna.core.messages import (
     ServiceNumber,
     Unavailable,
     encode_message,
+    open_session,
     parse_message_untrusted,
     service_entry_size,
 )
@@ -462,3 +463,29 @@ def test_garbage_stream(pieces: list[bytes]) -> None:
     with contextlib.suppress(RemoteProtocolError):
         for piece in pieces:
             list(reader.receive_bytes_untrusted(piece))
+
+
+def test_open_session_names_as_many_known_sessions_as_fit() -> None:
+    services = tuple(f"service-{n:055}" for n in range(256))
+    known = [
+        KnownSession(f"{n:016x}", f"spiffe://{'x' * 255}/connector/{n:063}") for n in range(256)
+    ]
+    message = open_session(services, known)
+    assert 100 < len(message.sessions) < len(known)
+    assert message.sessions == tuple(known[: len(message.sessions)])
+    frame = encode_message(message)
+    assert len(frame) > MAX_FRAME - 500, "little room is left"
+    assert open_session(("echo",), known[:50]) == OpenSession(("echo",), tuple(known[:50]))
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::1", "fe80::1%eth0"])
+def test_addresses_that_are_some(host: str) -> None:
+    assert HostPort(host, 1).host == host
+
+
+@pytest.mark.parametrize("host", ["", "relay", "203.0.113.7:1", "[::1]", "::1%" + "z" * 60])
+def test_addresses_that_are_none(host: str) -> None:
+    fields = {"type": "RelayChannel", "session": "0" * 16, "channel": "0" * 16, "peer": "x"}
+    body = json.dumps({**fields, "services": [], "observed": host}).encode()
+    with pytest.raises(RemoteProtocolError, match="malformed RelayChannel"):
+        parse_message_untrusted(body)

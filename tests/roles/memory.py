@@ -33,12 +33,13 @@ from ztna.config.model import (
     IntermediateAddress,
     IntermediateConfig,
 )
+from ztna.core.addresses import DEFAULT_TUNNEL_RANGE
 from ztna.core.http_connect import Proxy
 from ztna.core.policy import PolicyRule
 from ztna.core.policy_document import SignedDocument
 from ztna.core.ports import Address, IpPacket, UdpBatch, UdpPort
 from ztna.core.stun_server import LocalEnd, StunServer
-from ztna.errors import ZtnaError
+from ztna.errors import SystemSetupError, ZtnaError
 from ztna.nat.link import LinkSpec, MemoryHost, MemoryNetwork, MemoryUdpPort
 from ztna.nat.memory_lab import MemoryLabHost
 from ztna.net.aioquic_private.mutual_tls import utc_now
@@ -198,6 +199,7 @@ class World:
     relay_name: as what the clients know the intermediate. second_hosts: the other addresses of
     those machines that have one of each IP version, by name; the relay's is `intermediate`.
     signed: the signed policy of the intermediate, in place of `policy`; policy_keys opens it.
+    tunnel_range: in the agents' files.
     """
 
     deployment: Deployment
@@ -224,6 +226,7 @@ class World:
     answers: dict[str, Answer] = attrs.Factory(dict)
     relay_name: str = RELAY
     second_hosts: dict[str, MemoryHost] = attrs.Factory(dict)
+    tunnel_range: ipaddress.IPv4Network = DEFAULT_TUNNEL_RANGE
 
     @asynccontextmanager
     async def client_port(
@@ -378,6 +381,7 @@ class World:
             tuple(services),
             plain_relay=self.plain,
             direct=DirectConfig(enabled=self.direct),
+            tunnel_range=self.tunnel_range,
         )
         credentials = credentials or make_agent(self.deployment.ca, self.deployment.now, name)
         self.hosts[name] = self.hosts.get(name) or self.network.host(address)
@@ -388,6 +392,8 @@ class World:
 
         @asynccontextmanager
         async def configure(address: ipaddress.IPv4Address) -> AsyncIterator[None]:
+            if address in host.occupied:
+                raise SystemSetupError(host.occupied[address])
             host.address = address
             host.configured.set()
             yield
@@ -487,11 +493,15 @@ class World:
 
 @attrs.define(eq=False)
 class AgentHost:
-    """A user's machine: its side of the TUN, and who asks the agent what it sees."""
+    """A user's machine: its side of the TUN, and who asks the agent what it sees.
+
+    occupied: tunnel addresses that it cannot take, and why.
+    """
 
     tun: MemoryTun
     address: ipaddress.IPv4Address = attrs.Factory(lambda: ipaddress.IPv4Address(0))
     configured: trio.Event = attrs.Factory(trio.Event)
+    occupied: dict[ipaddress.IPv4Address, str] = attrs.Factory(dict)
     answer: Answer | None = None
     served: trio.Event = attrs.Factory(trio.Event)
 

@@ -33,7 +33,7 @@ from ztna.errors import UsageError
 
 _ROLES = click.Choice([role.value for role in Role])
 _INTERMEDIATE_KEYS = frozenset(
-    ("bind", "port", "external_ip", "policy", "policy_file", "tunnel_range", "plain_relay", "stun")
+    ("bind", "port", "external_ip", "policy", "policy_file", "plain_relay", "stun")
 )
 
 
@@ -130,7 +130,7 @@ def _describe_ways_in(config: AgentConfig) -> Iterator[str]:
             yield f"  listens on {format_host_port(config.socks)} as a SOCKS5 proxy"
         return
     name = "a free tunnel interface" if tun.name == "utun" else f"tunnel interface {tun.name}"
-    address = tun.address or "given by the intermediate"
+    address = tun.address or f"given by the intermediate, in {config.tunnel_range}"
     yield f"  uses {name}, MTU {tun.mtu} bytes, address {address}"
     yield f"  routes {config.service_range} into the tunnel"
 

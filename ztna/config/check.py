@@ -28,9 +28,7 @@ def check_config(config: AnyConfig) -> list[Problem]:
         problems += _check_policy(config.policy)
         problems += _check_policy_file(config)
         problems += check_stun(config.stun, config.bind, config.port)
-        if config.service_range.overlaps(config.tunnel_range):
-            text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
-            problems.append(Problem(("tunnel_range",), f"{text}; the two must be apart"))
+        problems += _check_ranges(config)
         if (address := config.external_ip) and (address.is_unspecified or address.is_multicast):
             text = f"{address} is no address of a node; give the one that clients reach, or none"
             problems.append(Problem(("external_ip",), text))
@@ -49,11 +47,18 @@ def check_config(config: AnyConfig) -> list[Problem]:
         if config.tun.name != NO_TUN and has_local_ports:
             text = '"forwards" and "socks" stand in for a tunnel interface'
             problems.append(Problem(("tun", "name"), f'{text}; set "none" (--tun none)'))
+        problems += _check_ranges(config)
         address4 = config.tun.address
         if address4 is not None and address4 in config.service_range:
             text = f"{address4} lies in service_range {config.service_range}"
             problems.append(Problem(("tun", "address"), f"{text}; take one outside of it"))
     return problems
+
+
+def _check_ranges(config: AgentConfig | IntermediateConfig) -> Iterator[Problem]:
+    if config.service_range.overlaps(config.tunnel_range):
+        text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
+        yield Problem(("tunnel_range",), f"{text}; the two must be apart")
 
 
 def _check_renew(renew: RenewConfig | None) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ into these classes; `ztna.config.check` then judges what concerns several keys.
 
 import os
 from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import attrs
@@ -35,6 +35,7 @@ from ztna.config.values import (
     ServiceId,
     Transports,
 )
+from ztna.core.addresses import DEFAULT_SERVICE_RANGE, DEFAULT_TUNNEL_RANGE
 from ztna.core.identity import Role
 from ztna.core.policy import PolicyRule
 
@@ -42,9 +43,6 @@ SYSTEM_FOLDER = Path("/etc/ztna")
 DEFAULT_PORT = 4433
 DEFAULT_P2P_PORT = 4434
 NO_TUN = "none"
-# docs/protocol.md section 2.
-DEFAULT_SERVICE_RANGE = IPv4Network("10.100.0.0/24")
-DEFAULT_TUNNEL_RANGE = IPv4Network("10.100.64.0/18")
 
 
 def default_state_dir() -> Path:
@@ -181,6 +179,10 @@ class AgentConfig:
             "The range of all services' virtual addresses; all of it is routed into the tunnel."
         ),
         default=DEFAULT_SERVICE_RANGE,
+    )
+    tunnel_range: Ipv4Range = attrs.field(
+        metadata=means("No tunnel address outside is taken; as in the intermediate's file."),
+        default=DEFAULT_TUNNEL_RANGE,
     )
     forwards: tuple[ForwardValue, ...] = attrs.field(
         metadata=means(

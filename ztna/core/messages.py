@@ -5,9 +5,10 @@ of the classes here. Unknown types and fields are ignored, so that versions can 
 malformed raises RemoteProtocolError, which ends the session.
 """
 
+import ipaddress
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
 import attrs
@@ -19,11 +20,21 @@ from ztna.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_FRAME = 65_536
 _LENGTH_SIZE = 4
+# INET6_ADDRSTRLEN, and a zone of IFNAMSIZ.
+_MAX_ADDRESS = 46 + 16
 
 
 def _between(low: int, high: int) -> Any:
     """A validator for numbers that go into a field of the wire."""
     return attrs.validators.and_(attrs.validators.ge(low), attrs.validators.le(high))
+
+
+def _is_address(_instance: Any, _attribute: Any, text: str) -> None:
+    """A validator for IP addresses in text, some with an IPv6 zone (RFC 4007 section 11.2). Raises
+    ValueError."""
+    if len(text) > _MAX_ADDRESS:
+        raise ValueError("too long for an IP address")
+    ipaddress.ip_address(text)
 
 
 _HEX64 = attrs.validators.matches_re(r"[0-9a-f]{16}")
@@ -44,7 +55,7 @@ class Hello:
 class HostPort:
     """An address as a JSON object."""
 
-    host: str
+    host: str = attrs.field(validator=_is_address)
     port: int = attrs.field(validator=_between(0, 0xFFFF))
 
 
@@ -132,7 +143,9 @@ class RelayChannel:
     services: tuple[str, ...]
     tunnel_address: str | None = None
     tunnel_address6: str | None = None
-    observed: str | None = None
+    observed: str | None = attrs.field(
+        default=None, validator=attrs.validators.optional(_is_address)
+    )
 
 
 @attrs.frozen
@@ -254,13 +267,30 @@ for _kind in (int, str, float, bool):
 _converter.register_structure_hook_func(_is_tuple, _strict_list)
 
 
+def _compact(fields: object) -> str:
+    return json.dumps(fields, separators=(",", ":"))
+
+
 def encode_message(message: Message) -> bytes:
     """One frame, length included. Raises LocalProtocolError when it is larger than a frame."""
     fields = _converter.unstructure(message)
-    body = json.dumps({"type": type(message).__name__, **fields}, separators=(",", ":")).encode()
+    body = _compact({"type": type(message).__name__, **fields}).encode()
     if len(body) > MAX_FRAME:
         raise LocalProtocolError(f"{type(message).__name__} of {len(body)} bytes; 65,536 fit")
     return len(body).to_bytes(_LENGTH_SIZE, "big") + body
+
+
+def open_session(services: tuple[str, ...], known: Iterable[KnownSession]) -> OpenSession:
+    """OpenSession with as many of the known sessions, the first ones, as fit into a frame. Those
+    that are left out get other ids, and go on."""
+    room = MAX_FRAME + _LENGTH_SIZE - len(encode_message(OpenSession(services)))
+    fit: list[KnownSession] = []
+    for each in known:
+        room -= len(_compact(_converter.unstructure(each))) + len(",")
+        if room < 0:
+            break
+        fit.append(each)
+    return OpenSession(services, tuple(fit))
 
 
 def service_entry_size(service_id: str) -> int:

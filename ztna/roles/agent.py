@@ -15,22 +15,18 @@ import structlog
 import trio
 
 from ztna.config.model import AgentConfig, AgentService
-from ztna.core.addresses import (
-    DEFAULT_TUNNEL_RANGE,
-    packed_pair,
-    twin,
-)
+from ztna.core.addresses import packed_pair, twin
 from ztna.core.allocation import allocate
 from ztna.core.coalesce import coalesce
 from ztna.core.encapsulation import ServiceKey, ServiceLabel
 from ztna.core.identity import Identity, Role
 from ztna.core.messages import Message
 from ztna.core.mss import mss_limits
-from ztna.core.packet.ip import TCP, UDP
 from ztna.core.ports import IpPacket, TunDevice, UdpPort
 from ztna.core.routes import RouteTable, ServiceRoute
 from ztna.core.waiting import WaitingPackets
-from ztna.errors import SessionClosedError
+from ztna.errors import RemoteProtocolError, SessionClosedError, SystemSetupError
+from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
 from ztna.net.knock import Knock, knock
 from ztna.net.session import Session
@@ -44,7 +40,7 @@ from ztna.roles.control_client import ControlLink
 from ztna.roles.control_keeper import ControlKeeper
 from ztna.roles.echoes import EchoBook
 from ztna.roles.gathering import MapPort, OpenPort
-from ztna.roles.granted import Granted, grant
+from ztna.roles.granted import Granted, grant, routes_of
 from ztna.roles.local import Serve
 from ztna.roles.peer_link import PeerLink
 from ztna.roles.punching import open_puncher
@@ -57,8 +53,6 @@ from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
 
 log = structlog.get_logger(__name__)
-
-PROTOCOLS = {"tcp": TCP, "udp": UDP}
 
 # DATAGRAMs that one reading of the TUN may give: four super-packets and more.
 LEAST_ROOM = 512
@@ -98,7 +92,7 @@ async def run_agent(
     this one.
     serve: answers those who ask what this agent sees. check_route, knock: see `Seen`.
     """
-    fallback = config.tun.address or allocate(credentials.identity, DEFAULT_TUNNEL_RANGE, ())
+    fallback = config.tun.address or allocate(credentials.identity, config.tunnel_range, ())
     routes = RouteTable.of(())
     # No service may have the network's own address.
     routes.hop_addresses = packed_pair(config.service_range.network_address)
@@ -161,6 +155,7 @@ class _Agent:
 
     granted: what the file and the signed policy give together. peers: carry the packets, unless
     the file has plain_relay, which sends them through the control session.
+    address_given: whether the intermediate gave it; else it is `fallback_address`.
     """
 
     tun: TunDevice
@@ -173,15 +168,22 @@ class _Agent:
     granted: Granted[AgentService] = attrs.Factory(lambda: Granted[AgentService](()))
     peers: AgentPeers | None = None
     address: ipaddress.IPv4Address | None = None
+    address_given: bool = False
     link: ControlLink | None = None
     echoes: EchoBook = attrs.Factory(EchoBook)
     waiting: WaitingPackets = attrs.Factory(WaitingPackets)
     _changed: trio.Event = attrs.Factory(trio.Event)
 
     def session_up(self, link: ControlLink) -> None:
+        given, allowed = link.tunnel_address, self.config.tunnel_range
+        if given is not None and given not in allowed:
+            raise RemoteProtocolError(
+                f"the intermediate gives {given} as our tunnel address, outside of {allowed}; if "
+                "that is its tunnel_range, set tunnel_range in this agent's file to it"
+            )
         self.link = link
         link.set_services(self.granted.ids)
-        self.address = link.tunnel_address or self.fallback_address
+        self.address, self.address_given = given or self.fallback_address, given is not None
         self.routes.set_addresses([self.address])
         if self.peers is None:
             largest = link.encapsulator.largest_packet(self.granted.ids)
@@ -336,21 +338,43 @@ class _Agent:
         return batches
 
     async def configure_tun(self, configure: Configure) -> None:
-        """Keep the interface's address the one that the intermediate gave last. A new one is there
-        before the old one leaves: without any, the interface would lose its routes."""
-        used, address = AsyncExitStack(), None
+        """Keep the interface's address the one that the intermediate gave last, of those that this
+        machine takes. A new one is there before the old one leaves: without any, the interface
+        would lose its routes."""
+        used, kept = AsyncExitStack(), None
         try:
             while True:
-                while self.address is None or self.address == address:
+                while self.address is None or self.address == kept:
                     await self._changed.wait()
                 address = self.address
                 async with AsyncExitStack() as given:
-                    await given.enter_async_context(configure(address))
+                    try:
+                        await given.enter_async_context(configure(address))
+                    except SystemSetupError as error:
+                        self._give_back(address, kept, error)
+                        continue
                     log.info("tunnel configured", address=str(address), address6=str(twin(address)))
                     await used.aclose()
-                    used = given.pop_all()
+                    used, kept = given.pop_all(), address
         finally:
             await used.aclose()
+
+    def _give_back(
+        self,
+        address: ipaddress.IPv4Address,
+        kept: ipaddress.IPv4Address | None,
+        error: SystemSetupError,
+    ) -> None:
+        """This machine cannot take an address. What an intermediate has chosen ends its session,
+        and not the agent; raises the error where it was our own choice."""
+        if not self.address_given:
+            raise error
+        log.error("tunnel not configured", address=str(address), reason=str(error))
+        if self.address == address:
+            self.address = kept
+            if self.link is not None:
+                words = f"this machine cannot take the tunnel address {address}: {error}"
+                self.link.session.close(CloseCode.GOODBYE, words)
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, trio.Event()
@@ -364,17 +388,3 @@ async def _wait_room(session: Session) -> None:
         return
     with trio.move_on_after(ROOM_PATIENCE), suppress(SessionClosedError):
         await session.wait_datagram_room()
-
-
-def routes_of(services: Sequence[AgentService]) -> list[ServiceRoute]:
-    """Of those whose address is known: without one nothing can be sent to it."""
-    return [
-        ServiceRoute(
-            service.id,
-            service.virtual_ip,
-            frozenset(service.port),
-            frozenset(PROTOCOLS[name] for name in service.protocol),
-        )
-        for service in services
-        if service.virtual_ip is not None
-    ]

@@ -25,11 +25,11 @@ from ztna.core.messages import (
     Hello,
     KnownSession,
     Message,
-    OpenSession,
     RelayChannel,
     ServiceMap,
     Unavailable,
     encode_message,
+    open_session,
 )
 from ztna.core.policy import Decision
 from ztna.core.ports import Address
@@ -44,7 +44,7 @@ from ztna.roles.agent_peer import Peer, PeerHandler
 from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.inner_relay import InnerRelay
-from ztna.roles.judged_sessions import judge_session
+from ztna.roles.judged_sessions import check_domain_untrusted, judge_session
 from ztna.roles.peer_link import (
     PACKET_FEATURES,
     PEER_SETTINGS,
@@ -143,10 +143,10 @@ class AgentPeers:
             return
         self._services = tuple(service_ids)
         self.unavailable = {k: v for k, v in self.unavailable.items() if k in self._services}
-        known = tuple(
-            KnownSession(peer.session_id, peer.identity.uri) for peer in self._peers.values()
-        )
-        self._control.session.send_control(encode_message(OpenSession(self._services, known)))
+        # What carries packets comes first.
+        peers = sorted(self._peers.values(), key=lambda peer: peer.link is None)
+        known = (KnownSession(peer.session_id, peer.identity.uri) for peer in peers)
+        self._control.session.send_control(encode_message(open_session(self._services, known)))
 
     def judge_again(self, service_ids: Sequence[str]) -> None:
         """Want these services, and believe of each connector no more than it may now provide."""
@@ -214,6 +214,7 @@ class AgentPeers:
         identity = Identity.parse_untrusted(message.peer)
         if identity.role is not Role.CONNECTOR:
             raise RemoteProtocolError(f"a peer session with {identity}, which is no connector")
+        check_domain_untrusted(identity, self.credentials)
         peer = self._peers.get(identity)
         if peer is None:
             if len(self._peers) >= MAX_PEERS:

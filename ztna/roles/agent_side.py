@@ -164,5 +164,5 @@ def packed_untrusted(address4: str | None, address6: str | None) -> frozenset[by
             *([] if address6 is None else [ipaddress.IPv6Address(address6).packed]),
         ]
     except ValueError as error:
-        raise RemoteProtocolError(f"malformed tunnel address: {error}") from error
+        raise RemoteProtocolError(f"malformed tunnel address: {error!s:.120}") from error
     return frozenset(packed)

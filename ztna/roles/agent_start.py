@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from ztna.config.model import NO_TUN, AgentConfig
-from ztna.core.addresses import DEFAULT_TUNNEL_RANGE, TWIN_PREFIX, twin, twin_network
+from ztna.core.addresses import TWIN_PREFIX, twin, twin_network
 from ztna.core.identity import Role
 from ztna.net.aioquic_private.mutual_tls import utc_now
 from ztna.net.keyed_ids import OUR_IDS
@@ -15,7 +15,8 @@ from ztna.net.port_mapping import open_port_mapping
 from ztna.net.stream_dialer import StreamDialer
 from ztna.net.stream_port import open_stream_port
 from ztna.net.udp import open_client_port, open_udp_port
-from ztna.roles.agent import routes_of, run_agent
+from ztna.roles.agent import run_agent
+from ztna.roles.granted import routes_of
 from ztna.roles.local import status_server
 from ztna.roles.local_ports import open_local_ports
 from ztna.roles.proxies import look_up, proxy_towards
@@ -41,7 +42,7 @@ async def run_agent_from_config(
     await repair(config.state_dir)
     proxy = proxy_towards(config.intermediate, os.environ)
     for outside in await look_up(config.intermediate, proxy):
-        check_outside(outside, [config.service_range, DEFAULT_TUNNEL_RANGE, TWIN_PREFIX])
+        check_outside(outside, [config.service_range, config.tunnel_range, TWIN_PREFIX])
     async with AsyncExitStack() as stack:
         udp = await stack.enter_async_context(open_client_port(0, sorted_by=OUR_IDS))
         port = await stack.enter_async_context(open_stream_port(udp))

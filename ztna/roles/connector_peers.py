@@ -43,7 +43,7 @@ from ztna.roles.control_client import ControlLink
 from ztna.roles.expiry import close_when_expired
 from ztna.roles.health import HealthDesk
 from ztna.roles.inner_relay import InnerRelay
-from ztna.roles.judged_sessions import judge_session
+from ztna.roles.judged_sessions import check_domain_untrusted, judge_session
 from ztna.roles.peer_link import VERSION, PeerLink, agreed_features, new_link
 from ztna.roles.punching import Puncher
 
@@ -177,6 +177,7 @@ class ConnectorPeers:
         identity = Identity.parse_untrusted(message.peer)
         if identity.role is not Role.AGENT:
             raise RemoteProtocolError(f"a peer session with {identity}, which is no agent")
+        check_domain_untrusted(identity, self.credentials)
         side = self._agents.get(identity) or self._new_side(identity)
         if side is None:
             self.refused_agents += 1

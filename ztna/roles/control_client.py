@@ -40,7 +40,7 @@ from ztna.core.messages import (
 from ztna.core.ports import IpPacket
 from ztna.core.registration import Registrar, RegistrationEvent, RegistrationState
 from ztna.core.wire import FEATURES, Feature
-from ztna.errors import RemoteProtocolError, SessionClosedError, UnreachableError
+from ztna.errors import CONTAINED, RemoteProtocolError, SessionClosedError, UnreachableError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 from ztna.roles.expiry import close_when_expired
@@ -69,7 +69,8 @@ class PacketHandler(Protocol):
     """What a role does with its control session."""
 
     def session_up(self, link: "ControlLink") -> None:
-        """The session is up; services follow one by one."""
+        """The session is up; services follow one by one. Raises RemoteProtocolError where what was
+        accepted will not do: then it is not."""
 
     def services_changed(self, link: "ControlLink") -> None:
         """A registration was answered, or service numbers came."""
@@ -186,6 +187,12 @@ async def run_control_session(
     except* SessionClosedError:
         if not link.up.is_set():
             raise
+    except* (UnreachableError, RemoteProtocolError):
+        raise
+    except* CONTAINED:
+        # A bug that an intermediate can reach must not end the role.
+        log.exception("internal error in the control session")
+        session.close(CloseCode.GOODBYE, "internal error; its log has the trace")
     finally:
         session.close(CloseCode.GOODBYE, "" if link.up.is_set() else "not accepted")
         if link.up.is_set():
@@ -284,7 +291,7 @@ def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
         server_time = datetime.datetime.fromisoformat(accepted.time)
         offset = server_time - datetime.datetime.now(datetime.UTC)
     except (ValueError, TypeError, OverflowError) as error:
-        raise RemoteProtocolError(f"malformed Accepted: {error}") from error
+        raise RemoteProtocolError(f"malformed Accepted: {error!s:.120}") from error
     if abs(offset) > CLOCK_TOLERANCE:
         log.warning("clocks differ; certificates may fail", seconds=int(offset.total_seconds()))
     link.accepted = accepted
@@ -293,7 +300,10 @@ def _receive_accepted_untrusted(link: ControlLink, accepted: Accepted) -> None:
     }
     over_udp = not is_virtual(link.session.remote_address)  # else: that of a TCP connection
     if accepted.observed_address is not None and over_udp:
-        link.observed_address = (accepted.observed_address.host, accepted.observed_address.port)
+        host = ipaddress.ip_address(accepted.observed_address.host)
+        # As `OBSERVED_ADDRESS` would say it: a zone means something to the intermediate alone.
+        bare = ipaddress.ip_address(host.packed)
+        link.observed_address = (str(bare), accepted.observed_address.port)
 
 
 def _receive_datagrams(link: ControlLink, handler: PacketHandler, messages: list[bytes]) -> None:

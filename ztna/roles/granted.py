@@ -16,14 +16,17 @@ import structlog
 from ztna.config.model import AgentService, ConnectorService
 from ztna.config.values import Transport
 from ztna.core.identity import Identity
+from ztna.core.packet.ip import TCP, UDP
 from ztna.core.policy import Decision
 from ztna.core.policy_document import PolicyService
+from ztna.core.routes import ServiceRoute
 from ztna.roles.signed_policy import SignedPolicy
 
 log = structlog.get_logger(__name__)
 
 S = TypeVar("S", AgentService, ConnectorService)
 Judge = Callable[[Identity, str], Decision]
+_NUMBERS = {"tcp": TCP, "udp": UDP}
 _TRANSPORTS: tuple[Transport, ...] = ("tcp", "udp")
 
 
@@ -113,3 +116,17 @@ def _ends(network: ipaddress.IPv4Network) -> tuple[ipaddress.IPv4Address, ...]:
 
 def _list(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
+
+
+def routes_of(services: Sequence[AgentService]) -> list[ServiceRoute]:
+    """Of those whose address is known: without one nothing can be sent to it."""
+    return [
+        ServiceRoute(
+            service.id,
+            service.virtual_ip,
+            frozenset(service.port),
+            frozenset(_NUMBERS[name] for name in service.protocol),
+        )
+        for service in services
+        if service.virtual_ip is not None
+    ]

@@ -1,10 +1,12 @@
-"""Sessions of a client are judged again when its files are others: whoever would not get a session
-now keeps none."""
+"""Whom a client has sessions with, by its own files: nobody of another trust domain; and when the
+files are others, sessions are judged again, and whoever would get none now keeps none."""
 
 import datetime
 
 import structlog
 
+from ztna.core.identity import Identity
+from ztna.errors import RemoteProtocolError
 from ztna.net.closing import CloseCode
 from ztna.net.session import Session
 from ztna.net.tls import PeerRefusedError, PeerSide, judge_again
@@ -34,3 +36,13 @@ def judge_session(
         session.close(CloseCode.EXPIRED, str(error))
         return False
     return True
+
+
+def check_domain_untrusted(named: Identity, own: Credentials) -> None:
+    """A peer that the intermediate names; its certificate would be refused later anyway. Raises
+    RemoteProtocolError."""
+    if named.trust_domain != own.identity.trust_domain:
+        raise RemoteProtocolError(
+            f"a peer session with {named.uri[:80]}, of another trust domain than "
+            f"{own.identity.trust_domain}"
+        )

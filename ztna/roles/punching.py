@@ -72,9 +72,10 @@ def open_puncher(
     """By an operator's file; None where direct paths are switched off. Nothing that goes into the
     tunnel is a candidate. map_port: asks the gateway, if the file lets it."""
     direct, services, server = config.direct, config.service_range, config.intermediate
+    tunnels = config.tunnel_range if isinstance(config, AgentConfig) else DEFAULT_TUNNEL_RANGE
     if not direct.enabled:
         return None
-    ranges = (services, twin_network(services), DEFAULT_TUNNEL_RANGE, TWIN_PREFIX)
+    ranges = (services, twin_network(services), tunnels, TWIN_PREFIX)
     rules = CandidateRules(ranges, direct.private_prefixes)
     settings = IceSettings(rules, BirthdayBudget(enabled=direct.birthday), direct.predict)
     map_port = map_port if direct.port_mapping else None
