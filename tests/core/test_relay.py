@@ -242,6 +242,16 @@ def test_silence_while_a_newer_session_of_the_connector_registers() -> None:
     assert found.send("laptop", short(WEB, OUT)).keys() == {"laptop"}, "it did not come back"
 
 
+def test_errors_to_an_agent_have_a_rate() -> None:
+    """RFC 4443 section 2.4 (f); each session has its own."""
+    found = lab()
+    message = short(SSH, udp(LAPTOP, SSH_IP))
+    answered = [found.send("laptop", message, now=0.0) != {} for _ in range(1030)]
+    assert answered == [True] * 1024 + [False] * 6
+    assert found.dropped == {"no_connector": 1030, "error_rate": 6}
+    assert found.send("laptop", message, now=0.5) != {}
+
+
 def test_one_unreachable_a_batch_and_none_about_errors() -> None:
     found = lab()
     packet = udp(LAPTOP, SSH_IP)

@@ -26,6 +26,7 @@ from ztna.core.offload import SliceJoiner
 from ztna.core.packet.icmp import build_unreachable
 from ztna.core.ports import IpPacket
 from ztna.core.reassembly import MessageReassembler
+from ztna.core.refusal import ERROR_BURST, ERROR_RATE
 from ztna.core.registry import MAX_DESTINATIONS, AgentRoute, Client, Registry
 from ztna.core.wire import Feature
 from ztna.errors import RemoteProtocolError
@@ -45,13 +46,15 @@ UNKNOWN_SERVICE_BURST = 1024.0
 
 @attrs.define
 class _Leg:
-    """What the relay keeps for one client. strays: datagrams for services that it does not hold."""
+    """What the relay keeps for one client. strays: datagrams for services that it does not hold.
+    errors: ICMP errors to it."""
 
     encapsulator: Encapsulator
     fragments: MessageReassembler = attrs.Factory(MessageReassembler)
     strays: TokenBucket = attrs.Factory(
         lambda: TokenBucket(UNKNOWN_SERVICE_RATE, UNKNOWN_SERVICE_BURST)
     )
+    errors: TokenBucket = attrs.Factory(lambda: TokenBucket(ERROR_RATE, ERROR_BURST))
 
     def dropped(self) -> dict[str, int]:
         return {
@@ -357,8 +360,10 @@ class Relay:
             return "connector_begins_anew"
         if provider is None:
             answer = build_unreachable(packet, source=destination)
-            if answer is not None:
+            if answer is not None and self._legs[client.key].errors.take(batch.now):
                 self._add_packet(batch, client, label, answer)
+            elif answer is not None:
+                self.dropped["error_rate"] += 1
             return "no_connector"
         # Several services behind one seed connector: only 0x2F tells them apart.
         bare = not provider.speaks_control and len(provider.provides) == 1
