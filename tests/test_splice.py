@@ -20,7 +20,10 @@ from tests.roles.user_host import UserTcp
 from ztna.backend import terminator
 from ztna.backend.sockets import SocketDialer
 from ztna.backend.tcp import UNREAD_TIME
-from ztna.core.tcp.state import Closed, Reset
+from ztna.core.flow import TcpFlow
+from ztna.core.packet.tcp import TcpFlags
+from ztna.core.tcp.segment import TcpSegment, segments_to_packets
+from ztna.core.tcp.state import Closed, Reset, TcpState
 from ztna.splice import PATIENCE, Splice
 
 Stream = trio.abc.HalfCloseableStream
@@ -339,3 +342,40 @@ async def test_applications_that_never_read_the_rest_are_few(
         await trio.sleep(UNREAD_TIME)
         assert drivers() == 0
         assert not bench.terminator._draining
+
+
+@pytest.mark.parametrize("resets", [True, False])
+async def test_reset_of_a_user_who_has_all(*, resets: bool, autojump_clock: MockClock) -> None:
+    """Both ends have finished, and a slow application has not read yet what we acknowledged."""
+    received = bytearray()
+    ends = []
+
+    async def slow(stream: Stream) -> None:
+        await stream.send_eof()
+        while data := await stream.receive_some(10_000):
+            received.extend(data)
+            await trio.sleep(0.05)
+        ends.append("in order")
+
+    async with open_memory_bench(streams={BACKEND: slow}) as bench:
+        user = await bench.user.connect(SERVICE_IP)
+        await trio.sleep(1)
+        await send_and_finish(user, 600_000)
+        await trio.sleep(0.5)
+        (flow,) = bench.terminator.table._flows.values()
+        assert isinstance(flow, TcpFlow)
+        assert flow.connection.state is TcpState.TIME_WAIT
+        assert flow.connection.readable > 400_000
+        if resets:
+            receiver = flow.connection._block.receiver
+            (packet,) = segments_to_packets(
+                [TcpSegment(receiver.wire(receiver.next), 0, TcpFlags.RST, 0)],
+                source=flow.key.source,
+                destination=flow.key.destination,
+                source_port=flow.key.source_port,
+                destination_port=flow.key.destination_port,
+            )
+            bench.terminator.receive_packets([("app", packet)])
+            assert flow.connection.closed
+        await trio.sleep(60)
+        assert (len(received), ends) == (600_000, ["in order"])
