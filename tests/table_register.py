@@ -54,7 +54,8 @@ TABLES = {
     "ztna.core.inner_channels:InnerChannels._asking": SESSIONS,
     "ztna.core.limits:KeyedLimiter._buckets": (
         "ztna.core.limits:MAX_SOURCES ztna.core.flow_shares:MAX_SYN_SOURCES "
-        "ztna.roles.served:MAX_ARRIVALS ztna.core.refusal:MAX_ERROR_SOURCES"
+        "ztna.roles.served:MAX_ARRIVALS ztna.core.refusal:MAX_ERROR_SOURCES "
+        "ztna.core.ice.stun_gate:MAX_PROVEN"
     ),
     "ztna.core.messages:FrameReader._buffer": "ztna.core.messages:MAX_FRAME",
     "ztna.core.mtuprobe:MtuProber._requests": "probes that this node sent",

@@ -14,11 +14,12 @@ from tests.roles.memory import ECHO_IP
 from tests.roles.user_host import UserHost
 from ztna.config.model import AgentService
 from ztna.core.ice.paths import MAX_PATHS
+from ztna.core.ice.stun_gate import STUN_BURST
+from ztna.core.limits import TokenBucket
 from ztna.core.policy import PolicyRule
 from ztna.core.ports import UdpBatch
 from ztna.core.stun.messages import MessageClass, StunMessage, build_stun_message
 from ztna.nat.spec import OPEN, PORT_RESTRICTED, SYMMETRIC
-from ztna.roles.punching import STUN_BURST
 
 
 async def test_ports_to_guess_with_are_bounded_over_all_peers(
@@ -77,6 +78,36 @@ async def test_stun_of_strangers_has_a_rate(
         counts = puncher._counts
         assert counts["drop_stun_of_nobody"] >= STUN_BURST
         assert counts["drop_stun_rate"] > 0.9 * STUN_BURST
+
+
+async def test_stun_of_strangers_ends_no_proven_path(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood that lasts longer than a path's consent: its checks are not counted among it."""
+    punchers = Punchers(monkeypatch)
+    with structlog.testing.capture_logs() as entries:
+        lines = Lines(entries)
+        async with deployed(PORT_RESTRICTED, OPEN) as it:
+            it.world.direct = True
+            agent = await it.start()
+            stranger = it.lab.host("203.0.113.66")
+            junk = build_stun_message(StunMessage(MessageClass.REQUEST, bytes(12)))
+            home = it.world.hosts["home"]
+            with trio.fail_after(120), closing(stranger.open_udp_port()) as port:
+                async with UserHost.open(agent) as user:
+                    await echo(user, b"at once")
+                    await lines.until("DIRECT")
+                    (puncher,) = punchers.of_connectors
+                    puncher._gate._strangers = TokenBucket(rate=20.0, burst=100.0)
+                    flood = UdpBatch(junk * 50, len(junk), (home.address, 4434))
+                    for _ in range(400):  # 500 a second, of which 20 are looked at
+                        port.send_nowait([flood])
+                        await trio.sleep(0.1)
+                    before = relayed(it)
+                    await echo(user, b"still there")
+                    assert relayed(it) == before
+            assert lines.of("agent/laptop")[-1:] == lines.of("connector/home")[-1:] == ["DIRECT"]
+        assert puncher._counts["drop_stun_rate"] > 0.9 * 400 * 50
 
 
 async def test_a_session_whose_own_port_is_closed_takes_the_relay(

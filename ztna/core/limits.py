@@ -85,6 +85,9 @@ class KeyedLimiter:
     def __len__(self) -> int:
         return len(self._buckets)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._buckets
+
     def allow(self, key: bytes, now: float) -> bool:
         """Whether one more event of this key may happen at `now`."""
         bucket = self._buckets.pop(key, None) or TokenBucket(self.rate, self.burst)

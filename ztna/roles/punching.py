@@ -42,7 +42,7 @@ from ztna.core.ice.exchange import CheckExchange
 from ztna.core.ice.messages import IceMessage
 from ztna.core.ice.owner import OwnerBook, stun_owner_untrusted
 from ztna.core.ice.paths import Use
-from ztna.core.limits import TokenBucket
+from ztna.core.ice.stun_gate import StunGate
 from ztna.core.mtusearch import BASE
 from ztna.core.ports import Address, Buffer, UdpBatch, UdpPort
 from ztna.errors import SystemSetupError
@@ -55,9 +55,6 @@ from ztna.roles.peer_link import PeerLink
 
 log = structlog.get_logger(__name__)
 
-# Our choice: STUN messages a second that an endpoint looks at, for all its peers.
-STUN_RATE = 5000.0
-STUN_BURST = 5000.0
 # Our choice: local ports that guesses hold open at once, for all peers: two attempts' worth, so
 # that they leave most of the 1,024 descriptors that a process may usually have.
 MAX_EXTRA_PORTS = 512
@@ -98,7 +95,7 @@ class Puncher:
     _by_exchange: dict[CheckExchange, "DirectPath"] = attrs.Factory(dict)
     _control: ControlLink | None = None
     _stale: trio.Event = attrs.Factory(trio.Event)
-    _limit: TokenBucket = attrs.Factory(lambda: TokenBucket(STUN_RATE, STUN_BURST))
+    _gate: StunGate = attrs.Factory(StunGate)
     _counts: Counter[str] = attrs.Factory(Counter)
 
     def __attrs_post_init__(self) -> None:
@@ -159,7 +156,7 @@ class Puncher:
 
     def receive_at(self, data: Buffer, port: int, source: Address, now: float) -> None:
         """STUN that came to the endpoint's port (0), or to one that a peer has opened."""
-        if not self._limit.take(now):
+        if not self._gate.allow(source, now):
             self._counts["drop_stun_rate"] += 1
             return
         owner = stun_owner_untrusted(data)
@@ -173,6 +170,8 @@ class Puncher:
             return
         peer = self._by_exchange[exchange]
         peer.ice.receive_packet_untrusted(data, port, source, now)
+        if peer.ice.paths.find(port, source) is not None:
+            self._gate.prove(source, now)
         peer.flush(now)
         peer.wake.set()
 
