@@ -37,6 +37,7 @@ from ztna.pki import (
     private_key_pem,
     read_certificates,
     read_private_key,
+    reason_of,
     trust_domain_of,
     write_new,
 )
@@ -160,7 +161,7 @@ def read_request_untrusted(pem: bytes) -> Request:
             raise RemoteProtocolError("the request's signature is not by its own key")
         names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (*MALFORMED, InvalidSignature) as error:
-        raise RemoteProtocolError(f"not a certificate request in PEM: {error}") from error
+        raise RemoteProtocolError(f"not a certificate request in PEM{reason_of(error)}") from error
     except x509.ExtensionNotFound as error:
         raise RemoteProtocolError("the request names no SPIFFE ID") from error
     if not isinstance(public_key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey) or (

@@ -183,7 +183,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(read_file(path))
     except MALFORMED as error:
-        raise IdentityError(f"{path} holds no certificate in PEM: {error}") from error
+        raise IdentityError(f"{path} holds no certificate in PEM{reason_of(error)}") from error
 
 
 def read_private_key(path: Path) -> PrivateKey:
@@ -194,12 +194,19 @@ def read_private_key(path: Path) -> PrivateKey:
     except TypeError as error:
         raise IdentityError(f"{path} is encrypted; ztna needs it without a password") from error
     except MALFORMED as error:
-        raise IdentityError(f"{path} holds no private key in PEM: {error}") from error
+        raise IdentityError(f"{path} holds no private key in PEM{reason_of(error)}") from error
     if isinstance(key, ed25519.Ed25519PrivateKey) or (
         isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1)
     ):
         return key
     raise IdentityError(f"{path}: the key must be P-256 or Ed25519 (ztna pki request makes one)")
+
+
+def reason_of(error: Exception) -> str:
+    """What `cryptography` says of a file, as the end of our own words: nothing where it knows
+    nothing but that there is no PEM."""
+    words = str(error)
+    return "" if "Unable to load PEM file" in words else f": {words}"
 
 
 def write_new(path: Path, data: bytes, mode: int) -> None:
@@ -212,7 +219,7 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
             file.flush()
             os.fsync(descriptor)
     except FileExistsError as error:
-        raise IdentityError(f"{path} is there already and stays: name another --out") from error
+        raise IdentityError(f"{path} is there already and stays: name another folder") from error
     except OSError as error:
         raise IdentityError(f"cannot write {path}: {error.strerror}") from error
 

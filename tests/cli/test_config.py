@@ -171,3 +171,33 @@ def test_schema(role: Role) -> None:
     result = CliRunner().invoke(cli, ["config", "schema", role.value])
     assert result.exit_code == 0
     assert json.loads(result.stdout) == config_schema(role)
+
+
+def test_tcp_in_words(tmp_path: Path) -> None:
+    words = "(TCP), for clients whose network blocks UDP"
+    assert words not in check(tmp_path, INTERMEDIATE).stdout
+    lines = check(tmp_path, {**INTERMEDIATE, "tcp": {}}).stdout.splitlines()
+    assert any(line.endswith(f":443 {words}") for line in lines)
+    text = check(tmp_path, {**INTERMEDIATE, "tcp": {"bind": "192.0.2.1", "port": 8443}}).stdout
+    assert f"  listens on 192.0.2.1:8443 {words}\n" in text
+
+
+def test_a_deny_list_is_read_too(tmp_path: Path) -> None:
+    """As by `run`, which would not start."""
+    identity = {name: str(tmp_path / name) for name in ("cert", "key", "ca")}
+    for name in identity:
+        (tmp_path / name).touch()
+    file, denied = tmp_path / "c.json", tmp_path / "denied"
+    file.write_text(json.dumps({**INTERMEDIATE, "identity": identity, "deny_list": "denied"}))
+
+    def said() -> tuple[int, str]:
+        result = CliRunner().invoke(cli, ["config", "check", str(file)])
+        return result.exit_code, result.stderr
+
+    code, words = said()
+    assert (code, f"$.deny_list: there is no file {denied}" in words) == (3, True)
+    denied.write_text("0123abc\nhello\n")
+    code, words = said()
+    assert (code, f"{denied}:2: " in words) == (3, True)
+    denied.write_text("")
+    assert said() == (0, "")

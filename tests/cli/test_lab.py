@@ -185,7 +185,8 @@ def test_json_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
         (("run", "--agent-nat", "round", "--", "true"), "'round' is not known"),
         (("run", "--loss", "101%", "--", "true"), "give a share such as 2%"),
         (("run", "--loss", "much", "--", "true"), "give a share such as 2%"),
-        (("run", "--delay", "20 m", "--", "true"), "give a time such as 20ms"),
+        (("run", "--delay", "20 m", "--", "true"), "such as 20ms"),
+        (("run", "--delay", "20", "--", "true"), "a time and its unit, such as 20ms"),
         (("shell", "kitchen"), "kitchen"),
     ],
 )
@@ -198,7 +199,7 @@ def test_refused_in_words(arguments: tuple[str, ...], words: str) -> None:
 def test_values() -> None:
     share, duration = Share(), Duration()
     assert [share.convert(text, None, None) for text in ("2%", "0.02", "100%")] == [0.02, 0.02, 1]
-    assert [duration.convert(text, None, None) for text in ("20ms", "1.5s", "2")] == [0.02, 1.5, 2]
+    assert [duration.convert(text, None, None) for text in ("20ms", "1.5s", "0")] == [0.02, 1.5, 0]
 
 
 def test_kernel_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_from_nothing_to_credentials(ca: Path, tmp_path: Path) -> None:
     assert "agent.key stays here" in said
     assert (node / "agent.key").stat().st_mode & 0o777 == 0o600
     said = succeed("issue", "--ca", ca, "--csr", node / "agent.csr")
-    assert f"{node / 'agent.crt'}: agent, valid until" in said
+    assert f"{node / 'agent.crt'}: agent/laptop, valid until" in said
     loaded = load_credentials(node / "agent.crt", node / "agent.key", ca / "ca.crt")
     assert loaded.identity == Identity("example.net", Role.AGENT, "laptop")
     # A renewal: the same request signed again replaces the certificate, never the key.
@@ -302,3 +302,12 @@ def test_help_has_an_example(command: list[str]) -> None:
     text = succeed(*command, "--help")
     assert "Example:" in text
     assert " ".join(["ztna pki", *command]) in text
+
+
+def test_files_without_pem_are_told_in_our_words(ca: Path, tmp_path: Path) -> None:
+    csr = tmp_path / "agent.csr"
+    csr.write_bytes(b"")
+    words = fail(IdentityError, "issue", "--ca", ca, "--csr", csr)
+    assert words == f"{csr}: not a certificate request in PEM"
+    words = fail(IdentityError, "renew", "--ca", ca, "--cert", csr)
+    assert words == f"{csr} holds no certificate in PEM"

@@ -18,7 +18,7 @@ from ztna.cli import run as run_module
 from ztna.cli.main import cli
 from ztna.config.forwards import Forward
 from ztna.config.model import AgentConfig, ConnectorConfig, IntermediateConfig
-from ztna.errors import UnreachableError
+from ztna.errors import ConfigError, UnreachableError
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         monkeypatch.setattr(run_module, f"run_{role}_from_config", start)
     monkeypatch.setattr(run_module, "configure_logging", lambda *_: None)
     monkeypatch.setattr("ztna.config.model.SYSTEM_FOLDER", tmp_path / "etc")
+    monkeypatch.setattr("ztna.roles.local.SYSTEM_STATE", tmp_path / "state")
     monkeypatch.chdir(tmp_path)
     for name in ("n.crt", "n.key", "ca.crt"):
         (tmp_path / name).touch()
@@ -328,3 +329,25 @@ def test_real_process_stops_on_a_signal(
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert [json.loads(line)["event"] for line in err.splitlines()] == ["stopping"]
+
+
+def test_a_default_file_that_is_gone_at_a_reload(
+    started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that file which is missing, and not some option."""
+    (tmp_path / "etc").mkdir()
+    file = Path(write(AGENT, str(tmp_path / "etc" / "agent.json")))
+    errors: list[str] = []
+
+    async def start(config: object, read_config: Callable[[], object]) -> None:
+        await trio.lowlevel.checkpoint()
+        await trio.to_thread.run_sync(file.unlink)
+        with pytest.raises(ConfigError) as caught:
+            read_config()
+        errors.append(str(caught.value))
+
+    monkeypatch.setattr(run_module, "run_agent_from_config", start)
+    for name in LOCAL_FILES.values():
+        (tmp_path / "etc" / name).touch()
+    assert invoke("agent").exit_code == 0
+    assert errors == [f"{file}: there is no such file; name another with --config"]

@@ -106,7 +106,7 @@ async def test_intermediate(autojump_clock: MockClock) -> None:
         console = Console(file=io.StringIO(), width=300, record=True)
         seen_text.intermediate(console, status)
         text = console.export_text()
-        assert "web: connector/home; 1 agents may use it" in text
+        assert "web: connector/home; 1 agent may use it" in text
         assert "relay: 2 channels, 1 peer sessions" in text
         with pytest.raises(UsageError, match="an intermediate answers status"):
             await world.ask("intermediate", ask="paths")

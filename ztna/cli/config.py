@@ -8,6 +8,7 @@ from pathlib import Path
 import rich_click as click
 
 from ztna.cli.text import printable
+from ztna.config.deny_list import read_deny_list
 from ztna.config.document import Document, read_document
 from ztna.config.forwards import resolve_forward
 from ztna.config.load import build_config
@@ -61,6 +62,8 @@ def check(role: str | None, skip_files: bool, file: Path) -> None:
     found = Role(role) if role else guess_role(document)
     cls = CLASSES[found]
     loaded = build_config(cls, document, check_files=not skip_files)
+    if loaded.deny_list is not None and not skip_files:
+        read_deny_list(loaded.deny_list)
     lines = [f"{file}: configuration of {'a' if found is Role.CONNECTOR else 'an'} {found}"]
     lines += describe(loaded)
     for scalar in scalar_keys(cls):
@@ -165,6 +168,9 @@ def _describe_service(service: AgentService | ConnectorService) -> str:
 
 def _describe_intermediate(config: IntermediateConfig) -> Iterator[str]:
     yield f"  listens on {format_host_port((str(config.bind), config.port))} (UDP)"
+    if config.tcp is not None:
+        there = format_host_port((str(config.tcp.bind or config.bind), config.tcp.port))
+        yield f"  listens on {there} (TCP), for clients whose network blocks UDP"
     if config.external_ip is not None:
         yield f"  is seen by clients as {config.external_ip}"
     yield from _describe_identity(config.identity)

@@ -52,7 +52,7 @@ from ztna.roles.lab_matrix import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FILE = click.Path(dir_okay=False, allow_dash=True, path_type=Path)
-_UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
+_UNITS = {"ms": 1e-3, "s": 1.0}
 
 
 class Nat(click.ParamType[NatSpec]):
@@ -100,9 +100,13 @@ class Duration(click.ParamType[float]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """Text -> seconds."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", str(value))
+        if isinstance(value, float):  # a default
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)|0", value)
         if match is None:
-            self.fail(f"{value!r}: give a time such as 20ms or 1.5s", param, ctx)
+            self.fail(f"{value!r}: give a time and its unit, such as 20ms or 1.5s", param, ctx)
+        if match[1] is None:
+            return 0.0
         return float(match[1]) * _UNITS[match[2]]
 
 

@@ -168,9 +168,8 @@ def issue(
         path = directory / f"{role}.crt"
         identity = _identity(authority.trust_domain, role, name)
         key, _ = make_request(identity, dns, ips)
-        certificate = authority.issue(
-            Request(identity, key.public_key(), dns, ips), _now(), lifetime
-        )
+        asked = Request(identity, key.public_key(), dns, ips)
+        certificate = authority.issue(asked, _now(), lifetime)
         roots = directory / "ca.crt"
         if roots.exists() and authority.certificate not in read_certificates(roots):
             raise IdentityError(f"{roots} is of another CA: name another --out")
@@ -186,7 +185,7 @@ def issue(
         raise UsageError("say what to issue: --csr FILE, or ROLE and NAME")
     write_public(path, certificate_pem(certificate))
     click.echo(
-        f"{path}: {role or asked.identity.role}, valid until "
+        f"{path}: {asked.identity}, valid until "
         f"{certificate.not_valid_after_utc:%Y-%m-%d}, renew from {renew_at(certificate):%Y-%m-%d}"
     )
 
@@ -216,9 +215,10 @@ def renew(ca: Path, cert: Path, key: Path | None, days: int, out: Path | None) -
     """
     authority = Authority.load(ca)
     new_key = ec.generate_private_key(ec.SECP256R1()) if key is not None else None
+    old, *_ = read_certificates(cert)
     try:
         asked = renewal_of(
-            read_certificates(cert)[0],
+            old,
             authority.certificate,
             None if new_key is None else new_key.public_key(),
         )

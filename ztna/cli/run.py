@@ -198,7 +198,8 @@ def agent(
         *_given(("forwards",), list(forward) or None, "--forward"),
         *_given(("socks",), socks, "--socks"),
     ]
-    read = partial(_load, AgentConfig, Role.AGENT, config, overrides)
+    file = _file_of(Role.AGENT, config)
+    read = partial(_load, AgentConfig, Role.AGENT, file, overrides)
     _run(run_agent_from_config, read, log_format, log_level)
 
 
@@ -262,7 +263,8 @@ def connector(
             *_given((*place, "protocol"), list(protocol) or None, "--protocol"),
             *_given((*place, "virtual_ip"), virtual_ip, "--virtual-ip"),
         ]
-    read = partial(_load, ConnectorConfig, Role.CONNECTOR, config, overrides)
+    file = _file_of(Role.CONNECTOR, config)
+    read = partial(_load, ConnectorConfig, Role.CONNECTOR, file, overrides)
     _run(run_connector_from_config, read, log_format, log_level)
 
 
@@ -295,12 +297,14 @@ def intermediate(
         *_given(("external_ip",), external_ip, "--external-ip"),
     ]
 
+    file = _file_of(Role.INTERMEDIATE, config)
+
     def read() -> IntermediateConfig:
         rules = []
         if policy is not None:
             document = read_document(policy)
             rules.append(Override(("policy",), document.value, document))
-        return _load(IntermediateConfig, Role.INTERMEDIATE, config, [*overrides, *rules])
+        return _load(IntermediateConfig, Role.INTERMEDIATE, file, [*overrides, *rules])
 
     _run(run_intermediate_from_config, read, log_format, log_level)
 
@@ -327,16 +331,21 @@ def _identity_overrides(files: dict[str, Path | None]) -> list[Override]:
 
 
 def _load(cls: type[C], role: Role, config: Path | None, overrides: Sequence[Override]) -> C:
-    """The configuration; the default file only if it is there."""
+    """The configuration, by the file that `_file_of` gives."""
     default = default_file(role)
-    file = config or (default if _exists(default) else None)
     try:
-        return load_config(cls, file, overrides)
+        return load_config(cls, config, overrides)
     except ConfigError as error:
-        if file is not None:
+        if config is not None:
             raise
         hint = f"there is no {default}; give --config FILE, or see 'ztna run {role} --help'"
         raise ConfigError(f"{error}\n  {hint}") from None
+
+
+def _file_of(role: Role, config: Path | None) -> Path | None:
+    """The file to read, now and at each reload: the default one only if it is there now."""
+    default = default_file(role)
+    return config or (default if _exists(default) else None)
 
 
 def _exists(file: Path) -> bool:

@@ -44,7 +44,9 @@ def status(console: Console, answer: Line) -> None:
 def connector(console: Console, answer: Line) -> None:
     """The registration, a row for each service, and the agents."""
     there = answer["intermediate"]
-    _print(console, f"{answer['identity']}, certificate until {there['certificate_until'][:16]}")
+    _print(
+        console, f"{answer['identity']}, certificate until {_moment(there['certificate_until'])}"
+    )
     _print(console, f"intermediate {there['address']}: {there['state']}: {there['found']}")
     if there["todo"]:
         _print(console, f"To do: {there['todo']}")
@@ -76,7 +78,7 @@ def connector(console: Console, answer: Line) -> None:
 def intermediate(console: Console, answer: Line) -> None:
     """A row for each session, and for each service; channels and rates."""
     _print(console, f"{answer['identity']} at {answer['address']}, by {answer['policy']}")
-    _print(console, f"certificate until {answer['certificate_until'][:16]} UTC")
+    _print(console, f"certificate until {_moment(answer['certificate_until'])}")
     heads = ("client", "state", "address", "rtt", "certificate", "services")
     rows = [
         (
@@ -92,7 +94,8 @@ def intermediate(console: Console, answer: Line) -> None:
     _table(console, heads, rows)
     for each in answer["services"]:
         names = ", ".join(each["connectors"]) or "no connector"
-        _print(console, f"{each['service']}: {names}; {each['agents']} agents may use it")
+        agents = f"{each['agents']} agent{'s' * (each['agents'] != 1)}"
+        _print(console, f"{each['service']}: {names}; {agents} may use it")
     relay = answer["relay"]
     rate = relay["rates"].get("relay_relayed_bytes", 0.0) * 8 / 1e6
     _print(
@@ -241,6 +244,11 @@ def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _moment(text: str) -> str:
+    """ISO 8601, in UTC, to the minute."""
+    return f"{text[:16].replace('T', ' ')} UTC"
 
 
 def _time(seconds: float) -> str:

@@ -20,10 +20,21 @@ from ztna.config.stun import check_stun
 from ztna.core.identity import Role
 from ztna.core.policy import PolicyRule
 
+# RFC 6890 section 2.2.2: what a host does not send to others, or not to one of them.
+_UNFIT = {
+    IPv4Network("0.0.0.0/8"): "which means this network",
+    IPv4Network("127.0.0.0/8"): "which every machine keeps to itself (loopback)",
+    IPv4Network("224.0.0.0/4"): "which is for multicast",
+    IPv4Network("240.0.0.0/4"): "which is reserved",
+}
+
 
 def check_config(config: AnyConfig) -> list[Problem]:
     """What is wrong although every single value is fine; in the order of the keys."""
     problems = [*_check_renew(config.identity.renew)]
+    problems += _check_unfit("service_range", config.service_range)
+    if not isinstance(config, ConnectorConfig):
+        problems += _check_unfit("tunnel_range", config.tunnel_range)
     if isinstance(config, IntermediateConfig):
         problems += _check_policy(config.policy)
         problems += _check_policy_file(config)
@@ -59,6 +70,15 @@ def _check_ranges(config: AgentConfig | IntermediateConfig) -> Iterator[Problem]
     if config.service_range.overlaps(config.tunnel_range):
         text = f"{config.tunnel_range} overlaps service_range {config.service_range}"
         yield Problem(("tunnel_range",), f"{text}; the two must be apart")
+
+
+def _check_unfit(key: str, network: IPv4Network) -> Iterator[Problem]:
+    for unfit, what in _UNFIT.items():
+        if network.overlaps(unfit):
+            text = (
+                f"{network} overlaps {unfit}, {what}; take a private range, such as 10.100.0.0/24"
+            )
+            yield Problem((key,), text)
 
 
 def _check_renew(renew: RenewConfig | None) -> Iterator[Problem]:

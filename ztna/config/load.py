@@ -199,7 +199,10 @@ def _missing_files(config: AnyConfig) -> Iterator[Problem]:
     hints: dict[JsonPath, str] = {
         ("policy_key",): "'ztna policy --help'",
         ("policy_file",): "'ztna policy --help'",
+        ("deny_list",): "an empty one denies nobody; docs/operations.md",
     }
+    if config.deny_list is not None:
+        files.append((("deny_list",), config.deny_list))
     if config.policy_key is not None:
         files.append((("policy_key",), config.policy_key))
     if isinstance(config, IntermediateConfig) and config.policy_file is not None:

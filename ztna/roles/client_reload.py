@@ -25,7 +25,7 @@ def apply_to_session(keeper: ControlKeeper, old: ClientFiles, new: ClientFiles) 
     if keeper.policy is not None and new.policy_keys is not None:
         keeper.policy.set_keys(new.policy_keys)
         reloaded |= {"policy_key"}
-    warn_of_restart(old.config, new.config, reloaded)
+    warn_of_restart(old, new, reloaded)
     session = keeper.session
     if session is not None and not judge_session(
         session, new.credentials, new.denied_serials, PeerSide.SERVER

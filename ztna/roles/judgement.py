@@ -75,7 +75,7 @@ def apply_files(
 ) -> None:
     """Bring what a reload has read into force, for all who are connected and all who come."""
     apply_policy(intermediate, nursery, new)
-    warn_of_restart(old.config, new.config, RELOADED)
+    warn_of_restart(old, new, RELOADED)
     endpoint.credentials = new.credentials
     intermediate.denied_serials = new.denied_serials
     refusal = functools.partial(_refusal, new, datetime.datetime.now(datetime.UTC))

@@ -7,7 +7,7 @@ configuration. A broken file changes nothing; the log says which, where and why.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import attrs
 import structlog
@@ -33,6 +33,8 @@ class NodeFiles(Generic[C]):
     """What a role runs by. denied_serials: certificates that are refused although valid.
 
     policy_keys: pinned here, if any are. policy: what an intermediate distributes and decides by.
+    started_with: the first configuration, where this is a later one: keys of it that no reload
+    brings are in force still.
     """
 
     config: C
@@ -40,6 +42,7 @@ class NodeFiles(Generic[C]):
     denied_serials: frozenset[int] = frozenset()
     policy_keys: PolicyKeys | None = None
     policy: SignedDocument | None = None
+    started_with: C | None = None
 
 
 ReadFiles = Callable[[], Awaitable[NodeFiles[C]]]
@@ -152,11 +155,13 @@ async def _next_files(
             apply(files, fresh)
         except ZtnaError as error:
             kind = type(error).__name__
-            log.error("reload refused, the old files stay in force", kind=kind, error=str(error))
+            lines = [line.strip() for line in str(error).splitlines()]
+            words = "; ".join(lines).replace(":; ", ": ")
+            log.error("reload refused, the old files stay in force", kind=kind, error=words)
             continue
         until = f"{fresh.credentials.not_after:%Y-%m-%d %H:%M} UTC"
         log.info("reloaded", certificate_until=until, denied=len(fresh.denied_serials))
-        return fresh
+        return attrs.evolve(fresh, started_with=files.started_with or files.config)
 
 
 def _check_same_node(old: NodeFiles[C], new: NodeFiles[C]) -> None:
@@ -170,12 +175,13 @@ def _check_same_node(old: NodeFiles[C], new: NodeFiles[C]) -> None:
         raise ConfigError("the configuration is for another role")
 
 
-def warn_of_restart(old: AnyConfig, new: AnyConfig, reloaded: frozenset[str]) -> None:
-    """Tell which keys were changed that a reload does not bring into force."""
+def warn_of_restart(old: NodeFiles[Any], new: NodeFiles[Any], reloaded: frozenset[str]) -> None:
+    """Tell which keys are not as they are in force, and a reload does not bring them."""
+    was, now = old.started_with or old.config, new.config
     changed = [
         field.name
-        for field in attrs.fields(type(old))
-        if field.name not in reloaded and getattr(old, field.name) != getattr(new, field.name)
+        for field in attrs.fields(type(was))
+        if field.name not in reloaded and getattr(was, field.name) != getattr(now, field.name)
     ]
     if changed:
         log.warning("changed, but only a restart brings it into force", keys=", ".join(changed))
