@@ -1,6 +1,7 @@
 """`ztna status`, `ping`, `why`, `paths`: what people see, from what a real agent answered."""
 
 import datetime
+import errno
 import io
 import json
 import socket
@@ -347,3 +348,32 @@ def test_why_an_agent_cannot_start(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["why", "web", "--json", "--config", str(file)])
     answer = json.loads(result.output)
     assert (answer["broken"], answer["exit_code"], answer["works"]) == ("certificate", 4, False)
+
+
+def test_a_certificate_that_only_the_node_may_read_is_no_fault_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member of its group asks why: nobody answers, and that is the cause."""
+    deployment = make_deployment()
+    agent = make_agent(deployment.ca, datetime.datetime.now(datetime.UTC), "laptop")
+    cert, key, ca = write_credentials(agent, tmp_path)
+    file = tmp_path / "agent.json"
+    fields = {
+        "intermediate": {"host": "127.0.0.1"},
+        "identity": {"cert": str(cert), "key": str(key), "ca": str(ca)},
+        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
+        "state_dir": str(tmp_path),
+    }
+    file.write_text(json.dumps(fields))
+    really_open = Path.open
+
+    def forbidden(path: Path, *mode: Any) -> Any:
+        if path == key:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really_open(path, *mode)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    result = CliRunner().invoke(cli, ["why", "web", "--config", str(file)])
+    assert result.exit_code == 6
+    assert result.output.startswith("Broken: agent: no agent runs here")
+    assert "Permission denied, for the user who asks" in " ".join(result.output.split())
