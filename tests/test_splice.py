@@ -4,6 +4,7 @@ With the kernel's sockets where only they tell a reset from an orderly end.
 """
 
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -14,7 +15,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.backend.bench import BACKEND, SERVICE_IP, Bench, open_bench, open_memory_bench
-from tests.core.tcp.support import Script, peer
+from tests.core.tcp.support import F, Script, peer
 from tests.roles.memory import BackendResetsError
 from tests.roles.user_host import UserTcp
 from ztna.backend import terminator
@@ -245,6 +246,46 @@ async def test_withdrawn_while_the_early_answer_is_on_its_way(autojump_clock: Mo
         await trio.sleep(1)
         assert bench.flows == 0
         assert trio.lowlevel.current_statistics().tasks_living == before
+
+
+async def test_local_program_reads_late_what_came_before_the_reset() -> None:
+    """Most of it waits in the socket towards the program, where a reset would throw it away."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        program = trio.SocketStream(trio.socket.socket())
+        program.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await program.socket.connect(listener.socket.getsockname())
+        stream = await listener.accept()
+        script = Script.established()
+        splice = Splice(script.core, lambda: None, reset_patience=PATIENCE)
+        async with program, trio.open_nursery() as nursery:
+            nursery.start_soon(splice.run, stream)
+            script.receive(peer(0, 1, 1, ANSWER[:30_000]))
+            splice.wake()
+            await trio.testing.wait_all_tasks_blocked()
+            script.receive(peer(0, 30_001, 1, ANSWER[30_000:50_000]))
+            script.receive(peer(F.RST, 50_001))
+            splice.wake()
+            splice.close()
+            with trio.fail_after(30):
+                assert await read_to_the_end(program) == (ANSWER[:50_000], False)
+
+
+async def test_local_program_that_reads_nothing_before_the_reset(
+    autojump_clock: MockClock,
+) -> None:
+    script = Script.established()
+    splice = Splice(script.core, lambda: None, reset_patience=PATIENCE)
+    program, stream = trio.testing.lockstep_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(splice.run, stream)
+        script.receive(peer(0, 1, 1, b"nobody reads this"))
+        script.receive(peer(F.RST, 18))
+        splice.wake()
+        splice.close()
+        began = trio.current_time()
+    assert trio.current_time() - began == PATIENCE
+    await program.aclose()
 
 
 # --- nothing outlives its connection ---------------------------------------------------------

@@ -7,9 +7,12 @@ closes, or the send buffer fills. Half-close and reset go through in both direct
 what was sent before it: an application may answer and close without reading the rest.
 """
 
+import fcntl
 import math
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -30,6 +33,8 @@ LEAST_SPACE = 64 * 1024
 PATIENCE = 10.0
 # SO_LINGER with no time: close sends RST (socket(7)).
 _LINGER_NOT_AT_ALL = struct.pack("ii", 1, 0)
+# Our choice: how often a socket is asked whether all of it was taken; there is no event for it.
+_ASK_AGAIN = 0.02
 
 
 async def reset_stream(stream: trio.abc.HalfCloseableStream) -> None:
@@ -40,12 +45,25 @@ async def reset_stream(stream: trio.abc.HalfCloseableStream) -> None:
     await trio.aclose_forcefully(stream)
 
 
+async def _wait_taken(stream: trio.abc.HalfCloseableStream) -> None:
+    """Wait until a socket's other end has room for all that was sent: a reset throws away the rest
+    (tcp(7), SIOCOUTQ). At once where the system does not tell."""
+    if sys.platform != "linux" or not isinstance(stream, trio.SocketStream):
+        return
+    while True:
+        (left,) = struct.unpack("i", fcntl.ioctl(stream.socket, termios.TIOCOUTQ, bytes(4)))
+        if not left:
+            return
+        await trio.sleep(_ASK_AGAIN)
+
+
 @attrs.define(eq=False)
 class Splice:
     """Moves bytes between a connection and a stream until both directions ended.
 
     touch: tells the connection's table that the connection was acted upon. unread_time: how long
     the stream may take nothing of what is left for it when the connection has ended in order.
+    reset_patience: how long it has for what the peer sent before a reset; the reset follows.
     ended: how the connection broke; None while it did not. heard_at: when the stream gave bytes
     last, trio's time.
     """
@@ -53,6 +71,7 @@ class Splice:
     connection: TcpConnection
     touch: Callable[[], None]
     unread_time: float = math.inf
+    reset_patience: float = 0.0
     ended: Reset | TimedOut | None = None
     heard_at: float = -math.inf
     _over: bool = False
@@ -62,12 +81,18 @@ class Splice:
     _changed: trio.Event = attrs.Factory(trio.Event)
     _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     _sending: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    _listening: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
     @property
     def draining(self) -> bool:
         """Whether the connection has ended in order, and the stream has not taken all of it."""
         orderly = self._over and self._heard_all and not self._scope.cancel_called
         return self._running and orderly
+
+    @property
+    def _delivering(self) -> bool:
+        """Whether the peer has reset, and what it sent before still goes to the stream."""
+        return isinstance(self.ended, Reset) and self.reset_patience > 0
 
     def wake(self) -> None:
         """Something happened to the connection."""
@@ -83,8 +108,12 @@ class Splice:
         stream still gets what it has not taken yet. Otherwise somebody gave the connection up."""
         self.wake()
         self._over = True
-        self._sending.deadline = trio.current_time() + self.unread_time
-        if self.ended is not None or not self._heard_all:
+        now = trio.current_time()
+        self._sending.deadline = now + self.unread_time
+        if self._delivering:
+            self._listening.cancel()
+            self._scope.deadline = now + self.reset_patience
+        elif self.ended is not None or not self._heard_all:
             self._scope.cancel()
 
     def cut(self) -> None:
@@ -107,7 +136,9 @@ class Splice:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._connection_to_stream, stream)
                     nursery.start_soon(self._stream_to_connection, stream)
-                done = True
+                done = self._heard_all and self.connection.at_eof
+                if not done:
+                    await _wait_taken(stream)
             except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                 log.debug("connection broken", by_peer=self.ended is not None)
             finally:
@@ -165,14 +196,22 @@ class Splice:
             elif connection.at_eof:
                 await stream.send_eof()
                 return
+            elif self._delivering:
+                return
             elif self._over:
                 raise trio.BrokenResourceError("the connection is over")
             else:
                 await self._changed.wait()
 
     async def _stream_to_connection(self, stream: trio.abc.HalfCloseableStream) -> None:
+        with self._listening:
+            await self._take(stream)
+
+    async def _take(self, stream: trio.abc.HalfCloseableStream) -> None:
         connection = self.connection
         while True:
+            if self._delivering:
+                return
             if self._over:
                 raise trio.BrokenResourceError("the connection is over")
             space = connection.write_space

@@ -29,6 +29,7 @@ from ztna.ingress.forward import UdpForward
 from ztna.ingress.host import NotConnectedError, Target
 from ztna.ingress.local import Stream
 from ztna.nat.link import LinkSpec
+from ztna.splice import PATIENCE
 
 MEBIBYTE = random.Random(5).randbytes(1 << 20)
 
@@ -119,6 +120,25 @@ async def test_a_mebibyte_both_ways_at_once(loss: float, autojump_clock: MockClo
             assert digest(await receive_all(local)) == digest(MEBIBYTE[::-1])
         await trio.sleep(1)
         assert digest(received[0]) == digest(MEBIBYTE)
+
+
+async def test_early_answer_of_a_service_that_resets(autojump_clock: MockClock) -> None:
+    """As "413 Content Too Large" to an upload; the program reads late, but in time."""
+    answer = MEBIBYTE + MEBIBYTE[: 1 << 19]
+
+    async def early(stream: Stream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(answer)
+        raise BackendResetsError
+
+    async with open_scene() as scene:
+        scene.world.dialer.streams[WEB_BACKEND] = early
+        local = scene.forward()
+        await local.send_all(bytes(100_000))
+        await trio.sleep(PATIENCE - 2)
+        assert digest(await receive_all(local)) == digest(answer)
+        await trio.sleep(1)
+        assert scene.connections.statistics()["open"] == 0
 
 
 async def test_the_program_finishes_first(autojump_clock: MockClock) -> None:

@@ -5,6 +5,7 @@ To the agent it is a TUN: `receive` gives the packets of its connections and ass
 reach services through the tunnel, over `core.outbound`. Nothing here needs a privilege.
 """
 
+import functools
 import ipaddress
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from ztna.core.outbound import FlowFailed, OutboundTable
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.tcp.state import TcpState, TimedOut
 from ztna.errors import CONTAINED, ZtnaError
-from ztna.splice import Splice
+from ztna.splice import PATIENCE, Splice
 
 log = structlog.get_logger(__name__)
 
@@ -207,7 +208,8 @@ class UserspaceHost:
                 flow = self.table.open_tcp(target.service_id, target.address, target.port, now)
                 if flow is None:
                     raise NotConnectedError(Failure.UNREACHABLE)
-                splice = Splice(flow.connection, lambda: self.touch(flow))
+                touch = functools.partial(self.touch, flow)
+                splice = Splice(flow.connection, touch, reset_patience=PATIENCE)
                 outbound = Outbound(flow, splice)
                 self._drivers[flow] = outbound
                 self.settle()
