@@ -19,6 +19,17 @@ def test_cost() -> None:
     assert bucket.take(6.0, 10.0)
 
 
+def test_delay() -> None:
+    bucket = TokenBucket(rate=2.0, burst=3.0)
+    assert bucket.delay(100.0) == 0.0
+    assert bucket.take(100.0, 3.0)
+    assert bucket.delay(100.0) == 0.5
+    assert bucket.delay(100.25) == 0.25
+    assert bucket.delay(100.0, 3.0) == 1.5
+    assert bucket.delay(200.0, 3.0) == 0.0
+    assert bucket.take(100.5), "asking has taken nothing"
+
+
 def test_gate_counts_what_it_holds_back() -> None:
     gate = RateGate()
     assert [gate.allow(100.0) for _ in range(25)].count(True) == 20

@@ -45,6 +45,11 @@ class TokenBucket:
         self._level -= cost
         return True
 
+    def delay(self, now: float, cost: float = 1.0) -> float:
+        """Seconds from `now` on until an event of this cost may happen, where no other does."""
+        level = min(self.burst, self._level + (now - self._at) * self.rate)
+        return max(0.0, (cost - level) / self.rate)
+
 
 @attrs.define
 class RateGate:

@@ -14,6 +14,7 @@ import trio
 from ztna.core.encapsulation import Decapsulator, Encapsulator, ServiceLabel
 from ztna.core.ice.messages import IceMessage
 from ztna.core.identity import Identity
+from ztna.core.limits import TokenBucket
 from ztna.core.messages import FrameReader, Goodbye, Message, ProtocolError, encode_message
 from ztna.core.ports import Address, IpPacket
 from ztna.core.wire import FEATURES, Feature
@@ -30,6 +31,14 @@ VERSION = 1
 # docs/protocol.md section 10. The control session holds the NAT's mapping, so that this one may be
 # silent for longer.
 PEER_SETTINGS = SessionSettings(alpn="ztna-peer-1", idle_timeout=120.0, keepalive=25.0)
+# Our choices, for one session: an attempt to find a direct path takes five frames, and one begins
+# every 30 s; `ztna status` asks once for each of 256 services at most, and people have it asked
+# again and again. What is over waits, which ends no session of an honest peer; one that goes on
+# fills `SessionSettings.control_backlog`, which does.
+FRAME_RATE, FRAME_BURST = 32.0, 512.0
+CONTROL_RATE, CONTROL_BURST = float(128 << 10), float(512 << 10)
+# s, our choice: more than what adding times loses.
+_ROUNDING = 0.001
 # Forms of packets that both ends of a peer session know.
 PACKET_FEATURES = FEATURES - {Feature.PEER, Feature.RELAYED}
 
@@ -39,7 +48,8 @@ class PeerLink:
     """One peer session. peer: who the other end is, verified.
 
     services: id of each service, by the number that packets carry. up: whether packets may flow.
-    in_use: what is to end when another session takes over.
+    in_use: what is to end when another session takes over. frames, control: messages and bytes on
+    the control stream that the peer may have looked at; what is over waits.
     """
 
     session: Session
@@ -57,6 +67,8 @@ class PeerLink:
     receive_signal: Callable[[IceMessage], None] | None = None
     health: HealthAsks = attrs.Factory(HealthAsks)
     in_use: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    frames: TokenBucket = attrs.Factory(lambda: TokenBucket(FRAME_RATE, FRAME_BURST))
+    control: TokenBucket = attrs.Factory(lambda: TokenBucket(CONTROL_RATE, CONTROL_BURST))
 
     def set_services(self, services: Mapping[int, str]) -> None:
         """The services that this session carries, by number."""
@@ -111,8 +123,10 @@ class PeerLink:
         error goes on. Raises SessionClosedError.
         """
         while data := await self.session.receive_control():
+            await _wait_turn(self.control, min(len(data), CONTROL_BURST))
             try:
                 for message in self.reader.receive_bytes_untrusted(data):
+                    await _wait_turn(self.frames, 1.0)
                     match message:
                         case Goodbye():
                             self.goodbye = message.reason[:80]
@@ -141,6 +155,12 @@ class PeerLink:
             "unnamed": self.unnamed,
             "complaints": self.complaints,
         }
+
+
+async def _wait_turn(bucket: TokenBucket, cost: float) -> None:
+    if delay := bucket.delay(trio.current_time(), cost):
+        await trio.sleep(delay + _ROUNDING)
+    bucket.take(trio.current_time(), cost)
 
 
 def new_link(session: Session, relay: Address | None = None) -> PeerLink:
