@@ -160,9 +160,9 @@ class Terminator:
         self._nursery.start_soon(self._drive, driver)
 
     def _let_drain(self, driver: TcpSplice) -> None:
-        """A flow is over and counts no more, but its backend has not taken all: while there are few
-        of them, it may."""
-        if len(self._draining) >= MAX_DRAINING:
+        """A flow is over, but its backend has not taken all: while there are few of them, it may,
+        and counts as one of its user's: it holds a descriptor, and what was not taken."""
+        if len(self._draining) >= MAX_DRAINING or not self.table.take_share(driver.flow):
             self.table.dropped["too_many_unread_by_backends"] += 1
             driver.cut()
         else:
@@ -197,7 +197,9 @@ class Terminator:
             self._abort(driver.flow)
         finally:
             if isinstance(driver, TcpSplice):
-                self._draining.discard(driver)
+                if driver in self._draining:
+                    self._draining.remove(driver)
+                    self.table.give_share_back(driver.flow)
                 self._remember(driver)
 
     def _remember(self, driver: TcpSplice) -> None:

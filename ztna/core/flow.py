@@ -5,7 +5,7 @@ it is unique in the deployment, and checked on the way.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -49,6 +49,16 @@ class FlowKey:
     source_port: int
     destination: bytes = attrs.field(repr=bytes.hex)
     destination_port: int
+
+    @property
+    def user_end(self) -> tuple[bytes, int]:
+        """Address and port of the user."""
+        return self.source, self.source_port
+
+    @property
+    def service_end(self) -> tuple[bytes, int]:
+        """Of the service."""
+        return self.destination, self.destination_port
 
     @property
     def index(self) -> FlowIndex:
@@ -128,6 +138,16 @@ class FlowBroken:
 
 
 FlowEvent = FlowOpened | FlowActive | FlowClosed | FlowBroken
+
+
+def datagrams_of(payload: Buffer, segment_size: int) -> Iterator[Buffer]:
+    """The datagrams of a payload: segments of this size, or one if it is 0."""
+    if not segment_size:
+        yield payload
+        return
+    view = memoryview(payload)
+    for start in range(0, len(view), segment_size):
+        yield view[start : start + segment_size]
 
 
 def packets_to_user(key: FlowKey, segments: Sequence[TcpSegment]) -> list[IpPacket]:

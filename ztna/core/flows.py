@@ -27,6 +27,7 @@ from ztna.core.flow import (
     OfferedService,
     TcpFlow,
     UdpFlow,
+    datagrams_of,
     packets_to_user,
 )
 from ztna.core.flow_shares import Shares
@@ -35,15 +36,11 @@ from ztna.core.limits import KeyedLimiter
 from ztna.core.packet import icmp
 from ztna.core.packet.ip import ICMP, ICMPV6, TCP, UDP, IpHeader, parse_ip_untrusted
 from ztna.core.packet.tcp import TcpFlags
-from ztna.core.packet.udp import build_udp_packet, parse_udp_untrusted
+from ztna.core.packet.udp import parse_udp_untrusted
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.refusal import error_limiter, refuse
 from ztna.core.tcp.connection import TcpConnection
-from ztna.core.tcp.segment import (
-    TcpSegment,
-    reset_for,
-    segment_from_packet_untrusted,
-)
+from ztna.core.tcp.segment import TcpSegment, reset_for, segment_from_packet_untrusted
 from ztna.core.tcp.state import TcpConfig
 from ztna.core.turns import Turns
 from ztna.errors import CONTAINED, RemoteProtocolError
@@ -54,7 +51,6 @@ MAX_ANSWERS = 1024
 UDP_IDLE = 120.0
 _OPENING_FLAGS = TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST
 
-TcpConfigFor = Callable[[bool], TcpConfig]
 InitialNumbers = Callable[[FlowKey, float], tuple[int, int]]
 
 
@@ -64,13 +60,13 @@ class FlowTable:
 
     services: what is offered, by id. tcp_config: of IPv6 or not, for a new connection.
     initial_numbers: sequence number and timestamp offset (RFC 6528).
-    packet_size: bytes of the largest plain packet to send. shares: what all tables of the connector
-    have together. user: whose packets come here; None where the address alone tells.
+    packet_size: bytes of the largest plain packet to send. shares: of all tables of the connector.
+    user: whose packets come here; None where the address alone tells.
     """
 
     services: Mapping[str, OfferedService]
     service_range: ipaddress.IPv4Network
-    tcp_config: TcpConfigFor
+    tcp_config: Callable[[bool], TcpConfig]
     initial_numbers: InitialNumbers
     packet_size: int = 1160
     user: bytes | None = None
@@ -146,13 +142,14 @@ class FlowTable:
         if flow.closed:
             return
         flow.last_used = now
+        ends = flow.key.service_end, flow.key.user_end
         for payload, segment_size in payloads:
-            if not segment_size:
-                self._answer_datagram(flow.key, payload)
-                continue
-            view = memoryview(payload)
-            for start in range(0, len(view), segment_size):
-                self._answer_datagram(flow.key, view[start : start + segment_size])
+            for datagram in datagrams_of(payload, segment_size):
+                if len(datagram) > MAX_DATAGRAM:
+                    self.dropped["datagram_too_large"] += 1
+                    continue
+                for packet in self._datagrams.packets(*ends, datagram, self.packet_size):
+                    self._answer(flow.key.service_id, packet)
 
     def refuse_flow(
         self, flow: UdpFlow, now: float, reason: icmp.Unreachable = icmp.Unreachable.PORT
@@ -162,9 +159,7 @@ class FlowTable:
         if flow.closed:
             return
         key = flow.key
-        sent = build_udp_packet(
-            key.source, key.destination, key.source_port, key.destination_port, b""
-        )
+        (sent,) = self._datagrams.packets(key.user_end, key.service_end, b"", self.packet_size)
         self._put_error(key.service_id, key.source, icmp.build_unreachable(sent, reason), now)
         flow.last_used = now
         self._close(flow)
@@ -343,15 +338,6 @@ class FlowTable:
         self.dropped["port_is_not_the_service"] += 1
         self._put_error(service.id, ip.source, refuse(packet), now)
 
-    def _answer_datagram(self, key: FlowKey, payload: Buffer) -> None:
-        if len(payload) > MAX_DATAGRAM:
-            self.dropped["datagram_too_large"] += 1
-            return
-        source = key.destination, key.destination_port
-        destination = key.source, key.source_port
-        for packet in self._datagrams.packets(source, destination, payload, self.packet_size):
-            self._answer(key.service_id, packet)
-
     def _put_error(self, service_id: str, user: bytes, data: Buffer | None, now: float) -> None:
         if data is None or self._errors.allow(user, now):
             self._answer(service_id, data)
@@ -366,8 +352,16 @@ class FlowTable:
         """Who is counted: an IPv4 address and its twin are one user's."""
         return self.user or source[-4:]
 
+    def take_share(self, flow: Flow) -> bool:
+        """Count a flow among its user's, if there is room, until `give_share_back`."""
+        return self._shares.take_flow(self._user_of(flow.key.source))
+
+    def give_share_back(self, flow: Flow) -> None:
+        """It is over."""
+        self._shares.give_flow_back(self._user_of(flow.key.source))
+
     def _open(self, flow: Flow) -> bool:
-        if not self._shares.take_flow(self._user_of(flow.key.source)):
+        if not self.take_share(flow):
             self.dropped["too_many_flows"] += 1
             return False
         self._flows[flow.key.index] = flow
@@ -398,7 +392,7 @@ class FlowTable:
     def _close(self, flow: Flow) -> None:
         del self._flows[flow.key.index]
         self._timers.forget(flow)
-        self._shares.give_flow_back(self._user_of(flow.key.source))
+        self.give_share_back(flow)
         if isinstance(flow, TcpFlow):
             self._turns.drop(flow)
         else:

@@ -17,7 +17,15 @@ import structlog
 import trio
 
 from ztna.core.failure import Failure
-from ztna.core.flow import Flow, FlowActive, FlowBroken, FlowClosed, TcpFlow, UdpFlow
+from ztna.core.flow import (
+    Flow,
+    FlowActive,
+    FlowBroken,
+    FlowClosed,
+    TcpFlow,
+    UdpFlow,
+    datagrams_of,
+)
 from ztna.core.outbound import FlowFailed, OutboundTable
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.tcp.state import TcpState, TimedOut
@@ -118,8 +126,7 @@ class Association:
         """Datagrams are in the inbox."""
         payloads: list[Buffer] = []
         for payload, size in self.flow.inbox:
-            view = memoryview(payload)
-            payloads += [view[i : i + size] for i in range(0, len(view), size)] if size else [view]
+            payloads += datagrams_of(payload, size)
         self.flow.inbox.clear()
         self.deliver(payloads)
 
