@@ -284,7 +284,9 @@ async def test_connector_that_is_gone(autojump_clock: MockClock) -> None:
         await trio.sleep(1)
         world.stop("home")
         await trio.sleep(2)
-        assert_broken(await why(agent), "connector", "home")
+        answer = await why(agent)
+        assert_broken(answer, "connector", "no connector is registered for web")
+        assert "start the connector of web" in answer["todo"]
 
 
 @pytest.mark.parametrize(

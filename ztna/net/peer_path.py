@@ -18,6 +18,7 @@ from ztna.core.addresses import VirtualKind, virtual_address
 from ztna.core.channels import pack, unpack
 from ztna.core.inner_relay import take_raw_probes_untrusted
 from ztna.core.ports import Address, UdpBatch, UdpPort
+from ztna.net.demux import Kind, kind_of
 
 
 @attrs.define(eq=False)
@@ -43,7 +44,11 @@ class PeerPath:
     address: the virtual one. channel: of our leg to the relay; relay: the intermediate's address;
     None while it gives us none. direct: the peer's own address, where one was found; port: what
     packets to it leave from, None for the endpoint's own. relay_too: they go both ways while the
-    direct one is in doubt. on_relayed: hears what the relay brings while we send directly.
+    direct one is in doubt. on_relayed: hears what the relay brings while we send directly. on_way:
+    is told when there may be another way, or none any more.
+
+    Handshakes always go by the relay, too: a direct way leads to where the peer was, and a newer
+    session of the same identity may be at another machine, and has come by the relay.
     """
 
     address: Address
@@ -53,8 +58,20 @@ class PeerPath:
     port: UdpPort | None = None
     relay_too: bool = False
     on_relayed: Callable[[], None] | None = None
+    on_way: Callable[[], None] | None = None
     counters: Counter[str] = attrs.Factory(Counter)
     way: RelayWay = attrs.Factory(RelayWay)
+
+    @property
+    def has_way(self) -> bool:
+        """Whether packets go anywhere."""
+        return self.direct is not None or (self.channel is not None and self.relay is not None)
+
+    def set_direct(self, direct: Address | None, port: UdpPort | None = None) -> None:
+        """Another direct way, or none any more."""
+        self.direct, self.port = direct, port
+        if self.on_way is not None:
+            self.on_way()
 
     def route(self, batch: UdpBatch) -> list[UdpBatch]:
         """What leaves for a batch to the virtual address; nothing while there is no way."""
@@ -67,7 +84,7 @@ class PeerPath:
                 leaving.append(out)
             else:
                 self.counters["drop_port_full"] += len(self.port.send_nowait([out]))
-            if not self.relay_too:
+            if not self.relay_too and kind_of(batch.data[0]) is not Kind.QUIC_LONG:
                 return leaving
         if self.channel is not None and self.relay is not None:
             self.counters["sent_relay_bytes"] += size

@@ -462,7 +462,7 @@ class Session(SessionQueues):
             return
         view = SessionView(
             is_client=self.is_client,
-            remote=self.where,
+            remote=self.name,
             verified=self._peer is not None,
             idle_timeout=self.settings.idle_timeout,
             refusal=self._connection.refusal,

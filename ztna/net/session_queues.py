@@ -11,7 +11,7 @@ import attrs
 import trio
 from trio.lowlevel import ParkingLot
 
-from ztna.core.addresses import format_address
+from ztna.core.addresses import format_address, is_virtual
 from ztna.core.ice.paths import Use
 from ztna.core.ports import Address
 from ztna.errors import LocalProtocolError, SessionClosedError
@@ -100,6 +100,13 @@ class SessionQueues:
     def where(self) -> str:
         """The peer's address, for logs."""
         return format_address(self.remote_address)
+
+    @property
+    def name(self) -> str:
+        """The peer, for people: a virtual address says nothing to them."""
+        if self._peer is not None and is_virtual(self.remote_address):
+            return str(self._peer.identity)
+        return self.where
 
     @property
     def peer(self) -> VerifiedPeer:

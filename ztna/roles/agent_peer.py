@@ -54,6 +54,9 @@ class Peer:
                 link.session.close(code, reason)
 
     def carries(self, service_id: str) -> bool:
-        """Whether packets for a service may go to this peer now."""
+        """Whether packets for a service may go to this peer now, and have a way there. A session
+        may outlive that: a connector that has only lost the intermediate comes back to it."""
         link = self.link
-        return link is not None and service_id in self.granted and service_id in link.labels
+        if link is None or not self.path.has_way:
+            return False
+        return service_id in self.granted and service_id in link.labels

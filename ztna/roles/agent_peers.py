@@ -221,6 +221,7 @@ class AgentPeers:
                 self.refused_peers += 1
                 return
             peer = Peer(identity, self.endpoint.paths.open(), message.session)
+            peer.path.on_way = self.handler.peers_changed
             self._peers[identity] = peer
             self.nursery.start_soon(self._keep, peer)
         peer.offered = message.services
@@ -382,7 +383,7 @@ class AgentPeers:
                 if not session.closed:
                     succeeded()
                 closed = await session.wait_closed()
-                raise SessionClosedError(f"session ended: {closed.reason}")
+                raise SessionClosedError(closed.reason)
         finally:
             if successor and link is not None and link.up and not session.closed:
                 retired.start_soon(peer.retired.keep, link, CloseCode.GOODBYE, "")

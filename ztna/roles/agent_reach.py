@@ -41,6 +41,7 @@ _TODO = {
     "intermediate's CA",
     TroubleKind.REFUSED: "see what the words name",
     TroubleKind.PROTOCOL: "bring agent and intermediate to the same version",
+    TroubleKind.REPLACED: "give each machine its own certificate (ztna pki request)",
     TroubleKind.ENDED: "wait some seconds: it is tried again; else see the intermediate's log",
 }
 

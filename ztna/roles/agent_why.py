@@ -110,7 +110,8 @@ class Walk:
             todo = "have it renewed where the CA is (ztna pki renew), then send SIGHUP to the agent"
             return broken(stage, f"this agent's own certificate expired on {until}", todo)
         if left < datetime.timedelta(days=1):
-            return degraded(stage, f"it expires on {until}", "have it renewed (ztna pki renew)")
+            found = f"this agent's certificate expires on {until}"
+            return degraded(stage, found, "have it renewed (ztna pki renew)")
         return ok(stage, f"valid until {until}")
 
     def _look_agent(self) -> Stage:
@@ -149,8 +150,8 @@ class Walk:
         if agent.peers is None:
             return Stage(stage, StageState.NOT_TOLD, "the plain relay does not say who answers")
         peer = self.seen.peer_of(self.name)
-        if peer is None:
-            reason = agent.peers.unavailable.get(self.name)
+        reason = agent.peers.unavailable.get(self.name)
+        if peer is None or (reason is not None and not peer.carries(self.name)):
             todo = (
                 f"start the connector of {self.name} (ztna run connector); its log must say "
                 f"`registered` for {self.name}"
@@ -165,12 +166,12 @@ class Walk:
         name = str(peer.identity)
         if peer.carries(self.name):
             return ok(stage, f"{name} is there, and the session with it is end to end")
-        if peer.link is not None:
+        if peer.link is not None and peer.path.has_way:
             found = f"{name} is there, but does not offer {self.name} to this agent"
             return broken(stage, found, "see its file, its log, and the policy")
         if peer.path.channel is None:
-            found = f"{name} has lost the intermediate: {peer.failure or 'no channel'}"
-            return broken(stage, found, "see the connector's log")
+            found = f"no path leads to {name}: {peer.failure or 'the relay has no channel to it'}"
+            return broken(stage, found, "see whether it runs, and its log")
         found = f"no session with {name}: {peer.failure or 'the handshake goes on'}"
         todo = "see the connector's log; does its network let UDP through?"
         return broken(stage, found, todo, passing=not peer.failure)

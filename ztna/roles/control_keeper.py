@@ -42,7 +42,7 @@ from ztna.roles.resolve import family_of, resolve
 from ztna.roles.session_race import Cause, Race, Runner
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import RETRIED, restart_with_backoff, statistics_registry
-from ztna.roles.trouble import Trouble, trouble_of
+from ztna.roles.trouble import Trouble, trouble_of, trouble_of_goodbye
 from ztna.roles.waits import first_of
 
 log = structlog.get_logger(__name__)
@@ -161,7 +161,11 @@ class ControlKeeper:
                         raise
                 successor = self._successor()
                 if successor is None:
-                    return 0.0 if await self._replaced_by_ourselves(session) else wait
+                    if await self._replaced_by_ourselves(session):
+                        return 0.0
+                    closed, now = await session.wait_closed(), trio.current_time()
+                    self.trouble = trouble_of_goodbye(closed, self.credentials.identity, now)
+                    return wait
                 race = successor
         finally:
             self.session = None

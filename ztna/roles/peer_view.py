@@ -23,6 +23,13 @@ class Seat:
     services: Iterable[str]
     failure: str = ""
 
+    @property
+    def _failure(self) -> str:
+        if self.path.has_way:
+            return self.failure if self.link is None else ""
+        reason = f": {self.failure}" if self.failure else ""
+        return "" if self.link is None and not self.failure else f"no path{reason}"
+
     def to_json(self, puncher: Puncher | None, intermediate: str) -> dict[str, object]:
         """For programs. intermediate: its name, where it is reached over TLS."""
         link, way = self.link, way_of(self.path, intermediate)
@@ -43,8 +50,8 @@ class Seat:
             known += [_direct(path, selected=path is current) for path in ice.paths]
         return {
             "peer": str(self.identity),
-            "up": link is not None,
-            "failure": self.failure if link is None else "",
+            "up": link is not None and self.path.has_way,
+            "failure": self._failure,
             "services": sorted(self.services),
             "selected": way.to_json(),
             "rtt": None if link is None else link.session.statistics()["rtt"],

@@ -249,7 +249,8 @@ class DirectPath:
         session.on_use = self._receive_use
         # What an older session of the same peer has found is not ours.
         path.on_relayed = self._hint = self._receive_hint
-        path.direct, path.port, path.relay_too = None, None, False
+        path.relay_too = False
+        path.set_direct(None)
         self._say_path(None)
         try:
             async with trio.open_nursery() as nursery:
@@ -270,7 +271,8 @@ class DirectPath:
             self._nursery = None
             self.link.receive_signal = session.on_use = None
             if self.owns_path:
-                path.on_relayed, path.direct, path.port, path.relay_too = None, None, None, False
+                path.on_relayed, path.relay_too = None, False
+                path.set_direct(None)
 
     def flush(self, now: float) -> None:
         """Do and send what the agent wants."""
@@ -314,8 +316,7 @@ class DirectPath:
 
     def _select(self, event: PathSelected) -> None:
         path, current = self.path, self.ice.paths.current
-        path.direct = event.address
-        path.port = self._ports.get(event.port)
+        path.set_direct(event.address, self._ports.get(event.port))
         rtt = None if current is None else current.rtt
         name = "relay" if event.address is None else (event.port, event.address)
         # Of the relay's path the session finds out itself.
@@ -407,7 +408,7 @@ class DirectPath:
             closed = self._ports.pop(number, None)
             if closed is not None and self.path.port is closed:
                 # When all ends, the session's goodbye may be later: it takes the relay.
-                self.path.direct, self.path.port = None, None
+                self.path.set_direct(None)
             del self._scopes[number]
 
     async def _receive_at(self, number: int, port: UdpPort) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from ztna.core.identity import Identity
 from ztna.errors import (
     RefusedError,
     RemoteProtocolError,
@@ -12,6 +13,7 @@ from ztna.errors import (
     UnresolvedError,
     ZtnaError,
 )
+from ztna.net.closing import CloseCode, CloseInfo
 
 # RFC 9001 section 4.8: 0x100 and the alert of TLS.
 _ALERTS = range(0x100, 0x200)
@@ -27,6 +29,7 @@ class TroubleKind(enum.Enum):
     REFUSED = "refused"
     PROTOCOL = "the protocol was broken"
     ENDED = "the session ended"
+    REPLACED = "replaced"
 
 
 @attrs.frozen
@@ -48,6 +51,14 @@ def trouble_of(errors: Sequence[BaseException], ways: Mapping[str, str], now: fl
     kinds = [_kind(error) for error in errors if isinstance(error, ZtnaError)]
     kind = next((k for k in kinds if k is not TroubleKind.NO_ANSWER), TroubleKind.NO_ANSWER)
     return Trouble(kind, words, now, ways)
+
+
+def trouble_of_goodbye(closed: CloseInfo, identity: Identity, now: float) -> Trouble:
+    """Why the intermediate ended a session of ours in order."""
+    if not closed.by_peer or closed.code != CloseCode.REPLACED:
+        return Trouble(TroubleKind.ENDED, closed.reason, now)
+    words = f"another machine uses the identity {identity}; each takes the session from the other"
+    return Trouble(TroubleKind.REPLACED, words, now)
 
 
 def _kind(error: ZtnaError) -> TroubleKind:
