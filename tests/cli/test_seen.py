@@ -22,6 +22,7 @@ from tests.net.certificates import make_agent, make_deployment, write_credential
 from tests.roles.memory import open_world
 from tests.roles.test_why import POLICY, WEB_BACKEND, open_all
 from ztna.cli import node_socket, seen_text
+from ztna.cli import seen as seen_module
 from ztna.cli.main import cli
 from ztna.cli.node_socket import find_socket
 from ztna.core.identity import Role
@@ -125,6 +126,41 @@ def test_ping(node: Node, answered: dict[str, Lines]) -> None:
     result = run(node, [lost, {**answered["ping"][2], "answered": 0, "exit_code": 6}], "ping", "w")
     assert result.output.splitlines()[0] == "1: no answer in 2 s, sent none"
     assert result.exit_code == 6
+
+
+def test_the_node_stops_meanwhile(node: Node, answered: dict[str, Lines]) -> None:
+    """The end of the stream is not the end of an answer."""
+    for lines, words in (
+        (answered["ping"][:2], ["ping", "web"]),
+        ([], ["ping", "web"]),
+        (answered["paths"], ["paths", "--watch"]),
+    ):
+        result = run(node, lines, *words)
+        assert result.exit_code == 6
+        assert "the node stopped" in result.output
+    assert run(node, answered["paths"], "paths").exit_code == 0
+
+
+def test_ctrl_c_ends_a_ping_with_its_summary(
+    node: Node, answered: dict[str, Lines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = {**answered["ping"][0], "rtt": None, "words": "no answer in 2 s, sent none"}
+
+    def interrupted(lines: Lines) -> Result:
+        def ask(*_: object) -> Iterator[dict[str, Any]]:
+            yield from lines
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(seen_module, "_ask", ask)
+        return run(node, [], "ping", "web")
+
+    result = interrupted(answered["ping"][:2])
+    assert result.output.splitlines()[2].startswith("2 sent, 2 answered, 0% lost")
+    assert result.exit_code == 0
+    for lines, count in (([lost], 1), ([], 0)):
+        result = interrupted(lines)
+        assert result.output.splitlines()[-1].startswith(f"{count} sent, 0 answered")
+        assert result.exit_code == 6
 
 
 def test_ping_that_finds_no_direct_path(node: Node, answered: dict[str, Lines]) -> None:

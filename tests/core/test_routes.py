@@ -234,6 +234,18 @@ def test_foreign_sources_and_garbage_stay_inside() -> None:
 
 
 @VERSIONS
+def test_nothing_can_be_had_at_all(version: int) -> None:
+    found = table()
+    bars = [True, False]
+    found.barred = lambda: bars.pop(0)
+    packet = udp(ANY, version=version)
+    forward, (answer,) = out(found, packet)
+    assert (forward, icmp_of(answer)[2:]) == ([], (3, 13) if version == 4 else (1, 1))
+    assert out(found, packet) == ([], [])
+    assert drops(found) == {"certificate_refused": 1, "service_not_registered": 1}
+
+
+@VERSIONS
 @pytest.mark.parametrize("destination", [ECHO, FREE])
 def test_who_began_before_the_address_was_there_hears_so(
     version: int, destination: ipaddress.IPv4Address

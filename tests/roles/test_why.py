@@ -21,10 +21,11 @@ from tests.roles.user_host import UserHost, echo_request
 from ztna.config.model import AgentService, ConnectorService
 from ztna.core.identity import Identity
 from ztna.core.policy import PolicyRule
-from ztna.errors import RefusedError, UsageError
+from ztna.errors import ConfigError, IdentityError, RefusedError, UsageError
 from ztna.nat.link import LinkSpec
 from ztna.net.knock import Knocked, KnockResult
 from ztna.roles.agent_view import AgentView
+from ztna.roles.reload import NodeFiles, reload_requests
 
 POLICY = [
     PolicyRule("agent/laptop", services=("echo", "web")),
@@ -221,6 +222,34 @@ async def test_own_certificate_expired(autojump_clock: MockClock) -> None:
         answer = await why(agent)
         assert_broken(answer, "certificate", "own certificate expired on 2020-", 4)
         assert "pki renew" in answer["todo"]
+        with pytest.raises(IdentityError, match="own certificate expired on 2020-"):
+            await agent.ask(ask="ping", service="web")
+        assert IdentityError.exit_code == 4
+
+
+async def test_programs_hear_that_the_certificate_is_refused(autojump_clock: MockClock) -> None:
+    """It was good, and a session was up; now no other one can be had, and nobody waits for it."""
+    async with open_world(POLICY) as world:
+        agent = await open_all(world)
+        async with UserHost.open(agent) as user:
+            ping = echo_request(user.address(WEB_IP), WEB_IP.packed)
+            await user.ask(ping)
+            old = make_agent(
+                world.deployment.ca, datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), "laptop"
+            )
+            files = world.files["laptop"]
+            assert isinstance(files, NodeFiles)
+            world.files["laptop"] = attrs.evolve(files, credentials=old)
+            reload_requests().ask()
+            await trio.sleep(1)
+            await world.kill("intermediate")
+            await world.start_intermediate()
+            await trio.sleep(200)
+            user.packets.clear()
+            user.send(ping)
+            with trio.fail_after(0.01):
+                (refusal,) = await user.take()
+            assert refusal[20:22] == b"\x03\x0d", "communication administratively prohibited"
 
 
 async def test_intermediate_unreachable(autojump_clock: MockClock) -> None:
@@ -492,7 +521,6 @@ async def test_paths_are_told_as_they_change(autojump_clock: MockClock) -> None:
     [
         ({"ask": "dance"}, "not 'dance'"),
         ({"ask": "ping"}, "not 'ping'"),
-        ({"ask": "ping", "service": "nothing"}, "knows no service 'nothing'"),
         ({"ask": "ping", "service": "web", "count": True}, "count is a number"),
         ({"ask": "ping", "service": "web", "interval": 0}, "interval is between"),
         ({"ask": "ping", "service": "web", "size": 1e9}, "size is between"),
@@ -505,6 +533,15 @@ async def test_odd_requests(
         agent = await world.start_agent(AGENT)
         with pytest.raises(UsageError, match=words):
             await agent.ask(**request_)
+
+
+async def test_ping_of_an_unknown_service(autojump_clock: MockClock) -> None:
+    """The exit code is that of `why`."""
+    async with open_world(POLICY) as world:
+        agent = await world.start_agent(AGENT)
+        with pytest.raises(ConfigError, match="knows no service 'nothing'"):
+            await agent.ask(ask="ping", service="nothing")
+        assert ConfigError.exit_code == 3
 
 
 async def test_ping_of_a_refused_service(autojump_clock: MockClock) -> None:

@@ -20,10 +20,12 @@ from ztna.config.model import CONFIG_VARIABLE, default_file
 from ztna.core.identity import Role
 from ztna.errors import SystemSetupError, UnreachableError, ZtnaError
 from ztna.roles.local import name_of
+from ztna.roles.ping_summary import summary
 
 # Our choice: longer than any look at a service takes, several of them one after the other.
 _ANSWER_TIME = 60.0
 _LONGEST_LINE = 16 << 20
+_STOPPED = "the node stopped, or its log says why it closed the connection; start it again"
 _ROLES = (Role.AGENT, Role.CONNECTOR, Role.INTERMEDIATE)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -125,9 +127,9 @@ def ping(
     They are answered by its connector: the application is not touched.
 
     \b
-    Exit codes:
+    Exit codes, also at Ctrl-C:
       0   at least one answer; with --until-direct: a direct one
-      6   no answer
+      6   no answer, or the node stopped
       13  with --until-direct: answers, but none on a direct path
       3, 4, 5 as of ztna status
 
@@ -144,11 +146,18 @@ def ping(
         "size": size,
         "until_direct": until_direct,
     }
-    code = 0
-    for answer in _ask(config, given, request):
-        _show(answer, as_json, seen_text.ping)
-        code = _code(answer)
-    get_current_context().exit(code)
+    answers: list[Line] = []
+    try:
+        for answer in _ask(config, given, request):
+            _show(answer, as_json, seen_text.ping)
+            answers.append(answer)
+    except KeyboardInterrupt:
+        # The node, which would have said it, has heard that nobody listens any more.
+        answers.append(_sum_up(answers, until_direct=until_direct))
+        _show(answers[-1], as_json, seen_text.ping)
+    if not answers or answers[-1].get("kind") != "summary":
+        raise UnreachableError(_STOPPED)
+    get_current_context().exit(_code(answers[-1]))
 
 
 @click.command()
@@ -182,6 +191,9 @@ def paths(watch: bool, config: Path | None, given: Path | None, as_json: bool) -
     """Show every peer of this machine's agent or connector with the paths that lead to it.
 
     \b
+    With --watch it ends at Ctrl-C, or with exit code 6 when the node stops.
+
+    \b
     Examples:
       ztna paths
       ztna paths --watch --json
@@ -189,6 +201,15 @@ def paths(watch: bool, config: Path | None, given: Path | None, as_json: bool) -
     roles = (Role.AGENT, Role.CONNECTOR)
     for answer in _ask(config, given, {"ask": "paths", "watch": watch}, roles):
         _show(answer, as_json, seen_text.paths)
+    if watch:
+        raise UnreachableError(_STOPPED)
+
+
+def _sum_up(echoes: Sequence[Line], *, until_direct: bool) -> Line:
+    times = [each["rtt"] for each in echoes if each.get("rtt") is not None]
+    direct = any(each.get("path") == "direct" for each in echoes[-1:])
+    name = str(echoes[-1]["service"]) if echoes else ""
+    return summary(name, len(echoes), times, direct=direct, until_direct=until_direct)
 
 
 def _show(answer: Line, as_json: bool, text: Callable[[Console, Line], None]) -> None:
@@ -265,6 +286,8 @@ def _one(answers: Iterator[Line]) -> Line:
 def _read_line(readline: Callable[[int], bytes], path: Path) -> bytes:
     try:
         return readline(_LONGEST_LINE)
+    except ConnectionError:
+        return b""  # killed, in place of the end of the stream
     except TimeoutError as error:
         words = f"the node at {path} does not answer in {_ANSWER_TIME:g} s; see its log"
         raise UnreachableError(words) from error

@@ -82,7 +82,8 @@ class RouteTable:
     its flow as one that mostly sends does.
 
     labels: services that a session carries now. refused: reasons of the policy, by service.
-    unavailable: services that nobody provides now. keep: takes a packet whose service no session
+    unavailable: services that nobody provides now. barred: whether no session can be had at all, as
+    with a certificate that has expired. keep: takes a packet whose service no session
     carries yet, or says that it has no room.
 
     hop_addresses: where the answer to a packet comes from whose hops end here, IPv4 and IPv6. Not
@@ -94,6 +95,7 @@ class RouteTable:
     labels: dict[str, ServiceLabel] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
     unavailable: Collection[str] = ()
+    barred: Callable[[], bool] | None = None
     keep: Callable[[str, IpPacket], bool] | None = None
     mss_limits: tuple[int, int] = mss_limits(1170)
     hop_addresses: tuple[bytes, bytes] | None = None
@@ -267,13 +269,14 @@ class RouteTable:
     def _answer_unregistered(
         self, route: ServiceRoute, packet: IpPacket, answers: list[IpPacket]
     ) -> None:
-        """No session knows the service: prohibited if it was refused, unreachable if there is no
-        connector; else it waits a little, and then silence, so that the users' TCP tries again
-        until the session is back."""
+        """No session knows the service: prohibited if it, or all, is refused; unreachable if there
+        is no connector; else it waits a little, and then silence, so that the users' TCP tries
+        again until the session is back."""
         data = bytes(packet.data)
         source = packed_pair(route.virtual_ip)[data[0] >> 4 == 6]
-        if route.id in self.refused:
-            self.dropped["refused_by_policy"] += 1
+        if route.id in self.refused or (self.barred is not None and self.barred()):
+            reason = "refused_by_policy" if route.id in self.refused else "certificate_refused"
+            self.dropped[reason] += 1
             answer = icmp.build_prohibited(data, source=source)
             _append(answers, answer)
         elif route.id in self.unavailable:

@@ -51,6 +51,7 @@ from ztna.roles.reload import (
 )
 from ztna.roles.signed_policy import SignedPolicy
 from ztna.roles.tree import statistics_registry
+from ztna.roles.trouble import TroubleKind
 
 log = structlog.get_logger(__name__)
 
@@ -134,6 +135,7 @@ async def run_agent(
             policy,
             streams,
         )
+        routes.barred = functools.partial(agent.is_barred, keeper)
         if serve is not None:
             view = AgentView(Seen(agent, keeper, agent.echoes, check_route, knock))
             nursery.start_soon(serve, view.answer)
@@ -236,6 +238,11 @@ class _Agent:
                 link = carried[service_id]
                 messages = link.encapsulator.encapsulate((label, packet) for packet in waited)
                 link.session.send_datagrams(messages)
+
+    def is_barred(self, keeper: ControlKeeper) -> bool:
+        """Whether the intermediate refuses our certificate: then it is of no use to wait."""
+        trouble = keeper.trouble if self.link is None else None
+        return trouble is not None and trouble.kind is TroubleKind.OUR_CERTIFICATE
 
     def keep(self, service_id: str, packet: IpPacket) -> bool:
         """A user's packet that came before the peer session."""

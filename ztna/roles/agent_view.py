@@ -5,6 +5,7 @@ tunnel, `status` and `why` have the connector try its application. `roles.agent_
 service's way; what the paths are is `roles.ways`.
 """
 
+import datetime
 from collections.abc import Awaitable, Callable
 
 import attrs
@@ -12,13 +13,14 @@ import trio
 
 from ztna.core.addresses import format_address
 from ztna.core.diagnosis import Stage
-from ztna.errors import NotDirectError, RefusedError, UnreachableError, UsageError
+from ztna.errors import ConfigError, IdentityError, RefusedError, UnreachableError, UsageError
 from ztna.roles.agent_peer import Peer
 from ztna.roles.agent_reach import Towards, look_intermediate, settled
 from ztna.roles.agent_seen import Round, Seen, find_service
 from ztna.roles.agent_why import Walk
 from ztna.roles.local import Request, Send
 from ztna.roles.peer_view import Seat, without_figures
+from ztna.roles.ping_summary import summary
 from ztna.roles.punching import Puncher
 from ztna.roles.ways import NONE, Story, Way, story_of, way_of
 
@@ -139,7 +141,7 @@ class AgentView:
         size = int(_number(request, "size", 64, 64, 65_000))
         service = find_service(self.seen, name)
         if service is None:
-            raise UsageError(f"this agent knows no service {name[:80]!r}; ztna status lists them")
+            raise ConfigError(f"this agent knows no service {name[:80]!r}; ztna status lists them")
         agent = self.seen.agent
         refusal = agent.granted.refused.get(service.id) or agent.routes.refused.get(service.id)
         if refusal is not None:
@@ -148,6 +150,7 @@ class AgentView:
         times: list[float] = []
         direct = False
         while not count or number < count:
+            self._check_certificate()
             number += 1
             begun = trio.current_time()
             got = await self.seen.echo(service, ECHO_TIME, size)
@@ -159,7 +162,16 @@ class AgentView:
                 break
             if not count or number < count:
                 await trio.sleep_until(begun + interval)
-        await send(_summary(service.id, number, times, direct=direct, until_direct=stop))
+        await send(summary(service.id, number, times, direct=direct, until_direct=stop))
+
+    def _check_certificate(self) -> None:
+        """No session can be had with one that has expired, however long one waits."""
+        expired = self.seen.keeper.credentials.not_after
+        if expired <= datetime.datetime.now(datetime.UTC):
+            raise IdentityError(
+                f"this agent's own certificate expired on {expired:%Y-%m-%d %H:%M} UTC: have it "
+                "renewed where the CA is (ztna pki renew), then send SIGHUP to the agent"
+            )
 
     # --- why ----------------------------------------------------------------------------------
 
@@ -213,27 +225,6 @@ class AgentView:
 
 def _round(got: Round) -> dict[str, object]:
     return {"rtt": got.rtt, "path": got.way.kind, "via": got.way.address, "words": got.words}
-
-
-def _summary(
-    service_id: str, sent: int, times: list[float], *, direct: bool, until_direct: bool
-) -> dict[str, object]:
-    answered = len(times)
-    code = 0 if answered else UnreachableError.exit_code
-    if until_direct and answered and not direct:
-        code = NotDirectError.exit_code
-    return {
-        "kind": "summary",
-        "service": service_id,
-        "sent": sent,
-        "answered": answered,
-        "loss": 0.0 if not sent else 1 - answered / sent,
-        "least": min(times, default=None),
-        "mean": sum(times) / answered if answered else None,
-        "most": max(times, default=None),
-        "direct": direct,
-        "exit_code": code,
-    }
 
 
 def _number(request: Request, key: str, default: float, least: float, most: float) -> float:
