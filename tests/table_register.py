@@ -106,6 +106,7 @@ TABLES = {
     "ztna.core.rendezvous:Rendezvous._wishes": SESSIONS,
     "ztna.core.rendezvous:Rendezvous._pairs": f"{CHANNELS} {SESSIONS}",
     "ztna.core.rendezvous:Rendezvous._ids": f"{CHANNELS} {SESSIONS}",
+    "ztna.core.rendezvous:Rendezvous._moves": SESSIONS,
     "ztna.core.rendezvous:Rendezvous._events": EVENTS,
     "ztna.core.relay:Relay._inner": BATCH,
     "ztna.core.waiting:_Queue.packets": "ztna.core.waiting:MAX_PACKETS ztna.core.waiting:MAX_BYTES",

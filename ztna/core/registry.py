@@ -7,6 +7,7 @@ clients may send from. `core.relay` reads it for each batch.
 
 import ipaddress
 from collections import deque
+from collections.abc import Container
 
 import attrs
 
@@ -73,12 +74,14 @@ class Client:
 
 @attrs.frozen
 class Registration:
-    """Outcome of a 0x10 or 0x11: the service's number, or why not."""
+    """Outcome of a 0x10 or 0x11: the service's number, or why not. fresh: it was not held before,
+    and so something may follow from it."""
 
     service_id: str
     number: int = 0
     refusal: Refusal | None = None
     reason: str = ""
+    fresh: bool = False
 
 
 @attrs.define
@@ -196,7 +199,8 @@ class Registry:
             self.withdraw(client, service_id)
             return Registration(service_id, 0, Refusal.NOT_AUTHORISED, decision.reason)
         held = client.routes if client.is_agent else client.provides
-        if service_id not in held:
+        fresh = service_id not in held
+        if fresh:
             if len(held) >= self.max_services:
                 words = f"{client.identity} has {self.max_services} services already"
                 return Registration(service_id, 0, Refusal.LIMIT, words)
@@ -212,7 +216,8 @@ class Registry:
             else:
                 client.provides[service_id] = number
                 self._providers.setdefault(service_id, []).append(client)
-        return Registration(service_id, self._numbers[service_id].value, None, decision.reason)
+        number_value = self._numbers[service_id].value
+        return Registration(service_id, number_value, None, decision.reason, fresh=fresh)
 
     def withdraw(self, client: Client, service_id: str) -> None:
         """Take one service from a client, as when the policy no longer allows it."""
@@ -245,16 +250,18 @@ class Registry:
                 del self._awaited[service_id]
         client.awaited = frozenset()
 
-    def prefer(self, route: AgentRoute, identity: str) -> bool:
-        """Let the connector with this SPIFFE ID serve a route that has none yet; whether it does.
+    def prefer(self, route: AgentRoute, identities: Container[str]) -> bool:
+        """Let a connector with one of these SPIFFE IDs serve a route that has none yet; whether one
+        of them serves it.
 
         The agent has a peer session with it already, perhaps from before this node's restart."""
         if route.provider is None:
             for client in self._providers.get(route.service_id, ()):
-                if client.identity.uri == identity:
+                if client.identity.uri in identities:
                     route.provider = client
                     client.serves += 1
-        return route.provider is not None and route.provider.identity.uri == identity
+                    break
+        return route.provider is not None and route.provider.identity.uri in identities
 
     def provider_for(self, route: AgentRoute) -> Client | None:
         """The connector that serves a route: the same one while it is there, so that flows stay;

@@ -13,6 +13,7 @@ alone, and an id that any other session has is not taken for it.
 """
 
 import ipaddress
+import math
 import secrets
 from collections import deque
 
@@ -32,6 +33,9 @@ from ztna.errors import LimitError
 PATIENCE = 3.0
 # Our choice: connectors that one agent has peer sessions with; more than services makes no sense.
 MAX_KNOWN = MAX_SERVICES
+# Seconds, our choice: between two words to the others about a client that moves, the first of which
+# goes at once. A connector has a thousand others, and a port of its own choice.
+MOVES_APART = 1.0
 _NOTHING_LEFT = "no service is left that it may carry"
 
 
@@ -60,6 +64,14 @@ class _Pair:
 
 
 @attrs.define
+class _Moves:
+    """When others were told that a client had moved, and when they are to be told again."""
+
+    told_at: float = -math.inf
+    due: float = math.inf
+
+
+@attrs.define
 class Rendezvous:
     """All peer sessions of one intermediate."""
 
@@ -69,6 +81,7 @@ class Rendezvous:
     _wishes: dict[Client, _Wishes] = attrs.Factory(dict)
     _pairs: dict[Identity, dict[Identity, _Pair]] = attrs.Factory(dict)
     _ids: set[str] = attrs.Factory(set)
+    _moves: dict[Client, _Moves] = attrs.Factory(dict)
     _events: deque[tuple[Client, Message]] = attrs.Factory(deque)
 
     def next_event(self) -> tuple[Client, Message] | None:
@@ -128,6 +141,7 @@ class Rendezvous:
         """A newer session of the same identity takes over what the older one had."""
         self.channels.pass_on(old.key, new.key)
         self._wishes.pop(old, None)
+        self._moves.pop(old, None)
         for pair in self._pairs_of(old):
             pair.told.pop(old.key, None)
             if pair.agent is old:
@@ -136,16 +150,25 @@ class Rendezvous:
                 pair.connector = new
 
     def moved(self, client: Client, now: float) -> None:
-        """A client is seen at another address: the other ends of its sessions are told."""
+        """A client is seen at another address: the other ends of its sessions are told, at once
+        or when they were told a moment ago."""
+        moves = self._moves.setdefault(client, _Moves())
+        if now < moves.told_at + MOVES_APART:
+            moves.due = moves.told_at + MOVES_APART
+            return
+        moves.told_at, moves.due = now, math.inf
         for pair in self._pairs_of(client):
-            pair.told.pop((pair.connector if client is pair.agent else pair.agent).key, None)
-            self.reconcile(pair.agent, now)
+            other = pair.connector if client is pair.agent else pair.agent
+            pair.told.pop(other.key, None)
+            if other is pair.connector or other in self._wishes:  # else it is told when it asks
+                self._tell(pair, other)
 
     def gone(self, client: Client, now: float, *, withdrawn: bool = False) -> None:
         """A client's session has ended, and no newer one is there. withdrawn: it was sent away, and
         its peer sessions are to end as well; else those on a direct path may go on, for as long as
         they have the right to."""
         self._wishes.pop(client, None)
+        self._moves.pop(client, None)
         pairs = self._pairs_of(client)
         for pair in pairs:
             self._close(pair, f"{client.identity} is gone", withdrawn=withdrawn)
@@ -158,16 +181,20 @@ class Rendezvous:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` is due."""
-        waiting = (wishes.until for wishes in self._wishes.values())
-        return min((until for until in waiting if until < float("inf")), default=None)
+        waiting = [wishes.until for wishes in self._wishes.values()]
+        waiting += [moves.due for moves in self._moves.values()]
+        return min((due for due in waiting if due < math.inf), default=None)
 
     def handle_timer(self, now: float) -> None:
-        """Give up waiting for registrations that did not come."""
+        """Give up waiting for registrations that did not come; tell where who moved is now."""
         for agent, wishes in list(self._wishes.items()):
             if wishes.until <= now:
-                wishes.until = float("inf")
+                wishes.until = math.inf
                 wishes.sessions.clear()
                 self.reconcile(agent, now)
+        for client, moves in list(self._moves.items()):
+            if moves.due <= now:
+                self.moved(client, now)
 
     def reconcile(self, agent: Client, now: float) -> None:
         """Bring an agent's peer sessions in line with its wishes, rights and connectors."""
@@ -175,7 +202,7 @@ class Rendezvous:
         if wishes is None:
             self._judge(agent)
             return
-        waits = now < wishes.until < float("inf")
+        waits = now < wishes.until < math.inf
         wanted: dict[Client, list[str]] = {}
         pairs = self._pairs.get(agent.identity, {})
         for service_id in wishes.services:
@@ -253,7 +280,7 @@ class Rendezvous:
         self, wishes: _Wishes, route: AgentRoute, *, waits: bool
     ) -> Client | str | None:
         """The connector that serves a route; None while it is waited for; or why there is none."""
-        preferred = any(self.registry.prefer(route, peer) for peer in wishes.sessions)
+        preferred = self.registry.prefer(route, wishes.sessions)
         provider = None
         if preferred or not (waits and wishes.sessions):
             provider = self.registry.provider_for(route)

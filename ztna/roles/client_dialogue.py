@@ -171,7 +171,8 @@ def _receive_dialogue(
     """Registrations; anything else of the dialogue is the server's to send, and is counted."""
     client, session = served.client, served.session
     answers: list[bytes] = []
-    map_changed = False
+    registered = False
+    fresh: list[str] = []
     now = trio.current_time()
     for data in messages:
         if not served.dialogue.take(now):
@@ -195,17 +196,19 @@ def _receive_dialogue(
         answers.append(
             wire.encode_service_message(ServiceMessage(kind, answer.service_id, refusal or 0))
         )
-        map_changed |= refusal is None
+        registered |= refusal is None
+        fresh += [answer.service_id] if answer.fresh else []
         if refusal is not None and client.speaks_control:
             session.send_control(encode_message(Denied(answer.service_id, answer.reason)))
         elif refusal is not None and len(served.refused) < MAX_SERVICES:
             served.refused[answer.service_id] = answer.reason
     session.send_datagrams(answers)
-    if map_changed:
+    if registered:
         intermediate.registry.settle(client)
-        reconcile(intermediate, client, [*client.provides])
-    if map_changed and client.speaks_control:
-        send_service_map(served)  # once for all: it holds the whole map
+    if fresh:  # nothing follows from what was asked again
+        reconcile(intermediate, client, fresh)
+        if client.speaks_control:
+            send_service_map(served)  # once for all: it holds the whole map
 
 
 def _answer(intermediate: Intermediate, served: Served, message: ServiceMessage) -> Registration:

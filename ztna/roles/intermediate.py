@@ -261,13 +261,14 @@ async def _serve_client(intermediate: Intermediate, session: Session) -> None:
             _replace(intermediate, replaced)
         try:
             async with trio.open_nursery() as nursery:
+                # `awaited` is read before the first registration, which may be here already.
+                nursery.start_soon(_settle_later, intermediate, client, client.awaited)
                 session.deliver_datagrams(
                     functools.partial(receive_datagrams, intermediate, served)
                 )
                 nursery.start_soon(_report_address, intermediate, served)
                 nursery.start_soon(_end_with_stream, intermediate, session)
                 nursery.start_soon(close_when_expired, session)
-                nursery.start_soon(_settle_later, intermediate, client)
                 nursery.start_soon(read_control, intermediate, served)
                 await session.wait_closed()
                 nursery.cancel_scope.cancel()
@@ -312,14 +313,18 @@ def _replace(intermediate: Intermediate, replaced: Client) -> None:
     served.session.close(CloseCode.REPLACED, "replaced by a newer session of this identity")
 
 
-async def _settle_later(intermediate: Intermediate, client: Client) -> None:
+async def _settle_later(
+    intermediate: Intermediate, client: Client, awaited: frozenset[str]
+) -> None:
     """Whoever registers nothing anew must not keep others waiting."""
     await trio.sleep(REGISTRATION_PATIENCE)
     client.settled = True
-    awaited = list(client.awaited)
     intermediate.registry.settle(client)
+    lost = [each for each in awaited if each not in client.provides]
+    # Those of a client without Hello could not be used, nor refused, until now.
+    waiting = [] if client.speaks_control else [*client.provides]
     if not client.is_agent:
-        reconcile(intermediate, client, [*client.provides, *awaited])
+        reconcile(intermediate, client, [*waiting, *lost])
 
 
 async def _report_address(intermediate: Intermediate, served: Served) -> None:
