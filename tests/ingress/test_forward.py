@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
+import structlog.testing
 import trio
 from trio.testing import MockClock
 
@@ -22,6 +23,7 @@ from tests.roles.memory import ECHO_IP, WEB_IP, BackendResetsError
 from ztna.core.failure import Failure
 from ztna.core.flow import TcpFlow
 from ztna.core.flows import UDP_IDLE
+from ztna.core.limits import LOG_BURST, LOG_RATE
 from ztna.core.ports import Buffer
 from ztna.core.tcp.connection import TcpConnection
 from ztna.ingress import forward as forward_module
@@ -242,6 +244,20 @@ async def test_a_service_that_cannot_be_reached_resets_the_program(
             await local.send_all(b"x")
         await trio.sleep(1)
         assert scene.connections.open == 0
+
+
+async def test_connections_in_vain_do_not_fill_the_log(autojump_clock: MockClock) -> None:
+    """Of whoever reaches the local port."""
+    async with open_scene() as scene:
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(100):
+                local = scene.forward(port=82)
+                with pytest.raises(trio.BrokenResourceError):
+                    await local.send_all(b"x")
+            await trio.sleep(1)
+        lines = [line for line in logs if line["event"] == "service cannot be reached"]
+        assert LOG_BURST <= len(lines) <= LOG_BURST + 2 * LOG_RATE
+        assert scene.host.statistics()["log_lines_suppressed"] == 100 - len(lines)
 
 
 async def test_the_service_resets(autojump_clock: MockClock) -> None:

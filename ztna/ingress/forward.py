@@ -39,7 +39,8 @@ class TcpForward:
             outbound = await self.host.open_tcp(target)
         except NotConnectedError as error:
             service, port = target.service_id, target.port
-            log.info("service cannot be reached", service=service, port=port, reason=str(error))
+            if self.host.may_log():
+                log.info("service cannot be reached", service=service, port=port, reason=str(error))
             await reset_stream(stream)
             return
         await outbound.splice.run(stream)

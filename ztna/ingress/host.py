@@ -26,6 +26,7 @@ from ztna.core.flow import (
     UdpFlow,
     datagrams_of,
 )
+from ztna.core.limits import RateGate
 from ztna.core.outbound import FlowFailed, OutboundTable
 from ztna.core.ports import Buffer, IpPacket
 from ztna.core.tcp.state import TcpState, TimedOut
@@ -140,11 +141,13 @@ class Association:
 
 @attrs.define(eq=False)
 class UserspaceHost:
-    """Implements `core.ports.TunDevice`. mtu: bytes of the largest plain packet that it takes."""
+    """Implements `core.ports.TunDevice`. mtu: bytes of the largest plain packet that it takes.
+    lines: what local programs, or who else reaches the local ports, cause in the log."""
 
     table: OutboundTable
     mtu: int
     name: str = "none"
+    lines: RateGate = attrs.Factory(RateGate)
     _drivers: dict[Flow, _Driver] = attrs.Factory(dict)
     _output: trio.Event = attrs.Factory(trio.Event)
     _timer_changed: trio.Event = attrs.Factory(trio.Event)
@@ -178,8 +181,13 @@ class UserspaceHost:
         return {
             "received_packets": self._received,
             "sent_packets": self._sent,
+            "log_lines_suppressed": self.lines.suppressed,
             **self.table.statistics(),
         }
+
+    def may_log(self) -> bool:
+        """Whether one more line about a local program is no flood."""
+        return self.lines.allow(trio.current_time())
 
     @asynccontextmanager
     async def configure(self, address: ipaddress.IPv4Address) -> AsyncIterator[None]:
@@ -265,7 +273,8 @@ class UserspaceHost:
         while (event := self.table.next_event()) is not None:
             driver = None if event.flow is None else self._drivers.get(event.flow)
             if isinstance(event, FlowBroken):
-                log.error("internal error in a flow", flow=event.flow, exc_info=event.error)
+                if self.may_log():
+                    log.error("internal error in a flow", flow=event.flow, exc_info=event.error)
                 if isinstance(driver, Outbound):
                     driver.cut()
             if driver is None:

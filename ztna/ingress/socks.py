@@ -114,7 +114,8 @@ class SocksServer:
                 await stream.send_all(METHOD_UNACCEPTABLE)
                 return None
         except RemoteProtocolError as error:
-            log.info("no SOCKS client", reason=str(error))
+            if self.host.may_log():
+                log.info("no SOCKS client", reason=str(error))
             return None
         await stream.send_all(METHOD_NONE)
         try:
@@ -122,7 +123,8 @@ class SocksServer:
         except AddressTypeError:
             await self._refuse(stream, Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         except RemoteProtocolError as error:
-            log.info("malformed SOCKS request", reason=str(error))
+            if self.host.may_log():
+                log.info("malformed SOCKS request", reason=str(error))
             await self._refuse(stream, Reply.FAILURE)
         return None
 
@@ -130,14 +132,16 @@ class SocksServer:
         stream = reader.stream
         target = self.directory.find(request.host, request.port)
         if target is None:
-            log.info("SOCKS client asks for no service", host=request.host, port=request.port)
+            if self.host.may_log():
+                log.info("SOCKS client asks for no service", host=request.host, port=request.port)
             await self._refuse(stream, Reply.HOST_UNREACHABLE)
             return
         try:
             outbound = await self.host.open_tcp(target)
         except NotConnectedError as error:
             service, port = target.service_id, target.port
-            log.info("service cannot be reached", service=service, port=port, reason=str(error))
+            if self.host.may_log():
+                log.info("service cannot be reached", service=service, port=port, reason=str(error))
             await self._refuse(stream, _REPLIES[error.failure])
             return
         try:
@@ -162,7 +166,8 @@ class SocksServer:
         try:
             local = await open_datagrams((own, 0))
         except SystemSetupError as error:
-            log.warning("no UDP association", reason=str(error))
+            if self.host.may_log():
+                log.warning("no UDP association", reason=str(error))
             await self._refuse(stream, Reply.FAILURE)
             return
         association = _UdpAssociation(self, local, client, request.port)
