@@ -23,9 +23,9 @@ def parted_scene() -> tuple[Scene, Client, str]:
 
 
 def parted(number: int, now: float = 0.0) -> Parted:
-    agent = Client(number, Identity("example.net", Role.AGENT, f"a{number}"), 1170)
+    agent = Identity("example.net", Role.AGENT, f"a{number}")
     home = Identity("example.net", Role.CONNECTOR, "home")
-    return Parted(f"{number:016x}", agent, home, ("web",), now)
+    return Parted(f"{number:016x}", agent, None, home, ("web",), now)
 
 
 def test_a_right_that_ends_is_told_to_the_connector() -> None:
@@ -46,11 +46,11 @@ def test_a_certificate_that_is_refused_is_told_to_the_connector() -> None:
     scene.open(phone, "web")
     scene.gone(phone)
     scene.said()
-    (laptop, other) = [each.agent for each in scene.rendezvous.parted.sessions]
-    assert other is phone
+    (laptop, other) = scene.rendezvous.parted.sessions
+    assert other.agent == phone.identity
     scene.rendezvous.refuse(laptop, "denied")
     assert scene.said() == [(connector, ChannelClosed(session, "denied", withdrawn=True))]
-    assert [each.agent for each in scene.rendezvous.parted.sessions] == [phone]
+    assert scene.rendezvous.parted.sessions == [other]
 
 
 @pytest.mark.parametrize("what", ["right", "certificate"])
@@ -61,7 +61,7 @@ def test_a_connector_that_is_away_is_told_when_it_is_back(what: str) -> None:
         judge(scene, PROVIDES)
         judge(scene, *RULES)  # given back: what was taken is over all the same
     else:
-        scene.rendezvous.refuse(scene.rendezvous.parted.sessions[0].agent, "denied")
+        scene.rendezvous.refuse(scene.rendezvous.parted.sessions[0], "denied")
     assert scene.said() == []
     other = scene.connector("office", services=BOTH)
     back = scene.client(Role.CONNECTOR, "home", hello=False)

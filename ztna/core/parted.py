@@ -11,7 +11,6 @@ from collections import OrderedDict
 import attrs
 
 from ztna.core.identity import Identity
-from ztna.core.registry import Client
 
 # Our choice: all of them together; the oldest is forgotten for a new one, and ends by the
 # connector's own patience.
@@ -25,11 +24,12 @@ Ends = tuple[Identity, Identity]
 
 @attrs.frozen(eq=False)
 class Parted:
-    """One such session. agent: as it was when it was last here. since: when its channel ended.
-    refused: why its right has ended, while the connector is not there to be told."""
+    """One such session. verified: what the driver knows of the agent's certificate. since: when its
+    channel ended. refused: why its right has ended, while the connector is not there to be told."""
 
     session: str
-    agent: Client
+    agent: Identity
+    verified: object
     connector: Identity
     services: tuple[str, ...]
     since: float
@@ -38,7 +38,7 @@ class Parted:
     @property
     def ends(self) -> Ends:
         """The agent's and the connector's identity."""
-        return self.agent.identity, self.connector
+        return self.agent, self.connector
 
 
 @attrs.define

@@ -131,11 +131,9 @@ class Rendezvous:
                 self._judge_parted(parted)
         self.provided([*client.provides], now)
 
-    def refuse(self, agent: Client, reason: str) -> None:
-        """The certificate of an agent of `parted` is no longer good."""
-        for parted in self.parted.sessions:
-            if parted.agent is agent:
-                self._end(parted, reason)
+    def refuse(self, parted: Parted, reason: str) -> None:
+        """The certificate of its agent is no longer good."""
+        self._end(parted, reason)
 
     def replaced(self, old: Client, new: Client) -> None:
         """A newer session of the same identity takes over what the older one had."""
@@ -173,8 +171,9 @@ class Rendezvous:
         for pair in pairs:
             self._close(pair, f"{client.identity} is gone", withdrawn=withdrawn)
             if not withdrawn:
-                ends = pair.agent, pair.connector.identity
-                self.parted.add(Parted(pair.session, *ends, pair.services, now))
+                agent, connector = pair.agent, pair.connector.identity
+                known = agent.identity, agent.verified, connector
+                self.parted.add(Parted(pair.session, *known, pair.services, now))
         self.channels.forget(client.key)
         for pair in pairs:
             self.reconcile(pair.agent, now)

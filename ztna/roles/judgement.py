@@ -82,11 +82,14 @@ def apply_files(
     for served in list(intermediate.served.values()):
         if (reason := refusal(served.session.peer)) is not None:
             _expel(intermediate, served, reason)
-    for agent in {parted.agent for parted in intermediate.rendezvous.parted.sessions}:
-        assert isinstance(agent.verified, VerifiedPeer)
-        if (reason := refusal(agent.verified)) is not None:
-            log.warning("direct sessions ended by a reload", agent=str(agent.identity), why=reason)
-            intermediate.rendezvous.refuse(agent, reason)
+    for parted in intermediate.rendezvous.parted.sessions:
+        assert isinstance(parted.verified, VerifiedPeer)
+        if (reason := refusal(parted.verified)) is not None:
+            agent, connector = map(str, parted.ends)
+            log.warning(
+                "direct session ended by a reload", agent=agent, connector=connector, why=reason
+            )
+            intermediate.rendezvous.refuse(parted, reason)
     judge_all(intermediate)
     # A stream need not have a session, and a client that lost its right could hold it open.
     for stream in [] if intermediate.streams is None else intermediate.streams.streams():
