@@ -45,6 +45,11 @@ class TokenBucket:
         self._level -= cost
         return True
 
+    @property
+    def taken_at(self) -> float:
+        """When it was asked last, s."""
+        return self._at
+
     def delay(self, now: float, cost: float = 1.0) -> float:
         """Seconds from `now` on until an event of this cost may happen, where no other does."""
         level = min(self.burst, self._level + (now - self._at) * self.rate)
@@ -104,6 +109,14 @@ class KeyedLimiter:
     def forget(self, key: bytes) -> None:
         """A key that will not come again."""
         self._buckets.pop(key, None)
+
+    def forget_silent(self, since: float) -> None:
+        """Forget the keys of which nothing was heard since then (s)."""
+        while self._buckets:
+            key, bucket = next(iter(self._buckets.items()))
+            if bucket.taken_at >= since:
+                break
+            del self._buckets[key]
 
 
 @attrs.define

@@ -9,7 +9,6 @@ begun anew when it breaks, and a second one beside it when the connector leaves 
 import functools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import NoReturn
 
 import attrs
@@ -53,23 +52,18 @@ from ztna.roles.peer_link import (
     agreed_features,
     new_link,
 )
+from ztna.roles.peer_rival import HANDSHAKE_DEADLINE, begin_beside
 from ztna.roles.punching import Puncher
 from ztna.roles.tree import RETRIED, restart_with_backoff
-from ztna.roles.waits import first_of
 
 log = structlog.get_logger(__name__)
 
 # Our choice: connectors that one agent deals with at once.
 MAX_PEERS = 256
-# Seconds, our choices: a handshake through the relay takes two round trips and one signature; a
-# connector that accepts nothing after it is not worth waiting for; a session that ends sooner than
-# `STEADY_AFTER` counts as a failed attempt.
-HANDSHAKE_DEADLINE = 5.0
+# Seconds, our choices: a connector that accepts nothing after the handshake is not worth waiting
+# for; a session that ends sooner than `STEADY_AFTER` counts as a failed attempt.
 UP_DEADLINE = 5.0
 STEADY_AFTER = 5.0
-# Seconds, our choice, before another session is begun beside a silent one, where the last one that
-# was begun so was refused at once.
-RIVAL_PAUSE = 1.0
 
 
 @attrs.define(eq=False)
@@ -302,7 +296,9 @@ class AgentPeers:
             successor: list[Session] = []
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch, peer, session, successor, nursery.cancel_scope)
+                    begin = functools.partial(self._connect, peer)
+                    scope = nursery.cancel_scope
+                    nursery.start_soon(begin_beside, peer, session, begin, successor, scope)
                     await self._serve(peer, session, succeeded, successor, retired)
             except* RETRIED as group:
                 if not successor:
@@ -316,38 +312,6 @@ class AgentPeers:
                     rival.close(CloseCode.GOODBYE, "not needed")
                 raise SessionClosedError(peer.failure) from None
             session = successor[0] if successor else None
-
-    async def _watch(
-        self,
-        peer: Peer,
-        session: Session,
-        successor: list[Session],
-        running: trio.CancelScope,
-    ) -> None:
-        """Begin another session while the peer leaves this one unanswered; whichever answers first
-        is used."""
-        try:
-            await session.wait_verified()
-            while True:
-                await session.wait_suspect()
-                rival = self._connect(peer)
-                successor.append(rival)  # from here on it follows, however the running one ends
-                with trio.move_on_after(2 * HANDSHAKE_DEADLINE):
-                    await first_of(
-                        functools.partial(_wait_settled, rival),
-                        functools.partial(session.wait_suspect, suspect=False),
-                    )
-                if rival.verified and not rival.closed:
-                    running.cancel()
-                    return
-                successor.clear()
-                peer.newest = session
-                if rival.closed:
-                    await trio.sleep(RIVAL_PAUSE)
-                rival.close(CloseCode.GOODBYE, "not needed")
-                del rival  # nothing else keeps it
-        except* SessionClosedError:
-            pass  # the running session's end is told by `_serve`
 
     async def _serve(
         self,
@@ -446,9 +410,3 @@ class AgentPeers:
         ]
         if packets and link in (peer.link, peer.retired.link):
             self.handler.peer_packets(packets)
-
-
-async def _wait_settled(session: Session) -> None:
-    """Wait until a session is verified, or has ended without."""
-    with suppress(SessionClosedError):
-        await session.wait_verified()

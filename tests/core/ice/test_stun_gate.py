@@ -3,6 +3,7 @@
 from ztna.core.ice.stun_gate import (
     MAX_PROVEN,
     PROVEN_BURST,
+    PROVEN_FOR,
     PROVEN_RATE,
     STUN_BURST,
     STUN_RATE,
@@ -40,3 +41,14 @@ def test_proven_addresses_are_bounded() -> None:
         gate.prove(("203.0.113.1", number), 0.0)
     assert len(gate._proven) == MAX_PROVEN == 4096
     assert [gate.allow(("203.0.113.1", number), 0.0) for number in (0, 1)] == [False, True]
+
+
+def test_proven_addresses_that_are_silent_are_forgotten() -> None:
+    gate, other = StunGate(rate=0.0, burst=0.0), ("203.0.113.2", 5000)
+    gate.prove(PEER, 0.0)
+    gate.prove(other, 0.0)
+    assert gate.allow(other, 30.0)
+    gate.prove(("203.0.113.3", 5000), PROVEN_FOR + 1.0)
+    assert [gate.allow(each, PROVEN_FOR + 1.0) for each in (PEER, other)] == [False, True]
+    gate.prove(PEER, 1000.0)
+    assert len(gate._proven) == 1

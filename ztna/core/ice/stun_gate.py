@@ -19,6 +19,9 @@ PROVEN_RATE = 200.0
 PROVEN_BURST = 600.0
 # Addresses that are known as proven: of each of 1,024 peers, as many as it has paths.
 MAX_PROVEN = 4096
+# Seconds of silence after which it is known no longer: twice as long as consent lasts without
+# an answer (RFC 7675 section 5.1), and the path with it.
+PROVEN_FOR = 60.0
 
 
 @attrs.define
@@ -43,6 +46,7 @@ class StunGate:
 
     def prove(self, source: Address, now: float) -> None:
         """A path leads there."""
+        self._proven.forget_silent(now - PROVEN_FOR)
         key = _key(source)
         if key not in self._proven:
             self._proven.allow(key, now)
