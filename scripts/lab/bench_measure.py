@@ -22,7 +22,10 @@ _UDP_STEPS = 5  # halvings of the interval between a good and a bad rate
 _PINGS = 300
 _PING_INTERVAL = 0.005  # s
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-_ATTEMPTS = 20  # iperf3's server needs a moment between two tests
+# iperf3's server needs a moment between two tests: it is busy with the last one, or has closed its
+# listening socket and not opened the next.
+_ATTEMPTS = 20
+_NOT_YET = ("busy", "Connection refused")
 
 
 class MeasurementError(Exception):
@@ -104,7 +107,7 @@ def _iperf(
         if not error:
             end: Mapping[str, Mapping[str, float]] = answer["end"]
             return end
-        if "busy" not in error:
+        if not any(words in error for words in _NOT_YET):
             break
         time.sleep(0.25)
     raise MeasurementError(f"{' '.join(words)}: {error.strip()}")
