@@ -187,8 +187,25 @@ from ztna.cli import main
 def crash():
     raise ExceptionGroup("nursery", [main.ZtnaError("words"), LookupError("a \\x1b[2J bug")])
 
+@main.cli.command("node")
+@main.verbose_option
+@main.click.pass_context
+def node(ctx):
+    main.keep_trace(ctx)
+    raise LookupError("a bug")
+
 main.main()
 """
+
+
+def test_a_bug_that_ends_a_node_leaves_its_trace() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, "node"], capture_output=True, text=True, check=False
+    )
+    first, *_, last = done.stderr.splitlines()
+    assert (done.returncode, first[:9]) == (70, "Traceback")
+    assert last.startswith("ztna: internal error: LookupError: a bug at ")
+    assert last.endswith(". This is a bug of ours")
 
 
 @pytest.mark.parametrize(("option", "trace"), [([], False), (["-v"], True)])

@@ -26,6 +26,7 @@ from ztna.cli import seen as seen_module
 from ztna.cli.main import cli
 from ztna.cli.node_socket import find_socket
 from ztna.core.identity import Role
+from ztna.pki import Credentials
 
 Lines = list[dict[str, Any]]
 
@@ -361,19 +362,25 @@ def test_with_json_an_error_is_an_object(tmp_path: Path, words: list[str]) -> No
     assert "no agent runs here" in told["error"]
 
 
+def agent_file(folder: Path, credentials: Credentials, host: str) -> tuple[Path, Path, Path]:
+    """The file of an agent of this intermediate, its certificate and its key."""
+    cert, key, ca = write_credentials(credentials, folder)
+    file = folder / "agent.json"
+    fields = {
+        "intermediate": {"host": host},
+        "identity": {"cert": str(cert), "key": str(key), "ca": str(ca)},
+        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
+        "state_dir": str(folder),
+    }
+    file.write_text(json.dumps(fields))
+    return file, cert, key
+
+
 def test_why_an_agent_cannot_start(tmp_path: Path) -> None:
     """Its certificate has expired: that is the cause, and not that nobody answers."""
     deployment = make_deployment()
     old = make_agent(deployment.ca, datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), "laptop")
-    cert, key, ca = write_credentials(old, tmp_path)
-    file = tmp_path / "agent.json"
-    fields = {
-        "intermediate": {"host": "relay.example.net"},
-        "identity": {"cert": str(cert), "key": str(key), "ca": str(ca)},
-        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
-        "state_dir": str(tmp_path),
-    }
-    file.write_text(json.dumps(fields))
+    file, cert, _ = agent_file(tmp_path, old, "relay.example.net")
     result = CliRunner().invoke(cli, ["why", "web", "--config", str(file)])
     assert result.exit_code == 4
     first, second, *_ = result.output.splitlines()
@@ -392,15 +399,7 @@ def test_a_certificate_that_only_the_node_may_read_is_no_fault_of_it(
     """A member of its group asks why: nobody answers, and that is the cause."""
     deployment = make_deployment()
     agent = make_agent(deployment.ca, datetime.datetime.now(datetime.UTC), "laptop")
-    cert, key, ca = write_credentials(agent, tmp_path)
-    file = tmp_path / "agent.json"
-    fields = {
-        "intermediate": {"host": "127.0.0.1"},
-        "identity": {"cert": str(cert), "key": str(key), "ca": str(ca)},
-        "services": [{"id": "web", "virtual_ip": "10.100.0.2"}],
-        "state_dir": str(tmp_path),
-    }
-    file.write_text(json.dumps(fields))
+    file, _, key = agent_file(tmp_path, agent, "127.0.0.1")
     really_open = Path.open
 
     def forbidden(path: Path, *mode: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,7 +46,7 @@ from ztna.core.messages import (
 )
 from ztna.errors import LocalProtocolError, RemoteProtocolError
 
-ICE_FIELDS: dict[str, object] = {
+ICE_FIELDS: dict[str, Any] = {
     "generation": 1,
     "ufrag": "aB3+",
     "password": "0123456789012345678901",
@@ -251,11 +252,11 @@ def test_defaults() -> None:
         {"ufrag": "a" * 33},
         {"password": "a" * 21},
         {"password": "a" * 65},
-        {"candidates": ICE_FIELDS["candidates"] * 17},  # type: ignore[operator]
+        {"candidates": ICE_FIELDS["candidates"] * 17},
         {"features": ["x"] * 17},
     ]
     + [
-        {"candidates": [{**ICE_FIELDS["candidates"][0], **wrong}]}  # type: ignore[index]
+        {"candidates": [{**ICE_FIELDS["candidates"][0], **wrong}]}
         for wrong in (
             {"port": 0},
             {"port": 65_536},
@@ -268,7 +269,7 @@ def test_defaults() -> None:
         )
     ]
     + [
-        {"nat": {**ICE_FIELDS["nat"], **wrong}}  # type: ignore[dict-item]
+        {"nat": {**ICE_FIELDS["nat"], **wrong}}
         for wrong in (
             {"presence": "PRESENT"},
             {"mapping": ["EIF"]},

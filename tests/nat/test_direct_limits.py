@@ -1,7 +1,9 @@
 """What hole punching may take of a machine, by whole roles: the caps of docs/security.md."""
 
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 
+import attrs
 import pytest
 import structlog
 import trio
@@ -9,7 +11,7 @@ from trio.testing import MockClock
 
 from tests.nat.punchers import Punchers
 from tests.nat.test_direct import Lines, echoes, relayed
-from tests.nat.test_roles import deployed, echo
+from tests.nat.test_roles import Deployment, deployed, echo
 from tests.roles.memory import ECHO_IP
 from tests.roles.user_host import UserHost
 from ztna.config.model import AgentService
@@ -20,6 +22,7 @@ from ztna.core.policy import PolicyRule
 from ztna.core.ports import UdpBatch
 from ztna.core.stun.messages import MessageClass, StunMessage, build_stun_message
 from ztna.nat.spec import OPEN, PORT_RESTRICTED, SYMMETRIC
+from ztna.roles.punching import Puncher
 
 
 async def test_ports_to_guess_with_are_bounded_over_all_peers(
@@ -51,63 +54,71 @@ async def test_ports_to_guess_with_are_bounded_over_all_peers(
         assert puncher.extra_ports == len(it.world.hosts["home"].ports) - 1
 
 
-async def test_stun_of_strangers_has_a_rate(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever floods a node's port with STUN is not read beyond the rate; the path lives on."""
-    punchers = Punchers(monkeypatch)
+@attrs.frozen
+class Flooded:
+    """An agent with a direct path to its connector, and a stranger who can flood its port."""
+
+    it: Deployment
+    lines: Lines
+    user: UserHost
+    puncher: Puncher
+    flood: Callable[[int], None]
+    """Sends so many STUN requests at once."""
+
+
+@asynccontextmanager
+async def open_flooded(punchers: Punchers) -> AsyncIterator[Flooded]:
     with structlog.testing.capture_logs() as entries:
         lines = Lines(entries)
         async with deployed(PORT_RESTRICTED, OPEN) as it:
             it.world.direct = True
             agent = await it.start()
-            stranger = it.lab.host("203.0.113.66")
+            stranger, home = it.lab.host("203.0.113.66"), it.world.hosts["home"]
             junk = build_stun_message(StunMessage(MessageClass.REQUEST, bytes(12)))
-            home = it.world.hosts["home"]
-            with trio.fail_after(60), closing(stranger.open_udp_port()) as port:
+            with closing(stranger.open_udp_port()) as port:
+
+                def flood(count: int) -> None:
+                    port.send_nowait([UdpBatch(junk * count, len(junk), (home.address, 4434))])
+
                 async with UserHost.open(agent) as user:
                     await echo(user, b"at once")
                     await lines.until("DIRECT")
-                    before = relayed(it)
-                    for _ in range(int(2 * STUN_BURST / 100)):
-                        flood = UdpBatch(junk * 100, len(junk), (home.address, 4434))
-                        port.send_nowait([flood])
-                    assert await echoes(user, 3, b"flooded") < 0.5
-                    assert relayed(it) == before
-        (puncher,) = punchers.of_connectors
-        counts = puncher._counts
-        assert counts["drop_stun_of_nobody"] >= STUN_BURST
-        assert counts["drop_stun_rate"] > 0.9 * STUN_BURST
+                    (puncher,) = punchers.of_connectors
+                    yield Flooded(it, lines, user, puncher, flood)
+
+
+async def test_stun_of_strangers_has_a_rate(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever floods a node's port with STUN is not read beyond the rate; the path lives on."""
+    with trio.fail_after(60):
+        async with open_flooded(Punchers(monkeypatch)) as scene:
+            before = relayed(scene.it)
+            for _ in range(int(2 * STUN_BURST / 100)):
+                scene.flood(100)
+            assert await echoes(scene.user, 3, b"flooded") < 0.5
+            assert relayed(scene.it) == before
+    counts = scene.puncher._counts
+    assert counts["drop_stun_of_nobody"] >= STUN_BURST
+    assert counts["drop_stun_rate"] > 0.9 * STUN_BURST
 
 
 async def test_stun_of_strangers_ends_no_proven_path(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flood that lasts longer than a path's consent: its checks are not counted among it."""
-    punchers = Punchers(monkeypatch)
-    with structlog.testing.capture_logs() as entries:
-        lines = Lines(entries)
-        async with deployed(PORT_RESTRICTED, OPEN) as it:
-            it.world.direct = True
-            agent = await it.start()
-            stranger = it.lab.host("203.0.113.66")
-            junk = build_stun_message(StunMessage(MessageClass.REQUEST, bytes(12)))
-            home = it.world.hosts["home"]
-            with trio.fail_after(120), closing(stranger.open_udp_port()) as port:
-                async with UserHost.open(agent) as user:
-                    await echo(user, b"at once")
-                    await lines.until("DIRECT")
-                    (puncher,) = punchers.of_connectors
-                    puncher._gate._strangers = TokenBucket(rate=20.0, burst=100.0)
-                    flood = UdpBatch(junk * 50, len(junk), (home.address, 4434))
-                    for _ in range(400):  # 500 a second, of which 20 are looked at
-                        port.send_nowait([flood])
-                        await trio.sleep(0.1)
-                    before = relayed(it)
-                    await echo(user, b"still there")
-                    assert relayed(it) == before
-            assert lines.of("agent/laptop")[-1:] == lines.of("connector/home")[-1:] == ["DIRECT"]
-        assert puncher._counts["drop_stun_rate"] > 0.9 * 400 * 50
+    with trio.fail_after(120):
+        async with open_flooded(Punchers(monkeypatch)) as scene:
+            scene.puncher._gate._strangers = TokenBucket(rate=20.0, burst=100.0)
+            for _ in range(400):  # 500 a second, of which 20 are looked at
+                scene.flood(50)
+                await trio.sleep(0.1)
+            before = relayed(scene.it)
+            await echo(scene.user, b"still there")
+            assert relayed(scene.it) == before
+            paths = [scene.lines.of(who)[-1:] for who in ("agent/laptop", "connector/home")]
+            assert paths == [["DIRECT"], ["DIRECT"]]
+    assert scene.puncher._counts["drop_stun_rate"] > 0.9 * 400 * 50
 
 
 async def test_a_session_whose_own_port_is_closed_takes_the_relay(

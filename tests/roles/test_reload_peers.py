@@ -10,6 +10,7 @@ from cryptography import x509
 from trio.testing import MockClock
 
 from tests.net.certificates import SERVER, SERVER_IP, Ca, make_agent, make_ca, make_credentials
+from tests.roles.backends import echo_until
 from tests.roles.memory import ECHO_IP, WEB_IP, AgentHost, World, open_world
 from tests.roles.test_reload import (
     ECHO,
@@ -31,15 +32,7 @@ async def test_a_connector_that_denies_an_agent(autojump_clock: MockClock) -> No
     async with open_world(POLICY) as world:
         hosts = await start_all(world)
         ended = trio.Event()
-
-        async def serve(stream: trio.abc.HalfCloseableStream) -> None:
-            try:
-                while data := await stream.receive_some():
-                    await stream.send_all(data)
-            finally:
-                ended.set()
-
-        world.dialer.streams[WEB_BACKEND] = serve
+        world.dialer.streams[WEB_BACKEND] = echo_until(ended)
         with structlog.testing.capture_logs() as logs:
             async with pinging(hosts[0]) as laptop, pinging(hosts[1]) as phone:
                 connection = await phone.user.connect(WEB_IP)

@@ -9,6 +9,7 @@ import structlog.testing
 import trio
 from trio.testing import MockClock
 
+from tests.roles.backends import echo_until
 from tests.roles.memory import ECHO_IP, WEB_IP, World, open_world
 from tests.roles.signed import (
     ECHO_BACKEND,
@@ -120,17 +121,9 @@ async def test_connection_ends_at_the_application_with_the_connectors_right(
     autojump_clock: MockClock,
 ) -> None:
     ended = trio.Event()
-
-    async def serve(stream: trio.abc.HalfCloseableStream) -> None:
-        try:
-            while data := await stream.receive_some():
-                await stream.send_all(data)
-        finally:
-            ended.set()
-
     async with open_world([]) as world:
         _, phone = await start_all(world, FIRST)
-        world.dialer.streams[WEB_BACKEND] = serve
+        world.dialer.streams[WEB_BACKEND] = echo_until(ended)
         async with UserHost.open(phone) as user:
             with trio.fail_after(30):
                 connection = await user.connect(WEB_IP)

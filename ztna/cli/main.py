@@ -3,7 +3,8 @@
 Commands are imported when they are named, so that `ztna version` and completion start fast. An
 error of ours ends in one message on stderr and the exit code of its kind (`ztna.errors`);
 a stack trace is printed only with -vv. Any other error is a bug of ours, unless it is that the
-output cannot be written: a line, too, and the trace with -v.
+output cannot be written: a line, too, and the trace with -v. A node's bug always has its trace:
+nobody can have it fail once more to see that.
 """
 
 import errno
@@ -84,6 +85,13 @@ def _report(group: BaseExceptionGroup[ZtnaError], *, with_trace: bool) -> int:
 def verbosity(ctx: click.Context) -> int:
     """How many -v were given, before and after the command's name."""
     return int(ctx.meta.get(_VERBOSITY, 0))
+
+
+def keep_trace(ctx: click.Context) -> None:
+    """Whatever bug ends this command is told with its trace."""
+    group = ctx.find_root().command
+    if isinstance(group, ZtnaGroup):
+        group.verbosity = max(group.verbosity, 1)
 
 
 def verbose_option(command: F) -> F:
@@ -174,9 +182,11 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     else:
         code = LocalProtocolError.exit_code
         what = "; ".join(dict.fromkeys(_bug(each) for each in leaves(error)))
-        text = f"ztna: internal error: {printable(what)}. This is a bug of ours; -v shows its trace"
+        text = f"ztna: internal error: {printable(what)}. This is a bug of ours"
         if cli.verbosity:
             text = "".join(traceback.format_exception(error)) + text
+        else:
+            text += "; -v shows its trace"
     with suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -16,7 +16,7 @@ import trio
 from click import get_current_context
 
 from ztna.cli.logs import LogFormat, configure_logging
-from ztna.cli.main import INTERRUPTED, verbose_option, verbosity
+from ztna.cli.main import INTERRUPTED, keep_trace, verbose_option, verbosity
 from ztna.config.document import read_document
 from ztna.config.load import Override, load_config
 from ztna.config.model import (
@@ -364,6 +364,7 @@ def _run(
     """Run a role by its configuration until it ends. read: gives the configuration, now and when
     the role is to read it again."""
     ctx = get_current_context()
+    keep_trace(ctx)
     config = read()
     make_system_state(config.state_dir)
     level = _LEVELS[log_level]

@@ -338,8 +338,8 @@ class FlowTable:
         self.dropped["port_is_not_the_service"] += 1
         self._put_error(service.id, ip.source, refuse(packet), now)
 
-    def _put_error(self, service_id: str, user: bytes, data: Buffer | None, now: float) -> None:
-        if data is None or self._errors.allow(user, now):
+    def _put_error(self, service_id: str, source: bytes, data: Buffer | None, now: float) -> None:
+        if data is None or self._errors.allow(self._user_of(source), now):
             self._answer(service_id, data)
         else:
             self.dropped["error_rate"] += 1

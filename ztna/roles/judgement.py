@@ -7,7 +7,6 @@ now have, it gets. Peer sessions end with the rights to them. All happens betwee
 client whose rights are the same notices nothing.
 """
 
-import datetime
 import functools
 
 import structlog
@@ -21,7 +20,8 @@ from ztna.core.registry import Registration
 from ztna.core.wire import Refusal, ServiceMessage
 from ztna.net.closing import CloseCode
 from ztna.net.endpoint import Endpoint
-from ztna.net.tls import PeerRefusedError, PeerSide, VerifiedPeer, judge_again
+from ztna.net.tls import PeerSide, VerifiedPeer
+from ztna.roles.judged_sessions import refusal_of
 from ztna.roles.reload import NodeFiles, warn_of_restart
 from ztna.roles.served import Intermediate, Served, send_policy, send_service_map
 from ztna.roles.signed_policy import SignedPolicy
@@ -78,7 +78,10 @@ def apply_files(
     warn_of_restart(old, new, RELOADED)
     endpoint.credentials = new.credentials
     intermediate.denied_serials = new.denied_serials
-    refusal = functools.partial(_refusal, new, datetime.datetime.now(datetime.UTC))
+
+    def refusal(peer: VerifiedPeer) -> str | None:
+        return refusal_of(peer, new.credentials, new.denied_serials, PeerSide.CLIENT)
+
     for served in list(intermediate.served.values()):
         if (reason := refusal(served.session.peer)) is not None:
             _expel(intermediate, served, reason)
@@ -96,23 +99,6 @@ def apply_files(
         if (reason := refusal(stream.peer)) is not None:
             log.warning("TLS stream ended by a reload", client=str(stream), reason=reason)
             nursery.start_soon(stream.dismiss, reason)
-
-
-def _refusal(
-    files: NodeFiles[IntermediateConfig], now: datetime.datetime, peer: VerifiedPeer
-) -> str | None:
-    """Why a client that was verified once would not be so now; None if it would."""
-    try:
-        judge_again(
-            peer,
-            files.credentials,
-            side=PeerSide.CLIENT,
-            now=now,
-            denied_serials=files.denied_serials,
-        )
-    except PeerRefusedError as error:
-        return str(error)
-    return None
 
 
 def _expel(intermediate: Intermediate, served: Served, reason: str) -> None:
